@@ -1,0 +1,172 @@
+"""`opd <command> [hydra overrides]`.
+
+Without a command the quickstart pipeline runs. Configs are composed by Hydra from conf/ (and from ./conf of the working directory,
+so that a domain can be added beside an installed package), checked against the dataclasses of opd/config.py, and only then
+is anything heavy imported. A mistake in them is one sentence and exit code 2.
+"""
+
+import difflib
+import os
+import sys
+import traceback
+from pathlib import Path
+
+from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import HydraException
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
+
+CONF = Path(__file__).resolve().parent.parent / "conf"
+COMMANDS = {
+    "pipeline": "make base, teachers and student one after another; what `opd` alone does, on the embedded domains",
+    "specialize": "fine-tune a model on a domain's reference answers: makes a teacher",
+    "distill": "distil all domains' teachers into one student",
+    "evaluate": "accuracy and recovery on held-out prompts",
+}
+USER_ERROR, INTERRUPTED = 2, 130
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command; returns the exit code: 0 done, 2 a mistake of the user's, 130 interrupted, 1 a defect of ours."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments and arguments[0] in ("-h", "--help", "help"):
+        print(_usage())
+        return 0
+    try:
+        command, overrides = split_command(arguments)
+        _run(command, load_config(command, overrides))
+    except ValueError as error:
+        return _fail(f"opd: {' '.join(str(error).split())}", USER_ERROR)
+    except KeyboardInterrupt:
+        return _fail("opd: interrupted; the same command continues from the last checkpoint", INTERRUPTED)
+    finally:
+        _stop()
+    return 0
+
+
+def split_command(arguments: list[str]) -> tuple[str, list[str]]:
+    """The command and its overrides; overrides alone belong to the pipeline."""
+    if not arguments or any(sign in arguments[0] for sign in "=~"):
+        return "pipeline", arguments
+    if arguments[0] not in COMMANDS:
+        raise ValueError(f"there is no command {arguments[0]!r}{_nearest(arguments[0], list(COMMANDS))}; the commands are {', '.join(COMMANDS)}")
+    return arguments[0], arguments[1:]
+
+
+def load_config(command: str, overrides: list[str]):
+    """The typed config of a command: composed by Hydra, checked against its dataclass."""
+    from opd.config import SCHEMAS, parse
+
+    return parse(compose_config(command, overrides), SCHEMAS[command])
+
+
+def compose_config(command: str, overrides: list[str]) -> DictConfig:
+    """Compose conf/COMMAND.yaml with overrides. Raises ValueError in words of the command line."""
+    from opd.config import SCHEMAS
+
+    store = ConfigStore.instance()
+    for name, schema in SCHEMAS.items():
+        store.store(name=f"{name}_schema", node=schema)
+    own = Path.cwd() / "conf"
+    search = [f"hydra.searchpath=[file://{own}]"] if own.is_dir() and own.resolve() != CONF else []
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(config_dir=str(CONF), version_base="1.3"):
+        try:
+            return compose(config_name=command, overrides=[*search, *overrides])
+        except (HydraException, OmegaConfBaseException) as error:
+            raise ValueError(explain(error, command)) from error
+
+
+def explain(error: Exception, command: str) -> str:
+    """Hydra's message as one sentence that names the fix."""
+    text = " ".join(str(error).split())
+    if "Could not find" in text and "'" in text:
+        group, _, option = text.split("'")[1].rpartition("/")
+        options = sorted({path.stem for folder in (CONF, Path.cwd() / "conf") for path in (folder / group).glob("*.yaml")})
+        return f"there is no {group} called {option!r}{_nearest(option, options)}; there are: {', '.join(options) or 'none'}"
+    key = _unknown_key(text)
+    if key is not None:
+        return f"{command} has no setting {key!r}{_nearest(key, _known_keys(command))}"
+    if "Could not override" in text and "++domain=" not in text:
+        key = text.split("'")[1] if "'" in text else text
+        return f"{command} has no setting {key!r}{_nearest(key, _known_keys(command))}"
+    if "not a defaults list" in text or "No match in the defaults list" in text or "multiple" in text.lower():
+        return f"{text.split('. ')[0].rstrip('.')}: select domains with 'domain=[a,b]', add one with +domain=NAME, drop one with ~domains.NAME"
+    return text.split(" full_key:")[0].rstrip(".")
+
+
+def _unknown_key(text: str) -> str | None:
+    if "full_key: " in text and ("not in" in text or "is not in struct" in text):
+        return text.split("full_key: ")[1].split(" ")[0]
+    return None
+
+
+def _known_keys(command: str) -> list[str]:
+    from omegaconf import OmegaConf
+
+    from opd.config import SCHEMAS
+
+    def walk(node, prefix: str):
+        for key in node:
+            yield f"{prefix}{key}"
+            child = node._get_node(key)
+            if OmegaConf.is_dict(child) and not child._is_none():
+                yield from walk(child, f"{prefix}{key}.")
+
+    return list(walk(OmegaConf.structured(SCHEMAS[command]), ""))
+
+
+def _nearest(word: str, words: list[str]) -> str:
+    found = difflib.get_close_matches(word, words, n=1, cutoff=0.6)
+    if not found:  # a misspelt last part of a right path
+        found = [known for known in words if known.rpartition(".")[0] == word.rpartition(".")[0]]
+        found = [f for f in found if difflib.get_close_matches(word.rpartition(".")[2], [f.rpartition(".")[2]], cutoff=0.6)]
+    return f" (did you mean {found[0]!r}?)" if found else ""
+
+
+def _run(command: str, cfg) -> None:
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    if command == "pipeline":
+        from opd.pipeline import run_pipeline
+
+        return run_pipeline(cfg)
+    from opd.distributed import set_threads
+
+    set_threads(cfg.threads)
+    if command == "distill":
+        from opd.distill import distill
+
+        return distill(cfg)
+    if command == "specialize":
+        from opd.specialize import specialize
+
+        return specialize(cfg)
+    from opd.evaluate import evaluate
+
+    return evaluate(cfg)
+
+
+def _stop() -> None:
+    if "opd.distributed" in sys.modules:
+        sys.modules["opd.distributed"].stop_processes()
+
+
+def _fail(message: str, code: int) -> int:
+    if os.environ.get("OPD_TRACEBACK"):
+        traceback.print_exc()
+    if os.environ.get("RANK", "0") == "0":
+        print(message, file=sys.stderr)
+    return code
+
+
+def _usage() -> str:
+    lines = [f"  {name:<12} {what}" for name, what in COMMANDS.items()]
+    return "usage: opd [command] [setting=value ...]\n\n" + "\n".join(lines) + "\n\nwithout a command: opd pipeline"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

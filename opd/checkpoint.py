@@ -1,0 +1,82 @@
+"""Checkpoints of a run, and finding the newest when it starts again.
+
+Tree (schema version 1): `RUN/checkpoints/latest.json` is {"schema": 1, "step": S, "tag": "step-SSSSSS"}; the folder `step-SSSSSS` holds
+DeepSpeed's files (weights, optimizer, routing) and `opd.json`, {"schema": 1, "step": S, "stream": prompt positions}. A folder is
+written under the name `partial` and renamed when it is complete, then the pointer is replaced; a kill leaves the older checkpoint
+in force. A pointer to nothing, or checkpoints without a pointer, refuse: training silently from step 0 is worse than not training.
+"""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Protocol
+
+from opd.config import CheckpointConfig
+from opd.distributed import barrier, is_main
+from opd.engine import Engine
+from opd.tracker import Tracker
+
+SCHEMA = 1
+
+
+class Resumable(Protocol):
+    """A stream of training data that can be taken up where it was left."""
+
+    def state(self) -> dict:
+        """JSON values."""
+
+    def restore(self, state: dict) -> None:
+        """Take up a state that `state` returned."""
+
+
+def is_due(step: int, every: int, num_steps: int | None = None) -> bool:
+    """Whether something that happens `every` steps happens after update number `step` (1, 2, ...); 0 is never.
+
+    num_steps: where given, also after the last update.
+    """
+    return every > 0 and (step % every == 0 or step == num_steps)
+
+
+def save(run_dir: Path, step: int, engine: Engine, stream: Resumable, cfg: CheckpointConfig) -> None:
+    """Save after update number `step`; every rank calls it."""
+    folder, tag = run_dir / "checkpoints", f"step-{step:06d}"
+    if is_main():
+        shutil.rmtree(folder / "partial", ignore_errors=True)
+        folder.mkdir(parents=True, exist_ok=True)
+    barrier()
+    engine.save(folder, "partial")
+    barrier()
+    if is_main():
+        (folder / "partial" / "opd.json").write_text(json.dumps({"schema": SCHEMA, "step": step, "stream": stream.state()}))
+        shutil.rmtree(folder / tag, ignore_errors=True)
+        (folder / "partial").rename(folder / tag)
+        pointer = folder / "latest.partial"
+        pointer.write_text(json.dumps({"schema": SCHEMA, "step": step, "tag": tag}))
+        pointer.replace(folder / "latest.json")
+        for old in sorted(folder.glob("step-*"))[: -max(1, cfg.keep)]:
+            shutil.rmtree(old)
+    barrier()
+
+
+def resume(run_dir: Path, engine: Engine, stream: Resumable, tracker: Tracker) -> int:
+    """Restore the newest checkpoint; returns the number of updates it holds, 0 where the run is new.
+
+    Raises ValueError where checkpoints are there but none can be taken up.
+    """
+    folder = run_dir / "checkpoints"
+    pointer = folder / "latest.json"
+    if not pointer.exists():
+        if any(folder.glob("step-*")):
+            raise ValueError(f"{folder} holds checkpoints but no latest.json: restore it, or begin anew with fresh=true")
+        tracker.resume(0)
+        return 0
+    record = json.loads(pointer.read_text())
+    if record["schema"] != SCHEMA:
+        raise ValueError(f"{pointer} has schema {record['schema']}; this version reads schema {SCHEMA}")
+    state_file = folder / record["tag"] / "opd.json"
+    if not state_file.is_file():
+        raise ValueError(f"the checkpoint {folder / record['tag']} is missing or incomplete: begin anew with fresh=true")
+    engine.load(folder, record["tag"])
+    stream.restore(json.loads(state_file.read_text())["stream"])
+    tracker.resume(record["step"])
+    return record["step"]

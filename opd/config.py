@@ -1,0 +1,255 @@
+"""Typed settings of every command. A dataclass is the schema and the one home of its defaults; YAML in conf/ holds what differs.
+
+`parse` turns a composed Hydra config into the dataclass of its command. Units: seconds, tokens, optimizer steps.
+"""
+
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from rollout.config import ModelConfig, RolloutConfig, SamplingConfig
+from rollout.model import first_sentence
+from teachers.config import DomainConfig, TeachersConfig
+
+
+class Router(Enum):
+    """frozen: gates, hash tables and balance bias do not change. train: gates learn, with explicit balancing."""
+
+    frozen = "frozen"
+    train = "train"
+
+
+class OptimizerKind(Enum):
+    adamw = "adamw"
+    muon = "muon"
+
+
+class Schedule(Enum):
+    constant = "constant"
+    linear = "linear"
+    cosine = "cosine"
+
+
+class LoggerKind(Enum):
+    none = "none"
+    offline = "offline"
+    wandb = "wandb"
+
+
+@dataclass(slots=True)
+class StudentConfig(ModelConfig):
+    """The model being trained: `model` to start from a folder or hub id, or `architecture` to build a new one.
+
+    architecture: transformers settings with their model_type.
+    tokenizer: folder or hub id; null takes the model's own, or the character tokenizer for a new model.
+    gradient_checkpointing: recompute activations in the backward.
+    router: whether routing may change.
+    router_bias_speed: change of the balance bias per step (DeepSeek-V3's rule; router=train only).
+    router_balance_loss: weight of the sequence-wise balance loss (router=train only).
+    router_probe_every: steps between two comparisons of the routing with that of step 0.
+    """
+
+    architecture: dict[str, Any] = field(default_factory=dict)
+    tokenizer: str | None = None
+    gradient_checkpointing: bool = False
+    router: Router = Router.frozen
+    router_bias_speed: float = 0.0
+    router_balance_loss: float = 0.0
+    router_probe_every: int = 20
+
+
+@dataclass(slots=True)
+class BatchConfig:
+    """max_tokens_per_micro_batch: padded tokens of one forward and backward on one rank (one rollout at least).
+
+    packing: several rollouts in one row; refused for families whose attention would mix them (DeepSeek-V4).
+    """
+
+    max_tokens_per_micro_batch: int = 4096
+    packing: bool = False
+
+
+@dataclass(slots=True)
+class OptimConfig:
+    """Optimizer and its schedule.
+
+    lr: peak rate of AdamW (with muon: of the parameters that AdamW keeps).
+    betas, eps, weight_decay: of AdamW; norms, biases and gating vectors are never decayed.
+    muon_lr, momentum: of Muon, which takes the matrices except embedding, head and router.
+    warmup_steps: linear rise from 0.
+    schedule, final_lr_fraction: decay after the warm-up, to this fraction of the peak at the last step.
+    clip_norm: global gradient norm at most; null does not clip. Must be null with muon.
+    """
+
+    kind: OptimizerKind = OptimizerKind.adamw
+    lr: float = 1e-5
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    muon_lr: float = 0.02
+    momentum: float = 0.95
+    warmup_steps: int = 10
+    schedule: Schedule = Schedule.constant
+    final_lr_fraction: float = 0.1
+    clip_norm: float | None = 1.0
+
+
+@dataclass(slots=True)
+class EvaluationConfig:
+    """Evaluation on held-out prompts: temperature 1, and greedy beside it.
+
+    every: steps between evaluations while training; 0 evaluates never.
+    prompts: held-out prompts per domain while training; null takes all.
+    kl: also the held-out divergence from each domain's teacher.
+    sampling: how the completions are drawn; the temperature is set by the evaluation.
+    """
+
+    every: int = 0
+    prompts: int | None = 256
+    kl: bool = True
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+
+
+@dataclass(slots=True)
+class CheckpointConfig:
+    """every: steps between checkpoints (the last step is always saved). keep: newest checkpoints that stay on disk."""
+
+    every: int = 50
+    keep: int = 1
+
+
+@dataclass(slots=True)
+class LoggerConfig:
+    """Weights & Biases beside metrics.jsonl.
+
+    kind: none, offline (no account needed), or wandb (online).
+    project, entity, group, name: as in wandb.init.
+    upload_text: allow prompt and completion text to leave the machine.
+    """
+
+    kind: LoggerKind = LoggerKind.offline
+    project: str = "opd"
+    entity: str | None = None
+    group: str | None = None
+    name: str | None = None
+    upload_text: bool = False
+
+
+@dataclass(slots=True)
+class RunConfig:
+    """What every training command has.
+
+    run_dir: folder of the run; everything it writes is in there.
+    num_steps: optimizer steps.
+    seed: key of every random choice.
+    fresh: delete what the run folder holds and begin anew, instead of resuming.
+    threads: CPU threads of this process; null chooses.
+    deepspeed: DeepSpeed's own JSON schema, passed through, without the keys that other settings own.
+    """
+
+    run_dir: str = "runs/run"
+    num_steps: int = 100
+    seed: int = 0
+    fresh: bool = False
+    threads: int | None = None
+    student: StudentConfig = field(default_factory=StudentConfig)
+    domains: dict[str, DomainConfig] = field(default_factory=dict)
+    batch: BatchConfig = field(default_factory=BatchConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    deepspeed: dict[str, Any] = field(default_factory=dict)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    logger: LoggerConfig = field(default_factory=LoggerConfig)
+
+
+@dataclass(slots=True)
+class DistillConfig(RunConfig):
+    """`opd distill`: all domains' teachers into one student, on the student's own rollouts."""
+
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    teachers: TeachersConfig = field(default_factory=TeachersConfig)
+
+
+@dataclass(slots=True)
+class SpecializeConfig(RunConfig):
+    """`opd specialize`: supervised fine-tuning on reference answers; one domain makes a teacher, several a base model.
+
+    examples_per_step: examples of one optimizer step, over all ranks.
+    slip_rate: fraction of examples (number or schedule) trained on the row's `slip`, a wrong answer, in place of its answer.
+    max_tokens: prompt and answer together at most.
+    """
+
+    examples_per_step: int = 128
+    slip_rate: Any = 0.0
+    max_tokens: int = 1024
+
+
+@dataclass(slots=True)
+class EvaluateConfig:
+    """`opd evaluate`: accuracy on held-out prompts of the student, of its domains' teachers, and of the base it began from.
+
+    run_dir: folder for evaluation.json and the resolved configuration.
+    student, base: models to compare; base may be left out.
+    prompts: held-out prompts per domain; null takes all.
+    """
+
+    run_dir: str = "runs/evaluate"
+    seed: int = 0
+    threads: int | None = None
+    student: ModelConfig = field(default_factory=ModelConfig)
+    base: ModelConfig = field(default_factory=ModelConfig)
+    domains: dict[str, DomainConfig] = field(default_factory=dict)
+    teachers: TeachersConfig = field(default_factory=TeachersConfig)
+    evaluation: EvaluationConfig = field(default_factory=lambda: EvaluationConfig(prompts=None))
+
+
+@dataclass(slots=True)
+class StageConfig:
+    """One step of a pipeline: a command with its overrides, run in processes of its own.
+
+    command: distill, specialize or evaluate.
+    overrides: as on the command line.
+    processes: ranks; null takes one per device (on a CPU machine: one per core, two at most).
+    after: stages that must be done before.
+    """
+
+    command: str = ""
+    overrides: list[str] = field(default_factory=list)
+    processes: int | None = None
+    after: list[str] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class PipelineConfig:
+    """`opd`: stages in order of their dependencies, side by side where cores allow; finished ones are skipped.
+
+    run_dir: folder of the pipeline; each stage writes to a folder of its own name in it.
+    fresh: redo everything.
+    seed, logger: given to every stage.
+    """
+
+    run_dir: str = "runs/quickstart"
+    seed: int = 0
+    fresh: bool = False
+    logger: LoggerConfig = field(default_factory=LoggerConfig)
+    stages: dict[str, StageConfig] = field(default_factory=dict)
+
+
+SCHEMAS: dict[str, type] = {
+    "distill": DistillConfig,
+    "specialize": SpecializeConfig,
+    "evaluate": EvaluateConfig,
+    "pipeline": PipelineConfig,
+}
+
+
+def parse(config: DictConfig, schema: type) -> Any:
+    """The typed config of a command. Raises ValueError, naming the key, for an unknown key or a value of the wrong type."""
+    try:
+        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), config))
+    except OmegaConfBaseException as error:
+        key = f"{error.full_key}: " if error.full_key else ""
+        raise ValueError(key + first_sentence(error)) from error

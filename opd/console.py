@@ -1,0 +1,69 @@
+"""What a person sees: a progress bar with time left on a terminal, plain lines in a log file, tables at the end of both."""
+
+import sys
+import time
+from collections.abc import Callable
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+PLAIN_LINE_SECONDS = 10.0
+"""At most one plain line of a task in so many seconds."""
+
+
+class ProgressDisplay:
+    """Several tasks, each with a number of steps and a short text."""
+
+    def __init__(self, visible: bool = True):
+        self.console = Console(file=sys.stdout, highlight=False, soft_wrap=not sys.stdout.isatty(), quiet=not visible)
+        self.is_terminal = self.console.is_terminal and visible
+        columns = (TextColumn("{task.description:<22}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[text]}"))
+        self.progress = Progress(*columns, console=self.console) if self.is_terminal else None
+        self.tasks: dict[str, int] = {}
+        self.last_line: dict[str, float] = {}
+        self.begun: dict[str, tuple[float, int]] = {}
+
+    def __enter__(self) -> "ProgressDisplay":
+        if self.progress is not None:
+            self.progress.start()
+        return self
+
+    def __exit__(self, *_exception) -> None:
+        if self.progress is not None:
+            self.progress.stop()
+
+    def say(self, line: str) -> None:
+        """Print one line, above the bars where there are any."""
+        self.console.print(line, markup=False)
+
+    def update(self, task: str, done: int, total: int, text: str = "") -> None:
+        """Show that `done` of `total` steps of a task are finished."""
+        if self.progress is not None:
+            if task not in self.tasks:
+                self.tasks[task] = self.progress.add_task(task, total=total, text=text)
+            self.progress.update(self.tasks[task], completed=done, total=total, text=text)
+            return
+        now = time.monotonic()
+        first_time, first_done = self.begun.setdefault(task, (now, done))
+        if done < total and now - self.last_line.get(task, -PLAIN_LINE_SECONDS) < PLAIN_LINE_SECONDS:
+            return
+        self.last_line[task] = now
+        left = (now - first_time) / (done - first_done) * (total - done) if done > first_done else None
+        remaining = "" if left is None or done == total else f", about {left:.0f} s left"
+        self.say(f"{task}: {done}/{total}{remaining}{'  ' + text if text else ''}")
+
+    def task_writer(self, task: str, total: int) -> Callable[[int, str], None]:
+        """A function (done, text) that updates one task."""
+        return lambda done, text="": self.update(task, done, total, text)
+
+
+def print_table(title: str, header: list[str], rows: list[list[str]], caption: str | None = None) -> None:
+    """A table that is as wide as it has to be, in a log file too."""
+    console = Console(file=sys.stdout, highlight=False, width=None if sys.stdout.isatty() else 140)
+    table = Table(title=title, caption=caption, title_justify="left", caption_justify="left")
+    for index, name in enumerate(header):
+        table.add_column(name, justify="left" if index == 0 else "right", no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)

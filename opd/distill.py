@@ -1,0 +1,46 @@
+"""The distillation loop, and nothing else. Every feature lives in the part that owns it."""
+
+from opd.checkpoint import is_due, resume, save
+from opd.config import DistillConfig
+from opd.distributed import start_processes
+from opd.engine import Engine
+from opd.evaluate import Evaluator, evaluation_metrics
+from opd.metrics import rollout_metrics
+from opd.run import finish_run, open_run
+from opd.stream import build_stream
+from opd.student import build_student, load_student_tokenizer, seed_everything
+from opd.tracker import Tracker
+from opd.update import update
+from teachers.pool import TeacherPool
+
+
+def distill(cfg: DistillConfig) -> None:
+    """Distil every domain's teacher into one student, on the student's own rollouts."""
+    device = start_processes()
+    seed_everything(cfg.seed)
+    tokenizer = load_student_tokenizer(cfg.student)
+    student = build_student(cfg.student, tokenizer)                      # MoE; what must not train is frozen
+    teachers = TeacherPool(cfg.domains, cfg.teachers, tokenizer, device) # frozen; grouped, few resident at a time
+    stream = build_stream(cfg, student, tokenizer, device)               # prompts, sampler, replay: its own answers
+    evaluator = Evaluator(cfg, student, tokenizer, teachers)
+    engine = Engine(student, len(tokenizer), cfg, device)                # the only code that touches DeepSpeed
+    run_dir = open_run(cfg)
+
+    with Tracker(run_dir, "distill", cfg) as tracker:
+        first = resume(run_dir, engine, stream, tracker)
+        if first == 0 and cfg.evaluation.every:
+            tracker.log(0, evaluation_metrics(evaluator.evaluate(stream.sampler, engine)))
+        for step in range(first, cfg.num_steps):
+            with tracker.timer("rollout"):
+                rollouts = stream.next(step, engine)
+            with tracker.timer("score"):
+                scored = teachers.score(rollouts)                        # each rollout by the teacher of its domain
+            with tracker.timer("update"):
+                metrics = update(engine, teachers, scored, cfg)
+            metrics |= rollout_metrics(rollouts, stream, cfg, tokenizer)
+            if is_due(step + 1, cfg.evaluation.every):
+                metrics |= evaluation_metrics(evaluator.evaluate(stream.sampler, engine))
+            if is_due(step + 1, cfg.checkpoint.every, cfg.num_steps):
+                save(run_dir, step + 1, engine, stream, cfg.checkpoint)
+            tracker.log(step + 1, metrics)
+    finish_run(run_dir, engine, tokenizer)

@@ -1,0 +1,232 @@
+"""The engine: DeepSpeed around the student and its loss. This is the only module that imports deepspeed.
+
+The loss is part of the wrapped module: `TrainedModel.forward` runs backbone, head and divergence, so that a partitioned model (ZeRO-3)
+gathers the head like any other parameter and its gradient returns through autograd. Micro-batches carry token weights that already
+divide by the step's global token count, so DeepSpeed's own divisions are undone: no scaling by accumulation steps, and the
+loss is multiplied by the number of ranks over which DeepSpeed averages gradients.
+
+The `deepspeed` section of the config is DeepSpeed's JSON schema, passed through, without the keys that other settings own.
+"""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("DS_SKIP_CUDA_CHECK", "1")
+
+import deepspeed
+import torch
+from deepspeed.utils import logger as deepspeed_logger
+from torch import nn
+from transformers import PreTrainedModel
+
+from opd.batch import MicroBatch
+from opd.config import OptimConfig, OptimizerKind, Router, RunConfig
+from opd.distributed import Group, num_ranks, reduce_sum
+from opd.divergence import TokenLosses, cross_entropy, reverse_kl
+from opd.optim import learning_rate_factor, parameter_groups
+from opd.routing import RoutingRecorder
+from rollout.model import backbone_of, head_of
+
+OWNED_KEYS = {
+    "train_batch_size": "rollout.prompts_per_step",
+    "train_micro_batch_size_per_gpu": "batch.max_tokens_per_micro_batch",
+    "gradient_accumulation_steps": "batch.max_tokens_per_micro_batch",
+    "gradient_clipping": "optim.clip_norm",
+    "optimizer": "optim",
+    "scheduler": "optim.schedule",
+    "bf16": "student.dtype",
+    "fp16": "student.dtype",
+}
+
+
+class TrainedModel(nn.Module):
+    """Student and loss in one module: micro-batch (and teacher head) -> weighted loss, per-token losses."""
+
+    def __init__(self, model: PreTrainedModel, vocab_size: int, balance_loss: float):
+        super().__init__()
+        self.model, self.vocab_size, self.balance_loss = model, vocab_size, balance_loss
+        self.recorder = RoutingRecorder(model)
+
+    def forward(self, batch: MicroBatch, teacher_head_VD: torch.Tensor | None, balance_scale: float) -> tuple[torch.Tensor, TokenLosses]:
+        hidden_BLD = backbone_of(self.model)(input_ids=batch.tokens_BL, use_cache=False)[0]
+        hidden_ND = hidden_BLD.flatten(0, 1)[batch.position_N]
+        head_VD = head_of(self.model).weight
+        if teacher_head_VD is None:
+            loss, losses = cross_entropy(hidden_ND, head_VD, batch.target_N, batch.weight_N, self.vocab_size)
+        else:
+            loss, losses = reverse_kl(hidden_ND, head_VD, batch.teacher_hidden_ND, teacher_head_VD, batch.weight_N, self.vocab_size)
+        if not batch.is_filler:
+            self.recorder.count(batch.real_BL)
+        if self.balance_loss:
+            loss = loss + self.balance_loss * balance_scale * self.recorder.balance_loss(batch.real_BL)
+        return loss, losses
+
+
+class Engine:
+    """Forward, backward and update of the student under DeepSpeed; also the samplers' WeightSource."""
+
+    def __init__(self, student: PreTrainedModel, vocab_size: int, cfg: RunConfig, device: torch.device):
+        self.cfg, self.device = cfg, device
+        self.model = student.to(device)
+        self.trained = TrainedModel(self.model, vocab_size, cfg.student.router_balance_loss)
+        self.recorder = self.trained.recorder
+        settings = deepspeed_settings(cfg, next(student.parameters()).dtype)
+        self.zero_stage = settings.get("zero_optimization", {}).get("stage", 0)
+        groups = parameter_groups(self.model, cfg.optim)
+        if not groups:
+            raise ValueError("nothing in the student can be trained: every parameter is frozen")
+        self.muon_names = {name for name, parameter in self.model.named_parameters() for g in groups if g.use_muon for p in g.parameters if p is parameter}
+        self.peak_rates = [cfg.optim.muon_lr if group.use_muon else cfg.optim.lr for group in groups]
+        deepspeed_logger.setLevel("WARNING")
+        _leave_out_shared_memory_op()
+        self.engine, *_ = deepspeed.initialize(
+            model=self.trained, optimizer=_optimizer(groups, cfg.optim), config=settings, dist_init_required=False
+        )
+        if self.zero_stage == 3:
+            deepspeed.zero.register_external_parameter(self.trained, head_of(self.model).weight)
+        self.policy_step = 0
+
+    def loss(self, batch: MicroBatch, teacher_head_VD: torch.Tensor | None, is_last: bool, balance_scale: float = 0.0) -> tuple[torch.Tensor, TokenLosses]:
+        """Weighted loss of one micro-batch (a scalar that carries gradients) and its per-token losses.
+
+        is_last: this is the step's last micro-batch on this rank, whose backward reduces the gradients.
+        balance_scale: 1 / (sequences of the step over all ranks), for the balance loss.
+        """
+        self.engine.set_gradient_accumulation_boundary(is_last)
+        return self.engine(batch, teacher_head_VD, balance_scale)
+
+    def backward(self, loss: torch.Tensor) -> None:
+        self.engine.backward(loss * num_ranks(Group.data), scale_wrt_gas=False)
+
+    def step(self) -> dict[str, float]:
+        """One optimizer update; returns learning rate, gradient norm before clipping, clip rate, update-to-weight ratio.
+
+        Raises ValueError where the gradient is not finite; the weights are then unchanged.
+        """
+        factor = learning_rate_factor(self.policy_step, self.cfg.num_steps, self.cfg.optim)
+        for group, peak in zip(self.engine.optimizer.param_groups, self.peak_rates, strict=True):
+            group["lr"] = peak * factor
+        before = [tensor.clone() for tensor in self._master_weights()]
+        gradient_norm = self._stage_0_norm() if self.zero_stage == 0 else None
+        self.engine.step()
+        self.policy_step += 1
+        metrics = {"optim/lr": self.cfg.optim.lr * factor, "optim/update_to_weight": self._update_to_weight(before)}
+        if self.cfg.optim.kind is OptimizerKind.muon:
+            return metrics | {"optim/muon_lr": self.cfg.optim.muon_lr * factor}
+        norm = float(self.engine.get_global_grad_norm() if gradient_norm is None else gradient_norm)
+        if norm != norm or norm == float("inf"):
+            raise ValueError(f"the gradient of step {self.policy_step} is not finite: lower optim.lr, or look at the step's rollouts")
+        clip = self.cfg.optim.clip_norm
+        return metrics | {"optim/grad_norm": norm, "optim/clipped": float(clip is not None and norm > clip)}
+
+    def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Full parameters and persistent buffers by name, one gathered at a time; every rank has to walk it to the end."""
+        for name, parameter in self.model.named_parameters():
+            with deepspeed.zero.GatheredParameters([parameter], enabled=self.zero_stage == 3):
+                yield name, parameter.data
+        parameters = {name for name, _ in self.model.named_parameters(remove_duplicate=False)}
+        for name, tensor in self.model.state_dict(keep_vars=True).items():
+            if name not in parameters:
+                yield name, tensor.data
+
+    def full_weights(self) -> dict[str, torch.Tensor]:
+        """A copy of all weights on the CPU; every rank has to call it."""
+        return {name: tensor.detach().to("cpu", copy=True) for name, tensor in self.weights()}
+
+    def probe_routing(self, tokens_BL: torch.Tensor) -> dict[str, float]:
+        """Share of routing decisions unchanged since the first call (opd/routing.py); every rank has to call it."""
+        return self.recorder.probe(backbone_of(self.model), tokens_BL.to(self.device))
+
+    def save(self, folder: Path, tag: str) -> None:
+        """DeepSpeed's checkpoint of weights, optimizer and routing under `folder/tag`; every rank has to call it."""
+        buffers = {name: tensor.clone() for name, tensor in self.model.named_buffers()}
+        state = {"policy_step": self.policy_step, "routing": self.recorder.state(), "buffers": buffers}
+        self.engine.save_checkpoint(str(folder), tag=tag, client_state={"opd": state})
+
+    def load(self, folder: Path, tag: str) -> None:
+        """Restore what `save` wrote. Raises ValueError where DeepSpeed finds nothing to load."""
+        path, client_state = self.engine.load_checkpoint(str(folder), tag=tag)
+        if path is None:
+            raise ValueError(f"the checkpoint {folder / tag} cannot be loaded: it is missing or incomplete")
+        state = client_state["opd"]
+        self.policy_step = state["policy_step"]
+        self.recorder.restore(state["routing"])
+        for name, buffer in self.model.named_buffers():
+            buffer.copy_(state["buffers"][name])
+
+    def _master_weights(self) -> list[torch.Tensor]:
+        """This rank's share of the float32 weights that the optimizer moves."""
+        return [parameter.data for group in self.engine.optimizer.param_groups for parameter in group["params"]]
+
+    def _update_to_weight(self, before: list[torch.Tensor]) -> float:
+        """Norm of the update over norm of the weights, over all ranks' shares."""
+        after = self._master_weights()
+        update = sum((new - old).double().square().sum() for new, old in zip(after, before, strict=True))
+        weight = sum(old.double().square().sum() for old in before)
+        sums = torch.stack([update, weight])
+        if self.zero_stage > 0:
+            sums = reduce_sum(sums, Group.data)
+        return float((sums[0] / sums[1]).sqrt())
+
+    def _stage_0_norm(self) -> torch.Tensor:
+        gradients = [p.grad for group in self.engine.optimizer.param_groups for p in group["params"] if p.grad is not None]
+        return torch.stack([gradient.double().norm() for gradient in gradients]).norm()
+
+
+def deepspeed_settings(cfg: RunConfig, dtype: torch.dtype) -> dict[str, Any]:
+    """DeepSpeed's config from ours. Raises ValueError for a key that another setting owns, and for combinations that degrade silently."""
+    owned = [key for key in cfg.deepspeed if key in OWNED_KEYS]
+    if owned:
+        raise ValueError(f"deepspeed.{owned[0]} is owned by {OWNED_KEYS[owned[0]]}: set that instead")
+    stage = cfg.deepspeed.get("zero_optimization", {}).get("stage", 0)
+    bf16 = dtype is torch.bfloat16
+    if cfg.optim.kind is OptimizerKind.muon:
+        if cfg.optim.clip_norm is not None:
+            raise ValueError("optim.clip_norm must be null with optim.kind=muon: DeepSpeed would clip the orthogonalised update, not the gradient")
+        if bf16 and stage < 2:
+            raise ValueError("optim.kind=muon in bfloat16 needs ZeRO 2 or 3 (deepspeed=zero2): DeepSpeed does not orthogonalise at lower stages")
+    if bf16 and stage == 0:
+        raise ValueError("student.dtype=bfloat16 needs ZeRO 1, 2 or 3 (deepspeed=zero1), which keep float32 master weights")
+    if cfg.student.router is Router.train and cfg.student.router_balance_loss and cfg.student.gradient_checkpointing:
+        raise ValueError("student.router_balance_loss does not work with student.gradient_checkpointing: set one of them off")
+    settings = {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        **({"gradient_clipping": cfg.optim.clip_norm} if cfg.optim.clip_norm is not None else {}),
+        **({"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}, "communication_data_type": "fp32"} if bf16 else {}),
+        **cfg.deepspeed,
+    }
+    if stage == 3 and cfg.optim.kind is OptimizerKind.muon:
+        settings["zero_optimization"] = {"reduce_scatter": False, **settings["zero_optimization"]}
+    return settings
+
+
+def _optimizer(groups: list, cfg: OptimConfig) -> torch.optim.Optimizer:
+    betas = tuple(cfg.betas)
+    if cfg.kind is OptimizerKind.adamw:
+        return torch.optim.AdamW(
+            [{"params": group.parameters, "weight_decay": cfg.weight_decay if group.decay else 0.0} for group in groups],
+            lr=cfg.lr, betas=betas, eps=cfg.eps,
+        )  # fmt: skip
+    from deepspeed.runtime.zero.muon.muon_optimizer import MuonWithAuxAdam  # importing it compiles kernels
+
+    settings = []
+    for group in groups:
+        for parameter in group.parameters:
+            parameter.use_muon = group.use_muon
+        decay = cfg.weight_decay if group.decay else 0.0
+        shared = {"params": group.parameters, "use_muon": group.use_muon, "weight_decay": decay}
+        own = {"lr": cfg.muon_lr, "momentum": cfg.momentum, "ns_method": "standard"} if group.use_muon else {"lr": cfg.lr, "betas": betas, "eps": cfg.eps}
+        settings.append(shared | own)
+    return MuonWithAuxAdam(settings)
+
+
+def _leave_out_shared_memory_op() -> None:
+    """DeepSpeed compiles a shared-memory all-reduce for CPU inference at start-up; training never calls it."""
+    import deepspeed.ops
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

@@ -1,0 +1,219 @@
+"""Evaluation on held-out prompts: accuracy at temperature 1 (greedy beside it), and the divergence from each domain's teacher.
+
+A figure is a sum over all held-out prompts divided by their number, with its 95 % interval; ranks answer a share of the prompts each. Random
+numbers are keyed apart from training's. Recovery is the student's accuracy over its teacher's, with the interval of a ratio.
+
+`opd evaluate` writes (schema version 1): {"schema": 1, "domains": {NAME: {"base", "teacher", "student": {"accuracy", "low", "high",
+"greedy", "prompts"}, "recovery": {"value", "low", "high"} | "not graded", "kl": {"base", "student": {"per_token": {...}, "per_sequence":
+{...}}}}}, "min_recovery": number | null, "not_graded": [NAME, ...]}.
+"""
+
+import json
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+from omegaconf import OmegaConf
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from opd.batch import teacher_batches
+from opd.config import EvaluateConfig, RunConfig
+from opd.console import print_table
+from opd.distributed import Group, is_main, num_ranks, rank, reduce_sum, start_processes
+from opd.divergence import reverse_kl
+from opd.intervals import Interval, mean, proportion, ratio
+from opd.stream import end_tokens
+from rollout.chat import decode_completion
+from rollout.config import SamplingConfig
+from rollout.grading import grade
+from rollout.model import backbone_of, context_length, head_of, load_model, load_tokenizer
+from rollout.prompts import DomainPrompts, load_held_out
+from rollout.sampler import LocalSampler, WeightSource
+from rollout.types import Prompt, Rollout
+from teachers.pool import TeacherPool
+
+FIRST_REQUEST = 1 << 40
+"""Requests of evaluation are numbered from here, so that their random numbers differ from those of training."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DomainResult:
+    """One model on one domain's held-out prompts.
+
+    accuracy: at temperature 1; greedy: at temperature 0; both None where the domain has no grader.
+    kl_per_token, kl_per_sequence: from the domain's teacher, in nats; None where it was not asked for.
+    """
+
+    prompts: int
+    accuracy: Interval | None
+    greedy: Interval | None
+    kl_per_token: Interval | None
+    kl_per_sequence: Interval | None
+
+
+class Evaluator:
+    """Evaluates models on the held-out prompts of a run's domains."""
+
+    def __init__(self, cfg: RunConfig | EvaluateConfig, student: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, teachers: TeacherPool | None):
+        """Reads the held-out prompts. `teachers` are needed for divergences only."""
+        self.domains, self.cfg, self.tokenizer, self.teachers = cfg.domains, cfg.evaluation, tokenizer, teachers
+        longest = context_length(student) - cfg.evaluation.sampling.max_new_tokens
+        prompts = {name: domain.prompts for name, domain in cfg.domains.items()}
+        held_out = load_held_out(prompts, {name: domain.held_out for name, domain in cfg.domains.items()}, tokenizer, longest)
+        self.prompts = {name: _held_out(name, rows, cfg.evaluation.prompts) for name, rows in held_out.items()}
+
+    def evaluate(self, sampler: LocalSampler, source: WeightSource | None = None) -> dict[str, DomainResult]:
+        """Results per domain with held-out prompts; takes the source's weights first where one is given. Every rank calls it."""
+        if source is not None:
+            sampler.refresh(source)
+        return {name: self.evaluate_domain(name, sampler) for name in self.prompts}
+
+    def evaluate_domain(self, name: str, sampler: LocalSampler) -> DomainResult:
+        """The sampler's model on one domain; every rank calls it."""
+        own = self.prompts[name][rank(Group.data) :: num_ranks(Group.data)]
+        sampled = sampler.sample(own, _at_temperature(self.cfg.sampling, 1.0))
+        count = len(self.prompts[name])
+        accuracy = greedy = None
+        if self.domains[name].grader is not None:
+            accuracy = proportion(self._score(name, sampled), count)
+            greedy = proportion(self._score(name, sampler.sample(own, _at_temperature(self.cfg.sampling, 0.0))), count)
+        kl_per_token = kl_per_sequence = None
+        if self.cfg.kl and self.teachers is not None:
+            kl_per_token, kl_per_sequence = self._divergence(sampler.model, sampled)
+        return DomainResult(prompts=count, accuracy=accuracy, greedy=greedy, kl_per_token=kl_per_token, kl_per_sequence=kl_per_sequence)
+
+    def _score(self, name: str, rollouts: list[Rollout]) -> float:
+        grader = self.domains[name].grader
+        scores = [grade(grader, decode_completion(r.completion_T.tolist(), self.tokenizer), r.prompt.answer, r.prompt.row) for r in rollouts]
+        return float(reduce_sum(torch.tensor(sum(scores), dtype=torch.float64), Group.data))
+
+    @torch.no_grad()
+    def _divergence(self, model: PreTrainedModel, rollouts: list[Rollout]) -> tuple[Interval, Interval]:
+        """KL(student || teacher) per token and per sequence; the per-token interval treats sequences as the independent units."""
+        sums = torch.zeros(6, dtype=torch.float64)
+        if rollouts:
+            batches = teacher_batches(self.teachers.score(rollouts), dict.fromkeys(self.domains, 1.0), self.teachers.cfg.max_tokens_per_forward)
+            for batch in batches:
+                batch = batch.to(model.device)
+                hidden_ND = backbone_of(model)(input_ids=batch.tokens_BL, use_cache=False)[0].flatten(0, 1)[batch.position_N]
+                head_VD, teacher_head_VD = head_of(model).weight, self.teachers.head(batch.teacher)
+                _, losses = reverse_kl(hidden_ND, head_VD, batch.teacher_hidden_ND, teacher_head_VD, batch.weight_N, len(self.tokenizer))
+                kl_B = torch.zeros(len(batch.rollouts), dtype=torch.float64).index_add_(0, batch.rollout_N.cpu(), (losses.loss_N * batch.mask_N).double().cpu())
+                tokens_B = torch.tensor([rollout.num_loss_tokens for rollout in batch.rollouts], dtype=torch.float64)
+                ones_B = torch.ones_like(kl_B)
+                sums += torch.stack([ones_B, tokens_B, kl_B, tokens_B**2, kl_B**2, kl_B * tokens_B], dim=1).sum(0)
+        count, tokens, kl, tokens_squared, kl_squared, product = reduce_sum(sums, Group.data).tolist()
+        return _ratio_of_sums(count, tokens, kl, tokens_squared, kl_squared, product), mean(kl, kl_squared, int(count))
+
+
+def evaluation_metrics(results: dict[str, DomainResult]) -> dict[str, float]:
+    """Results under the names of opd/metrics.py."""
+    metrics = {}
+    for name, result in results.items():
+        for figure in ("accuracy", "kl_per_token", "kl_per_sequence"):
+            interval = {"accuracy": result.accuracy, "kl_per_token": result.kl_per_token, "kl_per_sequence": result.kl_per_sequence}[figure]
+            if interval is not None:
+                metrics[f"evaluation/{name}/{figure}"] = interval.value
+                metrics[f"evaluation/{name}/{figure}_low"] = interval.low
+                metrics[f"evaluation/{name}/{figure}_high"] = interval.high
+        if result.greedy is not None:
+            metrics[f"evaluation/{name}/greedy"] = result.greedy.value
+    return metrics
+
+
+def comparison(base: dict[str, DomainResult], teacher: dict[str, DomainResult], student: dict[str, DomainResult]) -> dict:
+    """The record that `opd evaluate` writes (module docstring); `base` may be empty."""
+    domains, recoveries = {}, {}
+    for name, result in student.items():
+        roles = {"base": base.get(name), "teacher": teacher[name], "student": result}
+        record = {role: _accuracy_record(found) for role, found in roles.items() if found is not None}
+        recovery = None if result.accuracy is None else ratio(result.accuracy, teacher[name].accuracy)
+        record["recovery"] = "not graded" if result.accuracy is None else recovery and asdict(recovery)
+        if result.accuracy is not None:
+            recoveries[name] = None if recovery is None else recovery.value
+        kl = {role: found for role, found in roles.items() if role != "teacher" and found is not None and found.kl_per_token is not None}
+        if kl:
+            record["kl"] = {role: {"per_token": asdict(r.kl_per_token), "per_sequence": asdict(r.kl_per_sequence)} for role, r in kl.items()}
+        domains[name] = record
+    unknown = not recoveries or None in recoveries.values()
+    return {
+        "schema": 1,
+        "domains": domains,
+        "min_recovery": None if unknown else min(recoveries.values()),
+        "not_graded": [name for name in student if name not in recoveries],
+    }
+
+
+def _accuracy_record(result: DomainResult) -> dict:
+    if result.accuracy is None:
+        return {"accuracy": None, "low": None, "high": None, "greedy": None, "prompts": result.prompts}
+    accuracy = result.accuracy
+    return {"accuracy": accuracy.value, "low": accuracy.low, "high": accuracy.high, "greedy": result.greedy.value, "prompts": result.prompts}
+
+
+def _held_out(name: str, prompts: DomainPrompts, limit: int | None) -> list[Prompt]:
+    rows = [(source, index, row) for source, rows in prompts.sources.items() for index, row in enumerate(rows)][:limit]
+    return [
+        Prompt(domain=name, request=FIRST_REQUEST + number, row=f"{source}:{index}", tokens=tuple(row["tokens"]), answer=row["answer"])
+        for number, (source, index, row) in enumerate(rows)
+    ]
+
+
+def _at_temperature(cfg: SamplingConfig, temperature: float) -> SamplingConfig:
+    return replace(cfg, temperature=temperature)
+
+
+def _ratio_of_sums(count: float, tokens: float, kl: float, tokens_squared: float, kl_squared: float, product: float) -> Interval:
+    """sum(kl) / sum(tokens) with the linearised (delta-method) interval of a ratio of two sums over sequences."""
+    value = kl / tokens
+    residual = max(0.0, kl_squared - 2 * value * product + value**2 * tokens_squared)
+    mean_tokens = tokens / count
+    spread = mean(0.0, residual, int(count))
+    half = (spread.high - spread.value) / mean_tokens
+    return Interval(value, value - half, value + half)
+
+
+def evaluate(cfg: EvaluateConfig) -> None:
+    """`opd evaluate`: base, teachers and student on every domain's held-out prompts; writes RUN/evaluation.json and prints the table."""
+    device = start_processes()
+    tokenizer = load_tokenizer(cfg.student.model or "", cfg.student.revision, cfg.student.trust_remote_code)
+    student = load_model(cfg.student, "student").to(device)
+    teachers = TeacherPool(cfg.domains, cfg.teachers, tokenizer, device)
+    evaluator = Evaluator(cfg, student, tokenizer, teachers)
+    if not evaluator.prompts:
+        raise ValueError("no domain has held-out prompts: set domains.NAME.held_out.path")
+    models = {"student": student} | ({"base": load_model(cfg.base, "base").to(device)} if cfg.base.model is not None else {})
+    results = {role: evaluator.evaluate(LocalSampler(model, end_tokens(model, tokenizer), cfg.seed)) for role, model in models.items()}
+    without_kl = Evaluator(cfg, student, tokenizer, teachers=None)
+    teacher = {}
+    for name in evaluator.prompts:
+        model = teachers.get(teachers.teacher_of[name]).model
+        teacher[name] = without_kl.evaluate_domain(name, LocalSampler(model, end_tokens(model, tokenizer), cfg.seed))
+    record = comparison(results.get("base", {}), teacher, results["student"])
+    if is_main():
+        folder = Path(cfg.run_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.structured(cfg)))
+        (folder / "evaluation.json").write_text(json.dumps(record, indent=2) + "\n")
+        print_comparison(record)
+
+
+def print_comparison(record: dict) -> None:
+    """The table of a comparison: per domain accuracy of base, teacher and student, and recovery."""
+    rows = []
+    for name, domain in record["domains"].items():
+        cells = [_accuracy_cell(domain.get(role)) for role in ("base", "teacher", "student")]
+        recovery = domain["recovery"]
+        cells.append(recovery if isinstance(recovery, str) else _interval_cell(recovery and recovery["value"], recovery))
+        greedy = [f"{domain[role]['greedy']:.3f}" for role in ("base", "teacher", "student") if role in domain and domain[role]["accuracy"] is not None]
+        rows.append([name, *cells, " / ".join(greedy), str(domain["student"]["prompts"])])
+    header = ["domain", "base", "teacher", "student", "recovery", "greedy b/t/s", "prompts"]
+    print_table("Accuracy on held-out prompts (temperature 1), with 95 % intervals", header, rows)
+
+
+def _accuracy_cell(record: dict | None) -> str:
+    return "" if record is None or record["accuracy"] is None else _interval_cell(record["accuracy"], record)
+
+
+def _interval_cell(value: float | None, record: dict | None) -> str:
+    return "undefined" if value is None else f"{value:.3f} [{record['low']:.3f}, {record['high']:.3f}]"

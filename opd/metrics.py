@@ -1,0 +1,126 @@
+"""Figures of a step, per domain and over all ranks; the names written to metrics.jsonl and W&B.
+
+`metrics.jsonl` (schema version 1): one JSON object per line, {"schema": 1, "step": number of updates done, NAME: number, ...}.
+Step 0 holds what was measured before training. Names:
+
+    domain/D/kl_per_token, kl_per_sequence    nats; sums over tokens (sequences) of the step, divided by their number
+    domain/D/loss_per_token                   the same place in supervised training: negative log-likelihood
+    domain/D/student_entropy, teacher_entropy nats per token
+    domain/D/completion_length, truncated     tokens per completion; share that hit the limit
+    domain/D/accuracy                         mean score of the step's rollouts, where the domain has a grader
+    domain/D/prompt_share, token_share, loss_share          realised in this step
+    domain/D/prompt_share_asked, loss_weight_asked, loss_weight    asked for; and w_d after division by those present
+    step/loss, step/completion_tokens, step/rollouts, step/teacher_loads
+    step/differs      1 from the first step on whose rollouts differ from the compared run's (rollout.compare)
+    data/D/rows, data/D/dropped               rows read, and left out for their length (record of step 0)
+    optim/lr, grad_norm, clipped, update_to_weight (muon: muon_lr in place of grad_norm and clipped)
+    router/layer_LL/load_entropy, load_entropy_change, dead_experts, routed_as_at_start
+    seconds/PHASE, seconds/step, throughput/completion_tokens_per_second
+    evaluation/D/accuracy, accuracy_low, accuracy_high, greedy, kl_per_token, kl_per_sequence (with _low, _high)
+
+Means are always sums over the whole step divided by counts over the whole step, never means of means.
+"""
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from opd.batch import MicroBatch
+from opd.config import DistillConfig
+from opd.distributed import Group, reduce_sum
+from opd.divergence import TokenLosses
+from rollout.chat import decode_completion
+from rollout.grading import grade
+from rollout.stream import RolloutStream
+from rollout.types import Rollout
+from teachers.config import DomainConfig
+
+SCHEMA = 1
+
+
+class DomainTotals:
+    """Sums per domain on this rank, by name; `reduced` adds up the ranks."""
+
+    def __init__(self, domains: list[str]):
+        self.totals: dict[str, dict[str, float]] = {domain: {} for domain in domains}
+
+    def add(self, domain: str, **values: float) -> None:
+        sums = self.totals[domain]
+        for name, value in values.items():
+            sums[name] = sums.get(name, 0.0) + float(value)
+
+    def reduced(self, names: tuple[str, ...]) -> dict[str, dict[str, float]]:
+        """Sums over all ranks of the given names; every rank passes the same names."""
+        own = [[sums.get(name, 0.0) for name in names] for sums in self.totals.values()]
+        everything = reduce_sum(torch.tensor(own, dtype=torch.float64), Group.data).tolist()
+        return {domain: dict(zip(names, row, strict=True)) for domain, row in zip(self.totals, everything, strict=True)}
+
+
+ROLLOUT_SUMS = ("rollouts", "completion_tokens", "loss_tokens", "truncated", "graded", "score")
+LOSS_SUMS = ("tokens", "sequences", "loss", "weighted_loss", "student_entropy", "teacher_entropy")
+
+
+def rollout_totals(rollouts: list[Rollout], domains: dict[str, DomainConfig], tokenizer: PreTrainedTokenizerBase) -> dict[str, dict[str, float]]:
+    """Counts, lengths and grades of a step's rollouts, per domain over all ranks."""
+    totals = DomainTotals(list(domains))
+    for rollout in rollouts:
+        domain, grader = rollout.prompt.domain, domains[rollout.prompt.domain].grader
+        totals.add(domain, rollouts=1, completion_tokens=len(rollout.completion_T), loss_tokens=rollout.num_loss_tokens, truncated=not rollout.finished)
+        if grader is not None:
+            text = decode_completion(rollout.completion_T.tolist(), tokenizer)
+            totals.add(domain, graded=1, score=grade(grader, text, rollout.prompt.answer, rollout.prompt.row))
+    return totals.reduced(ROLLOUT_SUMS)
+
+
+def add_losses(totals: DomainTotals, batch: MicroBatch, losses: TokenLosses) -> None:
+    """Add one micro-batch's per-token losses to its domains' sums. Fillers count for nothing."""
+    if batch.is_filler:
+        return
+    mask_N = batch.mask_N.double()
+    columns = [mask_N, losses.loss_N * mask_N, losses.loss_N * batch.weight_N, losses.student_entropy_N * mask_N]
+    columns.append(mask_N * 0 if losses.teacher_entropy_N is None else losses.teacher_entropy_N * mask_N)
+    per_token_NS = torch.stack([column.double() for column in columns], dim=1)
+    per_rollout = torch.zeros(len(batch.rollouts), 5, dtype=torch.float64, device=mask_N.device).index_add_(0, batch.rollout_N, per_token_NS)
+    for rollout, (tokens, loss, weighted, student_entropy, teacher_entropy) in zip(batch.rollouts, per_rollout.tolist(), strict=True):
+        totals.add(
+            rollout.prompt.domain, tokens=tokens, sequences=1, loss=loss, weighted_loss=weighted,
+            student_entropy=student_entropy, teacher_entropy=teacher_entropy,
+        )  # fmt: skip
+
+
+def rollout_metrics(rollouts: list[Rollout], stream: RolloutStream, cfg: DistillConfig, tokenizer: PreTrainedTokenizerBase) -> dict[str, float]:
+    """Metrics of a step's rollouts over all ranks; a domain without rollouts in the step has shares 0 and no means."""
+    totals = rollout_totals(rollouts, cfg.domains, tokenizer)
+    prompts = sum(sums["rollouts"] for sums in totals.values())
+    tokens = sum(sums["completion_tokens"] for sums in totals.values())
+    result = {"step/rollouts": prompts, "step/completion_tokens": tokens}
+    result |= {f"domain/{domain}/prompt_share_asked": share for domain, share in stream.asked_shares.items()}
+    if cfg.rollout.compare is not None:
+        result["step/differs"] = float(stream.difference is not None)
+    for domain, sums in totals.items():
+        result[f"domain/{domain}/prompt_share"] = sums["rollouts"] / prompts
+        result[f"domain/{domain}/token_share"] = sums["completion_tokens"] / tokens
+        if sums["rollouts"]:
+            result[f"domain/{domain}/completion_length"] = sums["completion_tokens"] / sums["rollouts"]
+            result[f"domain/{domain}/truncated"] = sums["truncated"] / sums["rollouts"]
+        if sums["graded"]:
+            result[f"domain/{domain}/accuracy"] = sums["score"] / sums["graded"]
+    return result
+
+
+def loss_metrics(totals: DomainTotals, is_distillation: bool) -> dict[str, float]:
+    """Metrics of the losses added with `add_losses`, over all ranks."""
+    sums_of = totals.reduced(LOSS_SUMS)
+    loss = sum(sums["weighted_loss"] for sums in sums_of.values())
+    result = {"step/loss": loss}
+    for domain, sums in sums_of.items():
+        if not sums["tokens"]:
+            continue
+        result[f"domain/{domain}/student_entropy"] = sums["student_entropy"] / sums["tokens"]
+        result[f"domain/{domain}/loss_share"] = sums["weighted_loss"] / loss if loss else 0.0
+        if is_distillation:
+            result[f"domain/{domain}/kl_per_token"] = sums["loss"] / sums["tokens"]
+            result[f"domain/{domain}/kl_per_sequence"] = sums["loss"] / sums["sequences"]
+            result[f"domain/{domain}/teacher_entropy"] = sums["teacher_entropy"] / sums["tokens"]
+        else:
+            result[f"domain/{domain}/loss_per_token"] = sums["loss"] / sums["tokens"]
+    return result

@@ -1,0 +1,255 @@
+"""A pipeline of commands: each stage in processes of its own, side by side where there are cores (or GPUs) for it.
+
+    RUN/STAGE/                what the stage's command writes
+    RUN/stages/STAGE.json     {"schema": 1, "hash", "state": "running" | "done", "seconds"}
+    RUN/stages/STAGE.log      its output
+    RUN/summary.json          {"schema": 1, "domains": {NAME: {"base": {"accuracy", "low", "high", ...}, "teacher": {...},
+                              "student": {...}, "recovery": {"value", "low", "high"}}}, "min_recovery", "not_graded",
+                              "seconds": {STAGE: s}, "peak_memory_bytes", "seed", "versions"}
+
+A stage's hash covers its resolved configuration and the hashes of the stages before it. A stage that is done under the same hash is skipped; one
+that was interrupted under the same hash resumes; any other starts anew. Progress is read from the metrics the stages write, so they
+need no channel back.
+"""
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import torch
+from omegaconf import OmegaConf
+
+from opd.config import PipelineConfig, StageConfig
+from opd.console import ProgressDisplay
+from opd.evaluate import print_comparison
+
+SCHEMA = 1
+POLL_SECONDS = 0.5
+
+
+@dataclass(slots=True)
+class Stage:
+    """One stage with what is known of it: its hash, its state file's content, and its process while it runs."""
+
+    name: str
+    cfg: StageConfig
+    folder: Path
+    arguments: list[str]
+    hash: str
+    num_steps: int
+    record: dict
+    process: subprocess.Popen | None = None
+    begun: float = 0.0
+    slots: tuple[int, ...] = ()
+
+    @property
+    def is_done(self) -> bool:
+        return self.record.get("hash") == self.hash and self.record.get("state") == "done"
+
+
+def run_pipeline(cfg: PipelineConfig) -> None:
+    """Run what is not done yet, then write the summary and print its table. Raises ValueError where a stage fails."""
+    run_dir = Path(cfg.run_dir)
+    if cfg.fresh and run_dir.exists():
+        if not (run_dir / "stages").is_dir() and any(run_dir.iterdir()):
+            raise ValueError(f"{run_dir} is not a pipeline's folder, so fresh=true does not delete it: choose another run_dir")
+        shutil.rmtree(run_dir)
+    stages = plan(cfg)
+    (run_dir / "stages").mkdir(parents=True, exist_ok=True)
+    (run_dir / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.structured(cfg)))
+    free = list(range(torch.cuda.device_count() or min(2, len(os.sched_getaffinity(0)))))
+    peak_memory = _Peak()
+    with ProgressDisplay() as display:
+        for stage in stages.values():
+            if stage.is_done:
+                display.say(f"{stage.name}: done before, skipped")
+        try:
+            while not all(stage.is_done for stage in stages.values()):
+                _start_ready(stages, free, run_dir, display)
+                time.sleep(POLL_SECONDS)
+                peak_memory.measure()
+                for stage in stages.values():
+                    if stage.process is not None:
+                        _follow(stage, free, run_dir, display)
+        finally:
+            _stop(stages, run_dir)
+    write_summary(cfg, stages, peak_memory.bytes)
+
+
+def plan(cfg: PipelineConfig) -> dict[str, Stage]:
+    """The stages with their hashes, in order. Raises ValueError for an unknown command or dependency, or a bad configuration."""
+    from opd.__main__ import COMMANDS, load_config
+
+    stages: dict[str, Stage] = {}
+    for name, stage in cfg.stages.items():
+        unknown = [before for before in stage.after if before not in stages]
+        if stage.command not in COMMANDS or stage.command == "pipeline":
+            raise ValueError(f"stage {name} runs {stage.command!r}, which is no command of a pipeline")
+        if unknown:
+            raise ValueError(f"stage {name} comes after {unknown[0]!r}, which is not a stage before it")
+        folder = Path(cfg.run_dir) / name
+        overrides = [*stage.overrides, f"run_dir={folder}", f"seed={cfg.seed}"]
+        config = load_config(stage.command, overrides)
+        identity = OmegaConf.to_yaml(OmegaConf.structured(config)) + "".join(stages[before].hash for before in stage.after)
+        if stage.command != "evaluate":
+            overrides += [f"logger={cfg.logger.kind.value}"]
+        state_file = _state_file(Path(cfg.run_dir), name)
+        stages[name] = Stage(
+            name=name,
+            cfg=stage,
+            folder=folder,
+            arguments=[stage.command, *overrides],
+            hash=hashlib.sha256(identity.encode()).hexdigest(),
+            num_steps=1 if stage.command == "evaluate" else config.num_steps,
+            record=json.loads(state_file.read_text()) if state_file.is_file() else {},
+        )
+    return stages
+
+
+def _start_ready(stages: dict[str, Stage], free: list[int], run_dir: Path, display: ProgressDisplay) -> None:
+    for stage in stages.values():
+        wanted = min(stage.cfg.processes or len(free) + _busy(stages), len(free) + _busy(stages))
+        ready = not stage.is_done and stage.process is None and all(stages[before].is_done for before in stage.cfg.after)
+        if ready and wanted <= len(free):
+            stage.slots = tuple(free[:wanted])
+            del free[:wanted]
+            _start(stage, run_dir)
+            display.update(stage.name, 0, stage.num_steps, "starting")
+
+
+def _start(stage: Stage, run_dir: Path) -> None:
+    arguments = list(stage.arguments)
+    is_same = stage.record.get("hash") == stage.hash
+    if not is_same:
+        shutil.rmtree(stage.folder, ignore_errors=True)
+    stage.record = {"schema": SCHEMA, "hash": stage.hash, "state": "running", "seconds": stage.record.get("seconds", 0.0) if is_same else 0.0}
+    _write_state(run_dir, stage)
+    launcher = [sys.executable, "-m"]
+    if len(stage.slots) > 1:
+        launcher += ["torch.distributed.run", "--standalone", "--nproc_per_node", str(len(stage.slots)), "-m"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    if torch.cuda.is_available():
+        environment["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, stage.slots))
+    log = (run_dir / "stages" / f"{stage.name}.log").open("w")
+    stage.begun = time.monotonic()
+    stage.process = subprocess.Popen([*launcher, "opd", *arguments], stdout=log, stderr=subprocess.STDOUT, env=environment)
+
+
+def _follow(stage: Stage, free: list[int], run_dir: Path, display: ProgressDisplay) -> None:
+    """Show a running stage's progress; when it ends, take note, or raise with the end of its log."""
+    step, text = _progress(stage)
+    code = stage.process.poll()
+    if code is None:
+        display.update(stage.name, min(step, stage.num_steps), stage.num_steps, text)
+        return
+    stage.record["seconds"] += time.monotonic() - stage.begun
+    stage.process = None
+    free += stage.slots
+    if code != 0:
+        _write_state(run_dir, stage)
+        log = run_dir / "stages" / f"{stage.name}.log"
+        raise ValueError(f"stage {stage.name} failed with exit code {code}; {log} ends: {_last_error(log)}")
+    stage.record["state"] = "done"
+    _write_state(run_dir, stage)
+    display.update(stage.name, stage.num_steps, stage.num_steps, f"{stage.record['seconds']:.0f} s  {text}")
+
+
+def _progress(stage: Stage) -> tuple[int, str]:
+    """The last step in the stage's metrics, and a few of its figures."""
+    metrics = stage.folder / "metrics.jsonl"
+    if not metrics.is_file():
+        return 0, ""
+    with metrics.open("rb") as file:
+        file.seek(max(0, metrics.stat().st_size - 65536))
+        lines = file.read().decode(errors="ignore").splitlines()
+    for line in reversed(lines):
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:  # a line that is being written, or the cut one at the beginning
+            continue
+        accuracies = [value for name, value in record.items() if name.startswith("domain/") and name.endswith("/accuracy")]
+        lowest = f", lowest accuracy {min(accuracies):.2f}" if accuracies else ""
+        return record["step"], f"loss {record['step/loss']:.4f}{lowest}" if "step/loss" in record else ""
+    return 0, ""
+
+
+def _stop(stages: dict[str, Stage], run_dir: Path) -> None:
+    """End what still runs (after an interruption or a failure of another stage), so that it can resume."""
+    running = [stage for stage in stages.values() if stage.process is not None]
+    for stage in running:
+        stage.process.send_signal(signal.SIGINT)
+    for stage in running:
+        try:
+            stage.process.wait(timeout=30)
+        except subprocess.TimeoutExpired:
+            stage.process.kill()
+        stage.record["seconds"] += time.monotonic() - stage.begun
+        _write_state(run_dir, stage)
+
+
+def write_summary(cfg: PipelineConfig, stages: dict[str, Stage], peak_memory_bytes: int) -> None:
+    """RUN/summary.json and the table, from the pipeline's evaluation stage."""
+    evaluations = [stage for stage in stages.values() if stage.cfg.command == "evaluate"]
+    if not evaluations:
+        return
+    path = Path(cfg.run_dir) / "summary.json"
+    old_peak = json.loads(path.read_text())["peak_memory_bytes"] if path.is_file() else 0
+    comparison = json.loads((evaluations[-1].folder / "evaluation.json").read_text())
+    summary = comparison | {
+        "seconds": {name: round(stage.record["seconds"], 1) for name, stage in stages.items()},
+        "peak_memory_bytes": max(peak_memory_bytes, old_peak),
+        "seed": cfg.seed,
+        "versions": {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in ("opd", "torch", "transformers", "deepspeed")},
+    }
+    path.write_text(json.dumps(summary, indent=2) + "\n")
+    print_comparison(comparison)
+    total = sum(summary["seconds"].values())
+    lowest = "undefined" if summary["min_recovery"] is None else f"{summary['min_recovery']:.3f}"
+    print(f"lowest recovery {lowest}; {total:.0f} s of stages; written to {path}")
+
+
+class _Peak:
+    """The largest resident memory of this process and all its descendants together, seen at any poll."""
+
+    def __init__(self):
+        self.bytes, self.own = 0, psutil.Process()
+
+    def measure(self) -> None:
+        total = 0
+        for process in [self.own, *self.own.children(recursive=True)]:
+            try:
+                total += process.memory_info().rss
+            except psutil.NoSuchProcess:  # it ended between the listing and the reading
+                continue
+        self.bytes = max(self.bytes, total)
+
+
+def _busy(stages: dict[str, Stage]) -> int:
+    return sum(len(stage.slots) for stage in stages.values() if stage.process is not None)
+
+
+def _state_file(run_dir: Path, name: str) -> Path:
+    return run_dir / "stages" / f"{name}.json"
+
+
+def _write_state(run_dir: Path, stage: Stage) -> None:
+    path = _state_file(run_dir, stage.name)
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(stage.record) + "\n")
+    partial.replace(path)
+
+
+def _last_error(log: Path) -> str:
+    lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    own = [line for line in lines if line.startswith("opd: ")]
+    return (own or lines or ["nothing"])[-1].removeprefix("opd: ")

@@ -1,0 +1,131 @@
+"""Where the student's tokens go: routers found, routing recorded, balance kept.
+
+Recording hooks on each router note the logits and the chosen experts of the last forward; nothing in the model is edited. From them come
+the expert counts (padding left out, summed over ranks once per step), the sequence-wise balance loss, and the comparison with the
+routing of step 0 on a fixed probe.
+
+Balance without a loss: after each step the bias of an expert that had fewer tokens than the mean rises by `router_bias_speed`, that of
+one with more falls (DeepSeek-V3, arXiv:2412.19437, 2.1.2; kept by V4). The sequence-wise loss is sum_i f_i P_i with
+f_i = E / (K T) count_i and P_i the mean normalised affinity of a sequence's T tokens to expert i (same source, eqs. 17-20).
+
+B: rows. L: positions. E: experts. K: experts per token.
+"""
+
+import torch
+from torch import nn
+
+from opd.distributed import Group, reduce_sum
+from rollout.model import find_experts
+
+ROUTER_NAMES = ("gate", "router")
+
+
+def find_routers(model: nn.Module) -> dict[str, nn.Module]:
+    """The router beside each module of routed experts, by name. Raises ValueError where experts have no router beside them."""
+    routers = {}
+    for name in find_experts(model):
+        parent = name.rsplit(".", 1)[0]
+        children = dict(model.get_submodule(parent).named_children())
+        found = [child for child in ROUTER_NAMES if child in children]
+        if not found:
+            raise ValueError(f"the routed experts {name} have no router named {' or '.join(ROUTER_NAMES)} beside them: this family is not supported")
+        routers[f"{parent}.{found[0]}"] = children[found[0]]
+    return routers
+
+
+class RoutingRecorder:
+    """Counts where tokens are routed, during training forwards.
+
+    counts: per layer, tokens of each expert [E] since `start_step`, on this rank.
+    """
+
+    def __init__(self, model: nn.Module):
+        self.routers = find_routers(model)
+        self.last: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+        self.counts: dict[str, torch.Tensor] = {}
+        self.start_entropy: dict[str, float] = {}
+        self.probe_BL: torch.Tensor | None = None
+        self.probe_experts: dict[str, torch.Tensor] = {}
+        for name, router in self.routers.items():
+            router.register_forward_hook(self._hook(name))
+
+    def start_step(self) -> None:
+        self.counts = {}
+
+    def count(self, real_BL: torch.Tensor) -> None:
+        """Add the last forward's routing to the counts; `real_BL` is False on padding."""
+        for name, (logits, indices) in self.last.items():
+            chosen = indices.reshape(real_BL.numel(), -1)[real_BL.flatten()].flatten()
+            counts_E = torch.bincount(chosen, minlength=logits.shape[-1]).double()
+            self.counts[name] = self.counts.get(name, 0) + counts_E
+
+    def balance_loss(self, real_BL: torch.Tensor) -> torch.Tensor:
+        """Sum over the rows of the last forward, and mean over layers, of the sequence-wise balance loss."""
+        total = torch.zeros((), device=real_BL.device)
+        rows, length = real_BL.shape
+        for name, (logits, indices) in self.last.items():
+            affinity_BLE = _affinity(self.routers[name], logits.float()).reshape(rows, length, -1)
+            affinity_BLE = affinity_BLE / affinity_BLE.sum(-1, keepdim=True)
+            chosen_BLE = torch.zeros_like(affinity_BLE).scatter_(2, indices.reshape(rows, length, -1), 1.0)
+            tokens_B1 = real_BL.sum(1, keepdim=True)
+            fraction_BE = (chosen_BLE * real_BL[..., None]).sum(1) * chosen_BLE.shape[-1] / (indices.shape[-1] * tokens_B1)
+            total = total + (fraction_BE * ((affinity_BLE * real_BL[..., None]).sum(1) / tokens_B1)).sum() / len(self.last)
+        return total
+
+    def update_bias(self, speed: float) -> None:
+        """Move each router's balance bias against its load. Raises ValueError where a router has none."""
+        biases = {name: dict(router.named_buffers()).get("e_score_correction_bias") for name, router in self.routers.items()}
+        if all(bias is None for bias in biases.values()):
+            raise ValueError("student.router_bias_speed needs routers with a balance bias; this family has none: set it to 0")
+        for name, bias_E in biases.items():
+            if bias_E is not None and name in self.counts:
+                counts_E = reduce_sum(self.counts[name], Group.data)
+                bias_E += speed * torch.sign(counts_E.mean() - counts_E).to(bias_E)
+
+    def metrics(self) -> dict[str, float]:
+        """Load entropy (nats, and its change since the first step) and dead experts of each layer, over all ranks."""
+        result = {}
+        for layer, (name, counts_E) in enumerate(self.counts.items()):
+            counts_E = reduce_sum(counts_E, Group.data)
+            share_E = counts_E / counts_E.sum()
+            entropy = -float(torch.special.xlogy(share_E, share_E).sum())
+            start = self.start_entropy.setdefault(name, entropy)
+            result[f"router/layer_{layer:02d}/load_entropy"] = entropy
+            result[f"router/layer_{layer:02d}/load_entropy_change"] = entropy - start
+            result[f"router/layer_{layer:02d}/dead_experts"] = float((counts_E == 0).sum())
+        return result
+
+    @torch.no_grad()
+    def probe(self, backbone: nn.Module, tokens_BL: torch.Tensor) -> dict[str, float]:
+        """Share of a fixed batch's routing decisions that are still those of the first call; every rank calls it."""
+        if self.probe_BL is None:
+            self.probe_BL = tokens_BL.clone()
+        backbone(input_ids=self.probe_BL, use_cache=False)
+        now = {name: indices.sort(dim=-1).values.clone() for name, (_, indices) in self.last.items()}
+        self.probe_experts = self.probe_experts or now
+        result = {}
+        for layer, (name, indices) in enumerate(now.items()):
+            same = (indices[:, :, None] == self.probe_experts[name][:, None, :]).any(-1).double()
+            sums = reduce_sum(torch.tensor([same.sum(), same.numel()], dtype=torch.float64, device=indices.device), Group.data)
+            result[f"router/layer_{layer:02d}/routed_as_at_start"] = float(sums[0] / sums[1])
+        return result
+
+    def state(self) -> dict:
+        return {"start_entropy": self.start_entropy, "probe_BL": self.probe_BL, "probe_experts": self.probe_experts}
+
+    def restore(self, state: dict) -> None:
+        self.start_entropy, self.probe_BL, self.probe_experts = state["start_entropy"], state["probe_BL"], state["probe_experts"]
+
+    def _hook(self, name: str):
+        def note(_module, _inputs, output) -> None:
+            logits, _weights, indices = output
+            self.last[name] = (logits, indices)
+
+        return note
+
+
+def _affinity(router: nn.Module, logits: torch.Tensor) -> torch.Tensor:
+    """A router's non-negative scores: DeepSeek-V4 has a function of its own (sqrt of softplus), others softmax."""
+    children = dict(router.named_children())
+    return children["score_fn"](logits) if "score_fn" in children else torch.softmax(logits, dim=-1)
+

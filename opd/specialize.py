@@ -1,0 +1,101 @@
+"""Supervised fine-tuning on reference answers: one domain makes that domain's teacher, several together a base model.
+
+The same engine, micro-batches and per-domain loss as distillation; the objective is the negative log-likelihood of the answer's tokens and
+the closing end-of-sequence token. `slip_rate` trains a share of the examples on the row's wrong answer instead, which is how the
+quickstart makes a base model that has a skill but not reliably (rollout/synthetic.py).
+"""
+
+import random
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from opd.checkpoint import is_due, resume, save
+from opd.config import SpecializeConfig
+from opd.distributed import Group, num_ranks, rank, start_processes
+from opd.engine import Engine
+from opd.evaluate import Evaluator, evaluation_metrics
+from opd.run import finish_run, open_run
+from opd.stream import end_tokens
+from opd.student import build_student, copy_for_sampling, load_student_tokenizer, seed_everything
+from opd.tracker import Tracker
+from opd.update import supervised_update
+from rollout.config import schedule_value
+from rollout.model import context_length
+from rollout.prompts import PromptMixture, load_prompts
+from rollout.sampler import LocalSampler
+from rollout.types import Prompt, Rollout
+
+
+def specialize(cfg: SpecializeConfig) -> None:
+    """Fine-tune one model on the reference answers of the selected domains."""
+    device = start_processes()
+    seed_everything(cfg.seed)
+    tokenizer = load_student_tokenizer(cfg.student)
+    student = build_student(cfg.student, tokenizer)
+    examples = ExampleStream(cfg, tokenizer, context_length(student))
+    sampler = LocalSampler(copy_for_sampling(student, device), end_tokens(student, tokenizer), cfg.seed)
+    evaluator = Evaluator(cfg, student, tokenizer, teachers=None)
+    engine = Engine(student, len(tokenizer), cfg, device)
+    run_dir = open_run(cfg)
+
+    with Tracker(run_dir, "specialize", cfg) as tracker:
+        first = resume(run_dir, engine, examples, tracker)
+        for step in range(first, cfg.num_steps):
+            with tracker.timer("data"):
+                batch = examples.next(step)
+            with tracker.timer("update"):
+                metrics = supervised_update(engine, batch, cfg)
+            if is_due(step + 1, cfg.evaluation.every):
+                metrics |= evaluation_metrics(evaluator.evaluate(sampler, engine))
+            if is_due(step + 1, cfg.checkpoint.every, cfg.num_steps):
+                save(run_dir, step + 1, engine, examples, cfg.checkpoint)
+            tracker.log(step + 1, metrics)
+    finish_run(run_dir, engine, tokenizer)
+
+
+class ExampleStream:
+    """Prompts with their answers as completions, step by step; resumable like a rollout stream."""
+
+    def __init__(self, cfg: SpecializeConfig, tokenizer: PreTrainedTokenizerBase, context: int):
+        """Raises ValueError for what `load_prompts` refuses, and for a row without an answer."""
+        self.cfg, self.tokenizer = cfg, tokenizer
+        self.longest = min(cfg.max_tokens, context)
+        prompts = load_prompts({name: domain.prompts for name, domain in cfg.domains.items()}, tokenizer, self.longest - 1)
+        for domain in prompts.values():
+            for source, rows in domain.sources.items():
+                missing = [index for index, row in enumerate(rows) if row["answer"] is None]
+                if missing:
+                    raise ValueError(f"row {domain.name}/{source}:{missing[0]} has no answer to learn from: map the column with prompts.columns.answer")
+        self.mixture = PromptMixture(prompts, cfg.examples_per_step, cfg.seed)
+
+    def next(self, step: int) -> list[Rollout]:
+        """This rank's examples of a step."""
+        rows = self.mixture.next_rows(step)[rank(Group.data) :: num_ranks(Group.data)]
+        slip_rate = schedule_value(self.cfg.slip_rate, step, "slip_rate")
+        return [self._example(prompt, row, slip_rate) for prompt, row in rows]
+
+    def state(self) -> dict:
+        return {"prompts": self.mixture.state()}
+
+    def restore(self, state: dict) -> None:
+        self.mixture.restore(state["prompts"])
+
+    def _example(self, prompt: Prompt, row: dict, slip_rate: float) -> Rollout:
+        takes_slip = random.Random(f"{self.cfg.seed}/slip/{prompt.request}").random() < slip_rate
+        text = row["slip"] if takes_slip else row["answer"]
+        if text is None:
+            raise ValueError(f"row {prompt.row} of domain {prompt.domain} has no slip: set slip_rate=0, or map the column with prompts.columns.slip")
+        tokens = [*self.tokenizer(text, add_special_tokens=False)["input_ids"], self.tokenizer.eos_token_id]
+        if len(prompt.tokens) + len(tokens) > self.longest:
+            raise ValueError(f"row {prompt.row} of domain {prompt.domain} has {len(prompt.tokens) + len(tokens)} tokens with its answer, more than {self.longest}: raise max_tokens or shorten it")
+        completion_T = torch.tensor(tokens)
+        return Rollout(
+            prompt=prompt,
+            completion_T=completion_T,
+            completion_mask_T=torch.ones_like(completion_T, dtype=torch.bool),
+            logprob_T=torch.zeros(len(tokens)),
+            sample=0,
+            finished=True,
+            policy_step=0,
+        )

@@ -1,0 +1,47 @@
+"""The rollout stream of a training run: rollout/stream.py joined to the run's ranks, student and domains."""
+
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from opd.config import DistillConfig
+from opd.distributed import Group, gather_objects, num_ranks, rank
+from opd.student import copy_for_sampling
+from rollout.model import context_length
+from rollout.prompts import PromptMixture, load_prompts
+from rollout.sampler import LocalSampler
+from rollout.stream import RolloutStream
+from rollout.types import Rollout
+
+
+@dataclass(frozen=True, slots=True)
+class DataRanks:
+    """The data-parallel ranks as `rollout.stream.Ranks`."""
+
+    index: int
+    count: int
+
+    def gather(self, rollouts: list[Rollout]) -> list[list[Rollout]]:
+        return gather_objects(rollouts, Group.data)
+
+
+def build_stream(cfg: DistillConfig, student: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, device: torch.device) -> RolloutStream:
+    """Prompts of all domains, a sampler with a copy of the student, and the replay files of the run.
+
+    Raises ValueError for what `load_prompts` refuses and for an impossible length.
+    """
+    longest = context_length(student) - cfg.rollout.max_new_tokens
+    if longest < 1:
+        raise ValueError(f"rollout.max_new_tokens={cfg.rollout.max_new_tokens} leaves no room for a prompt in the student's {context_length(student)} positions")
+    prompts = load_prompts({name: domain.prompts for name, domain in cfg.domains.items()}, tokenizer, longest)
+    mixture = PromptMixture(prompts, cfg.rollout.prompts_per_step, cfg.seed)
+    sampler = LocalSampler(copy_for_sampling(student, device), end_tokens(student, tokenizer), cfg.seed)
+    return RolloutStream(mixture, sampler, cfg.rollout, cfg.run_dir, DataRanks(rank(Group.data), num_ranks(Group.data)))
+
+
+def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """Tokens that end a completion: the tokenizer's, and those of the model's generation config."""
+    configured = model.generation_config.eos_token_id if model.generation_config is not None else None
+    listed = configured if isinstance(configured, list) else [configured]
+    return {tokenizer.eos_token_id, *(token for token in listed if token is not None)}

@@ -1,0 +1,86 @@
+"""The student: a transformers model, loaded or built new, with what must not train frozen by name.
+
+A new DeepSeek-V4 comes out of transformers with its hash-routing table all zero, which would send every token of those layers to
+expert 0; it is filled here with distinct experts per token. The lightning indexer of compressed sparse attention gets no gradient
+from any loss on the logits (its top-k is not differentiable), so its parameters are frozen and kept out of weight decay.
+"""
+
+import copy
+import random
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from opd.config import Router, StudentConfig
+from opd.routing import find_routers
+from rollout.model import build_model, load_model, load_tokenizer
+from rollout.synthetic import character_tokenizer
+
+NO_GRADIENT = (".indexer.",)
+"""Parts of parameter names whose gradient is zero by construction."""
+
+
+def seed_everything(seed: int) -> None:
+    """Seed the libraries' generators. They only initialise new models; every draw of a run is keyed (DESIGN 3.8)."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def load_student_tokenizer(cfg: StudentConfig) -> PreTrainedTokenizerBase:
+    """The tokenizer named, the model's own, or the character tokenizer for a new model."""
+    source = cfg.tokenizer or cfg.model
+    if source is None:
+        return character_tokenizer()
+    revision = cfg.revision if cfg.tokenizer is None else None
+    return load_tokenizer(source, revision, cfg.trust_remote_code)
+
+
+def build_student(cfg: StudentConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    """The student on the CPU, with frozen parts marked.
+
+    Raises ValueError where neither or both of model and architecture are given, and for a setting that the family would ignore.
+    """
+    if (cfg.model is None) == (not cfg.architecture):
+        raise ValueError("the student needs exactly one of student.model (a folder or hub id) and student.architecture (a new model)")
+    if cfg.model is not None:
+        model = load_model(cfg, "student")
+    else:
+        model = build_model(cfg.architecture, len(tokenizer), cfg, "student")
+        fill_hash_tables(model)
+    if model.config.get_text_config().vocab_size < len(tokenizer):
+        raise ValueError(f"the student has {model.config.get_text_config().vocab_size} vocabulary rows, fewer than the tokenizer's {len(tokenizer)}")
+    if cfg.gradient_checkpointing:
+        if not model.supports_gradient_checkpointing:
+            raise ValueError(f"{model.config.model_type} does not support gradient checkpointing: set student.gradient_checkpointing=false")
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    _freeze(model, cfg)
+    return model
+
+
+def copy_for_sampling(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
+    """A second model of the same architecture, dtype and weights for a sampler. Call it before the engine wraps the first."""
+    return copy.deepcopy(model).to(device).eval().requires_grad_(False)
+
+
+def fill_hash_tables(model: nn.Module) -> None:
+    """Give every token id distinct experts in each hash-routed layer, drawn with torch's seeded generator."""
+    for name, table in model.named_buffers():
+        if name.endswith("tid2eid"):
+            router = model.get_submodule(name.rsplit(".", 1)[0])
+            scores = torch.rand(table.shape[0], router.num_experts)
+            table.copy_(scores.argsort(dim=1)[:, : table.shape[1]])
+
+
+def _freeze(model: PreTrainedModel, cfg: StudentConfig) -> None:
+    routers = find_routers(model)
+    if not routers and cfg.router is Router.train:
+        raise ValueError("student.router=train needs a mixture-of-experts student; this one has no routed experts")
+    if cfg.router is Router.frozen and (cfg.router_bias_speed or cfg.router_balance_loss):
+        raise ValueError("student.router_bias_speed and router_balance_loss need student.router=train: a frozen router does not change")
+    for name, parameter in model.named_parameters():
+        is_router = any(name.startswith(router + ".") for router in routers)
+        if any(part in name for part in NO_GRADIENT) or (is_router and cfg.router is Router.frozen):
+            parameter.requires_grad_(False)

@@ -1,0 +1,105 @@
+"""Tracker: the run's metrics into metrics.jsonl and Weights & Biases, with seconds per phase. The only module that imports wandb.
+
+The file is the record; W&B gets the same numbers under the same names (opd/metrics.py). A resumed run drops the lines of steps that
+will be done again and continues the same W&B run, whose id lives in the run folder. Only the main rank writes. Prompt and
+completion text is never sent unless `logger.upload_text` says so (nothing here sends any).
+"""
+
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from opd.config import LoggerConfig, LoggerKind, RunConfig
+from opd.console import ProgressDisplay
+from opd.distributed import is_main
+from opd.metrics import SCHEMA
+from opd.run import config_dict
+
+
+class Tracker:
+    """Collects the seconds of each phase and writes one record per step."""
+
+    def __init__(self, run_dir: Path, task: str, cfg: RunConfig):
+        """task: what the progress display calls the run."""
+        self.file, self.task, self.num_steps = run_dir / "metrics.jsonl", task, cfg.num_steps
+        self.seconds: dict[str, float] = {}
+        self.step_begun = time.monotonic()
+        self.wandb_run = _start_wandb(run_dir, cfg.logger, config_dict(cfg)) if is_main() and cfg.logger.kind is not LoggerKind.none else None
+        self.display = ProgressDisplay(visible=is_main())
+
+    def __enter__(self) -> "Tracker":
+        self.display.__enter__()
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.display.__exit__(*exception)
+        if self.wandb_run is not None:
+            self.wandb_run.finish(exit_code=int(exception[0] is not None))
+
+    def resume(self, step: int) -> None:
+        """Forget the records of steps after `step`, which will be done again."""
+        if is_main() and self.file.exists():
+            kept = [line for line in self.file.read_text().splitlines() if json.loads(line)["step"] <= step]
+            partial = self.file.with_suffix(".partial")
+            partial.write_text("".join(line + "\n" for line in kept))
+            partial.replace(self.file)
+        if step:
+            self.display.say(f"{self.task}: continues after step {step}")
+        self.step_begun = time.monotonic()
+
+    @contextmanager
+    def timer(self, phase: str) -> Iterator[None]:
+        """Add the time spent inside to a phase of the present step."""
+        begun = time.monotonic()
+        yield
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + time.monotonic() - begun
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        """Write the record of a step (number of updates done) and show it."""
+        now = time.monotonic()
+        metrics = metrics | {f"seconds/{phase}": seconds for phase, seconds in self.seconds.items()}
+        metrics["seconds/step"] = now - self.step_begun
+        if "step/completion_tokens" in metrics:
+            metrics["throughput/completion_tokens_per_second"] = metrics["step/completion_tokens"] / metrics["seconds/step"]
+        self.seconds, self.step_begun = {}, now
+        if not is_main():
+            return
+        with self.file.open("a") as file:
+            file.write(json.dumps({"schema": SCHEMA, "step": step, **metrics}) + "\n")
+        if self.wandb_run is not None:
+            self.wandb_run.log({"opd/step": step, **metrics})
+        if step:
+            self.display.update(self.task, step, self.num_steps, _summary(metrics))
+
+
+def _summary(metrics: dict[str, float]) -> str:
+    parts = [f"loss {metrics['step/loss']:.4f}"] if "step/loss" in metrics else []
+    accuracies = [value for name, value in metrics.items() if name.startswith("domain/") and name.endswith("/accuracy")]
+    if accuracies:
+        parts.append(f"lowest accuracy {min(accuracies):.2f}")
+    return ", ".join(parts)
+
+
+def _start_wandb(run_dir: Path, cfg: LoggerConfig, config: dict[str, Any]):
+    import wandb
+
+    id_file = run_dir / "wandb_id"
+    if not id_file.exists():
+        id_file.write_text(wandb.util.generate_id())
+    run = wandb.init(
+        project=cfg.project,
+        entity=cfg.entity,
+        group=cfg.group,
+        name=cfg.name or run_dir.name,
+        id=id_file.read_text(),
+        resume="allow",
+        mode="online" if cfg.kind is LoggerKind.wandb else "offline",
+        dir=str(run_dir),
+        config=config,
+        settings=wandb.Settings(silent=True, console="off", x_disable_stats=True),
+    )
+    run.define_metric("*", step_metric="opd/step")
+    return run

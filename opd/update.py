@@ -1,0 +1,82 @@
+"""One optimizer step from scored rollouts (or supervised examples).
+
+    loss = sum_d w_d (1 / N_d) sum_{t in d} loss_t
+
+N_d counts the tokens of domain d in the whole step over all ranks, and the weights of the domains present are divided by
+their sum, so that neither micro-batching nor grouping by teacher nor the number of ranks changes the loss. Token-share weights are a
+different normalisation (a domain's length would enter its weight) and are never mixed with this one.
+"""
+
+import torch
+
+from opd.batch import MicroBatch, distillation_batches, supervised_batches
+from opd.config import RunConfig
+from opd.distributed import Group, reduce_sum
+from opd.divergence import TokenLosses
+from opd.engine import Engine
+from opd.metrics import DomainTotals, add_losses, loss_metrics
+from rollout.config import schedule_value
+from rollout.types import Rollout
+from teachers.pool import TeacherPool
+from teachers.types import ScoredRollout
+
+
+
+def update(engine: Engine, teachers: TeacherPool, scored: list[ScoredRollout], cfg: RunConfig) -> dict[str, float]:
+    """Distil one step's scored rollouts (this rank's) into the student; returns the step's metrics."""
+    weights, metrics = domain_weights([item.rollout for item in scored], cfg, engine.policy_step)
+    batches = distillation_batches(scored, weights, cfg.batch.max_tokens_per_micro_batch)
+    metrics["step/teacher_loads"] = teachers.num_loads
+    return metrics | _train(engine, batches, cfg, lambda teacher: teachers.head(teacher), is_distillation=True)
+
+
+def supervised_update(engine: Engine, examples: list[Rollout], cfg: RunConfig) -> dict[str, float]:
+    """Train on the examples' completions (this rank's); returns the step's metrics."""
+    weights, metrics = domain_weights(examples, cfg, engine.policy_step)
+    batches = supervised_batches(examples, weights, cfg.batch.max_tokens_per_micro_batch)
+    return metrics | _train(engine, batches, cfg, lambda _teacher: None, is_distillation=False)
+
+
+def domain_weights(rollouts: list[Rollout], cfg: RunConfig, step: int) -> tuple[dict[str, float], dict[str, float]]:
+    """(weight of one token per domain: w_d / N_d, metrics of asked and realised weights).
+
+    Raises ValueError where no domain of the step has a token with weight.
+    """
+    names = list(cfg.domains)
+    own = torch.tensor([sum(r.num_loss_tokens for r in rollouts if r.prompt.domain == name) for name in names], dtype=torch.float64)
+    tokens = dict(zip(names, reduce_sum(own, Group.data).tolist(), strict=True))
+    asked = {name: schedule_value(cfg.domains[name].loss_weight, step, f"domains.{name}.loss_weight") for name in names}
+    total = sum(asked[name] for name in names if tokens[name])
+    if total == 0:
+        raise ValueError(f"no domain of step {step} has both completion tokens and a loss_weight above 0")
+    realised = {name: asked[name] / total if tokens[name] else 0.0 for name in names}
+    metrics = {f"domain/{name}/loss_weight": realised[name] for name in names}
+    metrics |= {f"domain/{name}/loss_weight_asked": asked[name] / sum(asked.values()) for name in names}
+    return {name: realised[name] / tokens[name] if tokens[name] else 0.0 for name in names}, metrics
+
+
+def _train(engine: Engine, batches: list[MicroBatch], cfg: RunConfig, head_of, is_distillation: bool) -> dict[str, float]:
+    totals = DomainTotals(list(cfg.domains))
+    engine.recorder.start_step()
+    own_sequences = sum(len(batch.rollouts) for batch in batches if not batch.is_filler)
+    balance_scale = 1.0 / float(reduce_sum(torch.tensor(float(own_sequences)), Group.data))
+    for number, batch in enumerate(batches):
+        batch = batch.to(engine.device)
+        scale = 0.0 if batch.is_filler else balance_scale
+        loss, losses = engine.loss(batch, head_of(batch.teacher), number == len(batches) - 1, scale)
+        _require_finite(batch, losses)
+        engine.backward(loss)
+        add_losses(totals, batch, losses)
+    metrics = engine.step()
+    if cfg.student.router_bias_speed:
+        engine.recorder.update_bias(cfg.student.router_bias_speed)
+    if cfg.student.router_probe_every and (engine.policy_step - 1) % cfg.student.router_probe_every == 0 and engine.recorder.routers:
+        metrics |= engine.probe_routing(batches[0].tokens_BL)
+    return metrics | engine.recorder.metrics() | loss_metrics(totals, is_distillation)
+
+
+def _require_finite(batch: MicroBatch, losses: TokenLosses) -> None:
+    bad = (~losses.loss_N.isfinite()).nonzero()
+    if len(bad):
+        prompt = batch.rollouts[int(batch.rollout_N[bad[0, 0]])].prompt
+        raise ValueError(f"the loss is not finite on request {prompt.request} of domain {prompt.domain} (row {prompt.row})")

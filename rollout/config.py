@@ -1,0 +1,159 @@
+"""Typed settings of models, prompts, domains' data and sampling. Each dataclass is the schema and the home of its defaults.
+
+A schedule is a number, or a mapping from step to number that holds from that step on: `0.5` or `{0: 1.0, 200: 0.25}`.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+
+class Dtype(Enum):
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+
+
+class Attention(Enum):
+    eager = "eager"
+    sdpa = "sdpa"
+    flash_attention_2 = "flash_attention_2"
+
+
+class Experts(Enum):
+    """How transformers multiplies the routed experts: one by one, or grouped in one kernel."""
+
+    eager = "eager"
+    grouped_mm = "grouped_mm"
+
+
+class TooLong(Enum):
+    """What happens to a prompt that leaves no room for a completion: refuse the run, or drop the row and count it."""
+
+    error = "error"
+    drop = "drop"
+
+
+class GraderKind(Enum):
+    exact = "exact"
+
+
+@dataclass(slots=True)
+class ModelConfig:
+    """A causal language model of transformers: a local folder or a hub id.
+
+    model: path or hub id.
+    revision: commit, tag or branch on the hub.
+    dtype: of the weights in memory.
+    attention: implementation; null takes the family's default.
+    experts: implementation of the routed experts; null takes the family's default.
+    trust_remote_code: allow code that ships with the model to run.
+    """
+
+    model: str | None = None
+    revision: str | None = None
+    dtype: Dtype = Dtype.float32
+    attention: Attention | None = None
+    experts: Experts | None = None
+    trust_remote_code: bool = False
+
+
+@dataclass(slots=True)
+class SourceConfig:
+    """One data set of prompts.
+
+    path: `synthetic:NAME`, a .jsonl/.json/.parquet file, a folder of them, or a hub id.
+    name, revision, split: as in `datasets.load_dataset`.
+    columns: our name -> the data set's column; ours are prompt | messages, answer, slip.
+    rows: take the first so many rows only.
+    weight: share of the domain's prompts that come from this source.
+    """
+
+    path: str | None = None
+    name: str | None = None
+    revision: str | None = None
+    split: str = "train"
+    columns: dict[str, str] = field(default_factory=dict)
+    rows: int | None = None
+    weight: float = 1.0
+
+
+@dataclass(slots=True)
+class PromptsConfig(SourceConfig):
+    """The prompts of one domain: one source written here, or several under `sources`.
+
+    share: fraction of a step's prompts (number or schedule); shares are divided by their sum over the domains.
+    sources: several sources, each with a name and a weight.
+    system_prompt: put before every conversation that does not bring its own.
+    template_kwargs: passed to the chat template.
+    raw: the prompt string is used as it is, without the chat template.
+    too_long: a prompt with no room for a completion refuses the run (error), or is dropped and counted (drop).
+    """
+
+    share: Any = 1.0
+    sources: dict[str, SourceConfig] = field(default_factory=dict)
+    system_prompt: str | None = None
+    template_kwargs: dict[str, Any] = field(default_factory=dict)
+    raw: bool = False
+    too_long: TooLong = TooLong.error
+
+
+@dataclass(slots=True)
+class HeldOutConfig(SourceConfig):
+    """Held-out prompts of one domain, for evaluation only; no path means that the domain is not evaluated."""
+
+    split: str = "test"
+
+
+@dataclass(slots=True)
+class SamplingConfig:
+    """How completions are drawn.
+
+    temperature: 0 is greedy.
+    max_new_tokens: completion tokens at most, the end-of-sequence token included.
+    decode_width: rows decoded together; dummy rows fill the last cohort, so that a row's numbers do not depend on
+        how many prompts there are.
+    """
+
+    temperature: float = 1.0
+    max_new_tokens: int = 64
+    decode_width: int = 64
+
+
+@dataclass(slots=True)
+class RolloutConfig(SamplingConfig):
+    """Sampling during training, and the replay files of `rollout/replay.py`.
+
+    prompts_per_step: prompts of one optimizer step, over all ranks.
+    completions_per_prompt: completions of each prompt.
+    save: write each step's rollouts to RUN/rollouts/.
+    replay: a run folder whose saved rollouts are trained on instead of sampling.
+    compare: a run folder whose saved rollouts are compared with the ones sampled here; the first differing token is
+        reported in the metrics.
+    """
+
+    prompts_per_step: int = 128
+    completions_per_prompt: int = 1
+    save: bool = False
+    replay: str | None = None
+    compare: str | None = None
+
+
+def schedule_value(schedule: Any, step: int, name: str) -> float:
+    """The value of a schedule at a step.
+
+    Raises ValueError, naming `name`, for anything but finite numbers >= 0 and for a mapping that does not begin at step 0.
+    """
+    if not isinstance(schedule, Mapping):
+        return _number(schedule, name)
+    steps = {int(start): _number(value, name) for start, value in schedule.items()}
+    if 0 not in steps or min(steps) < 0:
+        raise ValueError(f"the schedule {name} must begin at step 0, as in {{0: 1.0, 200: 0.5}}")
+    return steps[max(start for start in steps if start <= step)]
+
+
+def _number(value: Any, name: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
+        raise ValueError(f"{name} must be a number >= 0 or a schedule such as {{0: 1.0, 200: 0.5}}, not {value!r}")
+    return float(value)

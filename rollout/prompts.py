@@ -1,0 +1,208 @@
+"""PromptMixture: the data sets of all domains as one weighted, shuffled, resumable stream of prompts.
+
+How many prompts of each domain a step holds is drawn by systematic sampling: one uniform number per step, and each domain
+gets the integers that fall into its share, so a count never differs from share times step size by one or more, and is right on
+average. Independent draws would starve small domains in some steps. Within a domain, rows follow a permutation keyed
+by (seed, source, epoch). The whole state is the number of rows consumed per source.
+
+This is the only module that imports `datasets`.
+"""
+
+import hashlib
+import random
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from rollout.chat import encode_prompt
+from rollout.config import PromptsConfig, SourceConfig, TooLong, schedule_value
+from rollout.model import first_sentence
+from rollout.synthetic import synthetic_rows
+from rollout.types import Prompt
+
+FILE_BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+ROW_FIELDS = ("prompt", "messages", "answer", "slip")
+
+
+@dataclass(slots=True)
+class DomainPrompts:
+    """The rows of one domain, tokenised: what `PromptMixture` and evaluation draw from.
+
+    sources: source name -> rows; each row has "tokens", and "answer" and "slip" where the data has them.
+    dropped: rows left out because they were too long.
+    """
+
+    name: str
+    cfg: PromptsConfig
+    sources: dict[str, list[dict[str, Any]]]
+    dropped: int = 0
+    consumed: dict[str, int] = field(default_factory=dict)
+
+    def row(self, source: str, position: int, seed: int) -> tuple[int, dict[str, Any]]:
+        """The row at a position of the endless shuffled order of one source: (index in the source, row)."""
+        rows = self.sources[source]
+        epoch, place = divmod(position, len(rows))
+        index = int(_permutation(len(rows), f"{seed}/{self.name}/{source}/{epoch}")[place])
+        return index, rows[index]
+
+
+class PromptMixture:
+    """The stream of prompts of all domains. `state()` and `restore()` make it resumable."""
+
+    def __init__(self, domains: dict[str, DomainPrompts], prompts_per_step: int, seed: int):
+        if not domains:
+            raise ValueError("no domain is selected: add one, as in 'domain=[arithmetic,sorting]'")
+        self.domains, self.prompts_per_step, self.seed = domains, prompts_per_step, seed
+
+    def next(self, step: int) -> list[Prompt]:
+        """The prompts of one step, the same on every rank; the step's number keys the random choices."""
+        return [self.draw(name, step * self.prompts_per_step + slot)[0] for slot, name in enumerate(self._domains_of(step))]
+
+    def next_rows(self, step: int) -> list[tuple[Prompt, dict[str, Any]]]:
+        """As `next`, with each prompt's data row (for supervised fine-tuning, which needs its answers)."""
+        return [self.draw(name, step * self.prompts_per_step + slot) for slot, name in enumerate(self._domains_of(step))]
+
+    def asked_shares(self, step: int) -> dict[str, float]:
+        """Fraction of the step's prompts that each domain asks for; they sum to 1."""
+        shares = {name: schedule_value(d.cfg.share, step, f"domains.{name}.prompts.share") for name, d in self.domains.items()}
+        total = sum(shares.values())
+        if total == 0:
+            raise ValueError(f"every domain's prompts.share is 0 at step {step}, so there is nothing to sample")
+        return {name: share / total for name, share in shares.items()}
+
+    def state(self) -> dict[str, dict[str, int]]:
+        return {name: dict(domain.consumed) for name, domain in self.domains.items()}
+
+    def restore(self, state: dict[str, dict[str, int]]) -> None:
+        for name, domain in self.domains.items():
+            domain.consumed = {source: count for source, count in state.get(name, {}).items() if source in domain.sources}
+
+    def draw(self, name: str, request: int) -> tuple[Prompt, dict[str, Any]]:
+        """The domain's next prompt, and its data row."""
+        domain = self.domains[name]
+        source = _choose_source(domain, f"{self.seed}/source/{request}")
+        position = domain.consumed.get(source, 0)
+        domain.consumed[source] = position + 1
+        index, row = domain.row(source, position, self.seed)
+        prompt = Prompt(domain=name, request=request, row=f"{source}:{index}", tokens=tuple(row["tokens"]), answer=row.get("answer"))
+        return prompt, row
+
+    def _domains_of(self, step: int) -> list[str]:
+        offset = random.Random(f"{self.seed}/mixture/{step}").random()
+        names, cumulative = [], 0.0
+        for name, share in self.asked_shares(step).items():
+            begin, cumulative = cumulative, cumulative + share * self.prompts_per_step
+            names += [name] * (int(np.floor(cumulative + offset)) - int(np.floor(begin + offset)))
+        while len(names) < self.prompts_per_step:  # only by rounding of the last cumulative sum
+            names.append(name)
+        return names[: self.prompts_per_step]
+
+
+def load_domain_prompts(name: str, cfg: PromptsConfig, tokenizer: PreTrainedTokenizerBase, longest: int) -> DomainPrompts:
+    """Read and tokenise the rows of one domain; `longest` is the number of prompt tokens that still fit.
+
+    Raises ValueError for a missing or empty data set, unknown columns, and a prompt too long under `too_long: error`.
+    """
+    sources = cfg.sources or {"prompts": cfg}
+    if cfg.sources and cfg.path is not None:
+        raise ValueError(f"domain {name} gives both prompts.path and prompts.sources: keep one")
+    loaded, dropped = {}, 0
+    for source_name, source in sources.items():
+        rows = load_rows(source, f"domain {name}, source {source_name}")
+        kept = []
+        for index, row in enumerate(rows):
+            label = f"{name}/{source_name}:{index}"
+            tokens = encode_prompt(row, cfg, tokenizer, label)
+            if len(tokens) <= longest:
+                kept.append({"tokens": tokens, "answer": row.get("answer"), "slip": row.get("slip")})
+            elif cfg.too_long is TooLong.error:
+                raise ValueError(
+                    f"the prompt in row {label} has {len(tokens)} tokens and only {longest} fit before the completion: "
+                    "shorten it, or set prompts.too_long=drop"
+                )
+        dropped += len(rows) - len(kept)
+        if not kept:
+            raise ValueError(f"domain {name}, source {source_name} ({source.path}) has no usable prompt")
+        loaded[source_name] = kept
+    return DomainPrompts(name=name, cfg=cfg, sources=loaded, dropped=dropped)
+
+
+def load_prompts(cfgs: dict[str, PromptsConfig], tokenizer: PreTrainedTokenizerBase, longest: int) -> dict[str, DomainPrompts]:
+    """`load_domain_prompts` for every domain."""
+    return {name: load_domain_prompts(name, cfg, tokenizer, longest) for name, cfg in cfgs.items()}
+
+
+def load_held_out(cfgs: dict[str, PromptsConfig], sources: dict[str, SourceConfig], tokenizer: PreTrainedTokenizerBase, longest: int) -> dict[str, DomainPrompts]:
+    """The held-out prompts of the domains that have any, rendered as their training prompts are."""
+    loaded = {}
+    for name, source in sources.items():
+        if source.path is not None:
+            rendering = replace(cfgs[name], sources={"held_out": source}, path=None, too_long=TooLong.drop)
+            loaded[name] = load_domain_prompts(name, rendering, tokenizer, longest)
+    return loaded
+
+
+def load_rows(cfg: SourceConfig, where: str) -> list[dict[str, Any]]:
+    """The rows of one data set, with our column names. Raises ValueError, beginning with `where`."""
+    if cfg.path is None:
+        raise ValueError(f"{where} has no prompts: set its path to a .jsonl or .parquet file, a hub id, or synthetic:NAME")
+    if cfg.path.startswith("synthetic:"):
+        if cfg.rows is None:
+            raise ValueError(f"{where} is synthetic, hence endless: set rows")
+        return synthetic_rows(cfg.path.removeprefix("synthetic:"), cfg.split, cfg.rows)
+    table = _load_table(cfg, where)
+    if cfg.rows is not None:
+        table = table.select(range(min(cfg.rows, len(table))))
+    if len(table) == 0:
+        raise ValueError(f"{where}: the data set {cfg.path} is empty")
+    return [_rename(row, cfg.columns, where) for row in table]
+
+
+def _load_table(cfg: SourceConfig, where: str) -> datasets.Dataset:
+    path = Path(cfg.path).expanduser()
+    try:
+        if path.suffix in FILE_BUILDERS:
+            if not path.is_file():
+                raise ValueError(f"{where}: there is no file {cfg.path}")
+            if path.stat().st_size == 0:
+                raise ValueError(f"{where}: the data set {cfg.path} is empty")
+            return datasets.load_dataset(FILE_BUILDERS[path.suffix], data_files=str(path), split="train")
+        return datasets.load_dataset(cfg.path, cfg.name, revision=cfg.revision, split=cfg.split)
+    except (OSError, datasets.exceptions.DatasetsError, ConnectionError) as error:
+        raise ValueError(f"{where}: the data set {cfg.path} cannot be read: {first_sentence(error)}") from error
+
+
+def _rename(row: dict[str, Any], columns: dict[str, str], where: str) -> dict[str, Any]:
+    unknown = set(columns) - set(ROW_FIELDS)
+    if unknown:
+        raise ValueError(f"{where}: columns maps {sorted(unknown)[0]!r}, but the names to map are {', '.join(ROW_FIELDS)}")
+    absent = [column for column in columns.values() if column not in row]
+    if absent:
+        raise ValueError(f"{where}: the data has no column {absent[0]!r}; it has {', '.join(row)}")
+    names = {**{name: name for name in ROW_FIELDS}, **columns}
+    found = {name: row.get(column) for name, column in names.items() if row.get(column) is not None}
+    return {name: value if name in ("prompt", "messages") else str(value) for name, value in found.items()}
+
+
+def _choose_source(domain: DomainPrompts, key: str) -> str:
+    sources = domain.cfg.sources
+    if not sources:
+        return next(iter(domain.sources))
+    return random.Random(key).choices(list(sources), weights=[source.weight for source in sources.values()])[0]
+
+
+_PERMUTATIONS: dict[tuple[int, str], np.ndarray] = {}
+
+
+def _permutation(size: int, key: str) -> np.ndarray:
+    """A permutation keyed by text; the ones in use are kept, since a step asks for the same one many times."""
+    if (size, key) not in _PERMUTATIONS:
+        if len(_PERMUTATIONS) > 64:
+            _PERMUTATIONS.clear()
+        seed = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "little")
+        _PERMUTATIONS[size, key] = np.random.default_rng(seed).permutation(size)
+    return _PERMUTATIONS[size, key]

@@ -1,0 +1,49 @@
+"""Counter-based sampling: a token is a function of (seed, request, position, logits) and of nothing else.
+
+There is no generator whose state would have to be saved: the uniform number for a token is hashed from its key, so that a
+completion does not depend on what else is in the batch, on the number of ranks, or on an interruption. The token is then
+read off the cumulative distribution (one uniform number per token, where Gumbel noise would need one per vocabulary entry).
+
+B: rows. V: vocabulary.
+"""
+
+import torch
+
+
+def uniform(seed: int, request_B: torch.Tensor, position: int) -> torch.Tensor:
+    """Uniform numbers in [0, 1), float64 [B]: the top 53 bits of a 64-bit mix of (seed, request, position)."""
+    state = _mix(_mix(request_B.to(torch.int64) + _wrap(0x9E3779B97F4A7C15 * (seed + 1))) + _wrap(0xD1B54A32D192ED03 * (position + 1)))
+    return _shift_right(_mix(state), 11).to(torch.float64) * 2.0**-53
+
+
+def draw(logits_BV: torch.Tensor, uniform_B: torch.Tensor, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """One token per row by inverting the cumulative distribution, and its log-probability.
+
+    Returns (token_B int64, logprob_B float32); at temperature 0 the most likely token, with its log-probability at temperature 1.
+    """
+    logits_BV = logits_BV.float()
+    logprob_BV = torch.log_softmax(logits_BV / temperature if temperature > 0 else logits_BV, dim=-1)
+    if temperature == 0:
+        token_B = logits_BV.argmax(dim=-1)
+    else:
+        cumulative_BV = logprob_BV.double().exp().cumsum(dim=-1)
+        target_B1 = (uniform_B * cumulative_BV[:, -1])[:, None]
+        token_B = torch.searchsorted(cumulative_BV, target_B1, right=True)[:, 0].clamp_(max=logits_BV.shape[-1] - 1)
+    return token_B, logprob_BV.gather(1, token_B[:, None])[:, 0]
+
+
+def _mix(value: torch.Tensor) -> torch.Tensor:
+    """The finaliser of SplitMix64 (Steele et al. 2014), in wrapping int64 arithmetic."""
+    value = (value ^ _shift_right(value, 30)) * _wrap(0xBF58476D1CE4E5B9)
+    value = (value ^ _shift_right(value, 27)) * _wrap(0x94D049BB133111EB)
+    return value ^ _shift_right(value, 31)
+
+
+def _shift_right(value: torch.Tensor, bits: int) -> torch.Tensor:
+    """Logical shift: torch's `>>` on int64 copies the sign bit, which has to be cleared."""
+    return (value >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def _wrap(value: int) -> int:
+    value &= (1 << 64) - 1
+    return value - (1 << 64) if value >> 63 else value

@@ -1,0 +1,51 @@
+"""What travels from the sampler to the trainer. All tensors are one-dimensional and on the CPU.
+
+T: tokens of one completion.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prompt:
+    """One prompt of the mixture.
+
+    domain: whose teacher scores it.
+    request: number of the prompt in the run; the key of its random numbers.
+    row: name of the data row, "SOURCE:INDEX", for messages.
+    tokens: ids given to the student, BOS included where the tokenizer has one.
+    answer: reference answer, None where the domain has none.
+    """
+
+    domain: str
+    request: int
+    row: str
+    tokens: tuple[int, ...]
+    answer: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rollout:
+    """One prompt with one completion.
+
+    completion_T: int64 ids, the end-of-sequence token included when it was sampled.
+    completion_mask_T: bool; True on tokens that enter the loss (environment tokens of an agent are False).
+    logprob_T: float32 log-probability of each token under the policy and temperature that sampled it.
+    sample: index among the completions of the same prompt.
+    finished: the completion ended with an end-of-sequence token; False is a truncated one.
+    policy_step: the step whose weights sampled it.
+    """
+
+    prompt: Prompt
+    completion_T: torch.Tensor
+    completion_mask_T: torch.Tensor
+    logprob_T: torch.Tensor
+    sample: int
+    finished: bool
+    policy_step: int
+
+    @property
+    def num_loss_tokens(self) -> int:
+        return int(self.completion_mask_T.sum())

@@ -1,0 +1,75 @@
+"""TeacherPool: domain -> teacher. Rollouts are grouped by teacher, so that each is fetched once per step, however many there are.
+
+Domains whose teachers are the same checkpoint share one teacher. At most `max_resident` are in memory; a step that meets more
+loads the others from disk in turn. Loading is verified (rollout/model.py) and the tokenizer and vocabulary are compared
+with the student's at start-up, before any compute is spent.
+"""
+
+from collections import OrderedDict
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from rollout.config import ModelConfig
+from rollout.model import load_model
+from rollout.types import Rollout
+from teachers.compatibility import check_teacher
+from teachers.config import DomainConfig, TeachersConfig
+from teachers.teacher import Teacher
+from teachers.types import ScoredRollout, TeacherSignal
+
+
+class TeacherPool:
+    """All teachers of a run; `score` gives every rollout the signal of its domain's teacher."""
+
+    def __init__(self, domains: dict[str, DomainConfig], cfg: TeachersConfig, tokenizer: PreTrainedTokenizerBase, device: torch.device):
+        """Checks every teacher (teachers/compatibility.py). Raises ValueError with the domain's name where one does not fit."""
+        self.cfg, self.device = cfg, device
+        self.teacher_of = {name: _identity(domain.teacher) for name, domain in domains.items()}
+        self.configs: dict[str, tuple[str, ModelConfig]] = {}
+        for name, domain in domains.items():
+            self.configs.setdefault(self.teacher_of[name], (name, domain.teacher))
+        self.resident: OrderedDict[str, Teacher] = OrderedDict()
+        self.num_loads = 0
+        for name, teacher_cfg in self.configs.values():
+            check_teacher(name, teacher_cfg, tokenizer)
+
+    def score(self, rollouts: list[Rollout]) -> list[ScoredRollout]:
+        """The rollouts with their teachers' signals, in the same order.
+
+        Raises ValueError for a rollout of an unknown domain, and for a teacher whose signal is not finite.
+        """
+        by_teacher: dict[str, list[int]] = {}
+        for index, rollout in enumerate(rollouts):
+            if rollout.prompt.domain not in self.teacher_of:
+                raise ValueError(f"a rollout belongs to domain {rollout.prompt.domain!r}, which has no teacher in this run")
+            by_teacher.setdefault(self.teacher_of[rollout.prompt.domain], []).append(index)
+        scored: list[ScoredRollout | None] = [None] * len(rollouts)
+        for teacher, indices in sorted(by_teacher.items(), key=lambda item: item[0] not in self.resident):
+            hidden = self.get(teacher).hidden([rollouts[i] for i in indices], self.cfg.max_tokens_per_forward)
+            for index, hidden_TD in zip(indices, hidden, strict=True):
+                if not hidden_TD.isfinite().all():
+                    raise ValueError(f"the teacher of {rollouts[index].prompt.domain} gave NaN or infinity on request {rollouts[index].prompt.request}")
+                scored[index] = ScoredRollout(rollout=rollouts[index], signal=TeacherSignal(teacher=teacher, hidden_TD=hidden_TD))
+        return scored
+
+    def head(self, teacher: str) -> torch.Tensor:
+        """The head [V, D] of a teacher, on the device."""
+        return self.get(teacher).head_VD
+
+    def get(self, teacher: str) -> Teacher:
+        """A teacher by its name in the pool, loaded if it is not resident."""
+        if teacher in self.resident:
+            self.resident.move_to_end(teacher)
+            return self.resident[teacher]
+        while len(self.resident) >= max(1, self.cfg.max_resident):
+            self.resident.popitem(last=False)
+        domain, cfg = self.configs[teacher]
+        self.resident[teacher] = Teacher(teacher, load_model(cfg, f"teacher of {domain}").to(self.device))
+        self.num_loads += 1
+        return self.resident[teacher]
+
+
+def _identity(cfg: ModelConfig) -> str:
+    """Two domains share a teacher when everything that decides its numbers is the same."""
+    return "|".join(str(part) for part in (cfg.model, cfg.revision, cfg.dtype.value, cfg.attention and cfg.attention.value, cfg.experts and cfg.experts.value))
