@@ -1,7 +1,8 @@
 """Scored rollouts (or supervised examples) -> micro-batches, ordered by teacher, the same number on every rank.
 
-Rows are padded on the right and never on the left or packed: DeepSeek-V4's compressed attention pools tokens across whatever
-stands in its windows. Masks come from lengths, never from token ids, since the padding id may equal the end-of-sequence id.
+Rows are padded on the right, never on the left: DeepSeek-V4's compressed attention pools tokens across whatever stands in its
+windows. Packing puts all rollouts into one row whose position ids begin anew with each; it is offered for the families in
+PACKING_FAMILIES, whose attention is shown by a test to keep the documents apart, and refused for all others. Masks come from lengths, never from token ids, since the padding id may equal the end-of-sequence id.
 Every rank runs the same number of forwards, because a partitioned model communicates in each: ranks that have fewer
 micro-batches repeat their last one with weight 0.
 
@@ -12,22 +13,22 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from opd.config import BatchConfig
 from opd.distributed import Group, reduce_max
 from rollout.types import Rollout
 from teachers.teacher import completion_span, group_by_length, pad_right, sequence_length
 from teachers.types import ScoredRollout
 
-PACKING_REFUSED = (
-    "batch.packing is not available for {family}: its attention would see other documents in the row "
-    "(on DeepSeek-V4 the logits change by 0.20); set batch.packing=false"
-)
+PACKING_FAMILIES = ("qwen3", "qwen3_moe")
+"""Model types for which tests/opd/test_packing.py shows equal logits, packed and alone."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MicroBatch:
     """What one forward and backward needs.
 
-    tokens_BL: ids, right-padded. real_BL: False on padding.
+    tokens_BL: ids, right-padded (packed: one row). real_BL: False on padding.
+    position_ids_BL: where each document of a packed row begins anew; None where rows are padded.
     position_N: index into the flattened [B * L] hidden states of the state that predicts each completion token.
     target_N: the completion tokens. mask_N: whether a token enters the loss.
     weight_N: float32, w_d / N_d on tokens of the loss and 0 elsewhere, so that the step's loss is sum(weight * divergence).
@@ -43,6 +44,7 @@ class MicroBatch:
     mask_N: torch.Tensor
     weight_N: torch.Tensor
     rollout_N: torch.Tensor
+    position_ids_BL: torch.Tensor | None = None
     teacher: str | None = None
     teacher_hidden_ND: torch.Tensor | None = None
     is_filler: bool = False
@@ -52,46 +54,76 @@ class MicroBatch:
         return replace(self, **moved)
 
 
-_TENSORS = ("tokens_BL", "real_BL", "position_N", "target_N", "mask_N", "weight_N", "rollout_N", "teacher_hidden_ND")
+_TENSORS = ("tokens_BL", "real_BL", "position_ids_BL", "position_N", "target_N", "mask_N", "weight_N", "rollout_N", "teacher_hidden_ND")
 
 
-def distillation_batches(scored: list[ScoredRollout], token_weight: dict[str, float], max_tokens: int) -> list[MicroBatch]:
+def require_packing(family: str) -> None:
+    """Raises ValueError for a family whose attention would see other documents in a packed row."""
+    if family not in PACKING_FAMILIES:
+        raise ValueError(
+            f"batch.packing=true is not available for {family}, whose attention would see the other documents of the row "
+            f"(on DeepSeek-V4 the logits change by 0.20); it is for {', '.join(PACKING_FAMILIES)}: set batch.packing=false"
+        )
+
+
+def distillation_batches(scored: list[ScoredRollout], token_weight: dict[str, float], cfg: BatchConfig) -> list[MicroBatch]:
     """Micro-batches of one rank, each with one teacher; `token_weight` is w_d / N_d per domain. Every rank calls it."""
-    return _same_number_on_every_rank(teacher_batches(scored, token_weight, max_tokens))
+    return _same_number_on_every_rank(teacher_batches(scored, token_weight, cfg))
 
 
-def teacher_batches(scored: list[ScoredRollout], token_weight: dict[str, float], max_tokens: int) -> list[MicroBatch]:
+def teacher_batches(scored: list[ScoredRollout], token_weight: dict[str, float], cfg: BatchConfig) -> list[MicroBatch]:
     """As `distillation_batches`, for this rank alone: the number of micro-batches may differ between ranks."""
     by_teacher: dict[str, list[ScoredRollout]] = {}
     for item in scored:
         by_teacher.setdefault(item.signal.teacher, []).append(item)
     batches = []
     for teacher, items in by_teacher.items():
-        for group in group_by_length([sequence_length(item.rollout) for item in items], max_tokens):
-            batch = _micro_batch([items[i].rollout for i in group], token_weight)
+        for group in _groups([item.rollout for item in items], cfg):
+            batch = _micro_batch([items[i].rollout for i in group], token_weight, cfg.packing)
             hidden_ND = torch.cat([items[i].signal.hidden_TD for i in group])
             batches.append(replace(batch, teacher=teacher, teacher_hidden_ND=hidden_ND))
     return batches
 
 
-def supervised_batches(examples: list[Rollout], token_weight: dict[str, float], max_tokens: int) -> list[MicroBatch]:
-    """Micro-batches of one rank for training on the examples' completion tokens."""
-    groups = group_by_length([sequence_length(example) for example in examples], max_tokens)
-    return _same_number_on_every_rank([_micro_batch([examples[i] for i in group], token_weight) for group in groups])
+def supervised_batches(examples: list[Rollout], token_weight: dict[str, float], cfg: BatchConfig) -> list[MicroBatch]:
+    """Micro-batches of one rank for training on the examples' completion tokens. Every rank calls it."""
+    groups = _groups(examples, cfg)
+    return _same_number_on_every_rank([_micro_batch([examples[i] for i in group], token_weight, cfg.packing) for group in groups])
 
 
-def _micro_batch(rollouts: list[Rollout], token_weight: dict[str, float]) -> MicroBatch:
-    tokens_BL = pad_right(rollouts)
-    length = tokens_BL.shape[1]
-    lengths_B = torch.tensor([sequence_length(rollout) for rollout in rollouts])
-    spans = [completion_span(rollout) for rollout in rollouts]
+def _groups(rollouts: list[Rollout], cfg: BatchConfig) -> list[list[int]]:
+    """Indices of the rollouts of each micro-batch; a packed one has no padding, so its tokens are a sum."""
+    lengths = [sequence_length(rollout) for rollout in rollouts]
+    if not cfg.packing:
+        return group_by_length(lengths, cfg.max_tokens_per_micro_batch)
+    groups: list[list[int]] = [[]]
+    for index, length in enumerate(lengths):
+        if groups[-1] and sum(lengths[i] for i in groups[-1]) + length > cfg.max_tokens_per_micro_batch:
+            groups.append([])
+        groups[-1].append(index)
+    return groups
+
+
+def _micro_batch(rollouts: list[Rollout], token_weight: dict[str, float], packing: bool) -> MicroBatch:
+    lengths = [sequence_length(rollout) for rollout in rollouts]
+    if packing:
+        tokens_BL = torch.cat([pad_right([rollout])[0] for rollout in rollouts])[None]
+        position_ids_BL = torch.cat([torch.arange(length) for length in lengths])[None]
+        real_BL = torch.ones_like(tokens_BL, dtype=torch.bool)
+        starts = [sum(lengths[:row]) for row in range(len(rollouts))]
+    else:
+        tokens_BL, position_ids_BL = pad_right(rollouts), None
+        real_BL = torch.arange(tokens_BL.shape[1])[None, :] < torch.tensor(lengths)[:, None]
+        starts = [row * tokens_BL.shape[1] for row in range(len(rollouts))]
     mask_N = torch.cat([rollout.completion_mask_T for rollout in rollouts])
     row_weight_N = torch.cat([torch.full((len(r.completion_T),), token_weight[r.prompt.domain]) for r in rollouts])
+    spans = [(start + first, start + last) for start, (first, last) in zip(starts, map(completion_span, rollouts), strict=True)]
     return MicroBatch(
         rollouts=tuple(rollouts),
         tokens_BL=tokens_BL,
-        real_BL=torch.arange(length)[None, :] < lengths_B[:, None],
-        position_N=torch.cat([torch.arange(row * length + start, row * length + stop) for row, (start, stop) in enumerate(spans)]),
+        real_BL=real_BL,
+        position_ids_BL=position_ids_BL,
+        position_N=torch.cat([torch.arange(first, last) for first, last in spans]),
         target_N=torch.cat([rollout.completion_T for rollout in rollouts]),
         mask_N=mask_N,
         weight_N=row_weight_N * mask_N,

@@ -203,7 +203,7 @@ class EvaluateConfig:
     base: ModelConfig = field(default_factory=ModelConfig)
     domains: dict[str, DomainConfig] = field(default_factory=dict)
     teachers: TeachersConfig = field(default_factory=TeachersConfig)
-    evaluation: EvaluationConfig = field(default_factory=lambda: EvaluationConfig(prompts=None))
+    evaluation: EvaluationConfig = field(default_factory=lambda: EvaluationConfig(every=1, prompts=None))
 
 
 @dataclass(slots=True)

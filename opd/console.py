@@ -23,6 +23,7 @@ class ProgressDisplay:
         self.tasks: dict[str, int] = {}
         self.last_line: dict[str, float] = {}
         self.begun: dict[str, tuple[float, int]] = {}
+        self.finished: set[str] = set()
 
     def __enter__(self) -> "ProgressDisplay":
         if self.progress is not None:
@@ -45,11 +46,14 @@ class ProgressDisplay:
             self.progress.update(self.tasks[task], completed=done, total=total, text=text)
             return
         now = time.monotonic()
-        first_time, first_done = self.begun.setdefault(task, (now, done))
-        if done < total and now - self.last_line.get(task, -PLAIN_LINE_SECONDS) < PLAIN_LINE_SECONDS:
+        first_time, first_done = self.begun.setdefault(task, (now, done)) if done else (now, 0)
+        recent = now - self.last_line.get(task, -PLAIN_LINE_SECONDS) < PLAIN_LINE_SECONDS
+        if recent and not (done == total and task not in self.finished):
             return
+        if done == total:
+            self.finished.add(task)
         self.last_line[task] = now
-        left = (now - first_time) / (done - first_done) * (total - done) if done > first_done else None
+        left = (now - first_time) / (done - first_done) * (total - done) if done > first_done > 0 else None
         remaining = "" if left is None or done == total else f", about {left:.0f} s left"
         self.say(f"{task}: {done}/{total}{remaining}{'  ' + text if text else ''}")
 

@@ -13,15 +13,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("DS_SKIP_CUDA_CHECK", "1")
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed reads it when it is imported
 
 import deepspeed
-import torch
 from deepspeed.utils import logger as deepspeed_logger
 from torch import nn
 from transformers import PreTrainedModel
 
-from opd.batch import MicroBatch
+from opd.batch import MicroBatch, require_packing
 from opd.config import OptimConfig, OptimizerKind, Router, RunConfig
 from opd.distributed import Group, num_ranks, reduce_sum
 from opd.divergence import TokenLosses, cross_entropy, reverse_kl
@@ -50,7 +52,7 @@ class TrainedModel(nn.Module):
         self.recorder = RoutingRecorder(model)
 
     def forward(self, batch: MicroBatch, teacher_head_VD: torch.Tensor | None, balance_scale: float) -> tuple[torch.Tensor, TokenLosses]:
-        hidden_BLD = backbone_of(self.model)(input_ids=batch.tokens_BL, use_cache=False)[0]
+        hidden_BLD = backbone_of(self.model)(input_ids=batch.tokens_BL, position_ids=batch.position_ids_BL, use_cache=False)[0]
         hidden_ND = hidden_BLD.flatten(0, 1)[batch.position_N]
         head_VD = head_of(self.model).weight
         if teacher_head_VD is None:
@@ -72,6 +74,8 @@ class Engine:
         self.model = student.to(device)
         self.trained = TrainedModel(self.model, vocab_size, cfg.student.router_balance_loss)
         self.recorder = self.trained.recorder
+        if cfg.batch.packing:
+            require_packing(student.config.model_type)
         settings = deepspeed_settings(cfg, next(student.parameters()).dtype)
         self.zero_stage = settings.get("zero_optimization", {}).get("stage", 0)
         groups = parameter_groups(self.model, cfg.optim)
@@ -191,6 +195,8 @@ def deepspeed_settings(cfg: RunConfig, dtype: torch.dtype) -> dict[str, Any]:
         raise ValueError("student.dtype=bfloat16 needs ZeRO 1, 2 or 3 (deepspeed=zero1), which keep float32 master weights")
     if cfg.student.router is Router.train and cfg.student.router_balance_loss and cfg.student.gradient_checkpointing:
         raise ValueError("student.router_balance_loss does not work with student.gradient_checkpointing: set one of them off")
+    if cfg.student.router_balance_loss and cfg.batch.packing:
+        raise ValueError("student.router_balance_loss is per sequence and does not work with batch.packing=true: set one of them off")
     settings = {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,

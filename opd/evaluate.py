@@ -17,7 +17,7 @@ from omegaconf import OmegaConf
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from opd.batch import teacher_batches
-from opd.config import EvaluateConfig, RunConfig
+from opd.config import BatchConfig, EvaluateConfig, RunConfig
 from opd.console import print_table
 from opd.distributed import Group, is_main, num_ranks, rank, reduce_sum, start_processes
 from opd.divergence import reverse_kl
@@ -55,16 +55,17 @@ class Evaluator:
     """Evaluates models on the held-out prompts of a run's domains."""
 
     def __init__(self, cfg: RunConfig | EvaluateConfig, student: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, teachers: TeacherPool | None):
-        """Reads the held-out prompts. `teachers` are needed for divergences only."""
+        """Reads the held-out prompts, unless evaluation.every=0. `teachers` are needed for divergences only."""
         self.domains, self.cfg, self.tokenizer, self.teachers = cfg.domains, cfg.evaluation, tokenizer, teachers
         longest = context_length(student) - cfg.evaluation.sampling.max_new_tokens
         prompts = {name: domain.prompts for name, domain in cfg.domains.items()}
-        held_out = load_held_out(prompts, {name: domain.held_out for name, domain in cfg.domains.items()}, tokenizer, longest)
+        sources = {name: domain.held_out for name, domain in cfg.domains.items() if cfg.evaluation.every > 0}
+        held_out = load_held_out(prompts, sources, tokenizer, longest)
         self.prompts = {name: _held_out(name, rows, cfg.evaluation.prompts) for name, rows in held_out.items()}
 
     def evaluate(self, sampler: LocalSampler, source: WeightSource | None = None) -> dict[str, DomainResult]:
         """Results per domain with held-out prompts; takes the source's weights first where one is given. Every rank calls it."""
-        if source is not None:
+        if source is not None and self.prompts:
             sampler.refresh(source)
         return {name: self.evaluate_domain(name, sampler) for name in self.prompts}
 
@@ -92,7 +93,8 @@ class Evaluator:
         """KL(student || teacher) per token and per sequence; the per-token interval treats sequences as the independent units."""
         sums = torch.zeros(6, dtype=torch.float64)
         if rollouts:
-            batches = teacher_batches(self.teachers.score(rollouts), dict.fromkeys(self.domains, 1.0), self.teachers.cfg.max_tokens_per_forward)
+            whole = BatchConfig(max_tokens_per_micro_batch=self.teachers.cfg.max_tokens_per_forward)
+            batches = teacher_batches(self.teachers.score(rollouts), dict.fromkeys(self.domains, 1.0), whole)
             for batch in batches:
                 batch = batch.to(model.device)
                 hidden_ND = backbone_of(model)(input_ids=batch.tokens_BL, use_cache=False)[0].flatten(0, 1)[batch.position_N]
@@ -206,9 +208,11 @@ def print_comparison(record: dict) -> None:
         recovery = domain["recovery"]
         cells.append(recovery if isinstance(recovery, str) else _interval_cell(recovery and recovery["value"], recovery))
         greedy = [f"{domain[role]['greedy']:.3f}" for role in ("base", "teacher", "student") if role in domain and domain[role]["accuracy"] is not None]
-        rows.append([name, *cells, " / ".join(greedy), str(domain["student"]["prompts"])])
-    header = ["domain", "base", "teacher", "student", "recovery", "greedy b/t/s", "prompts"]
-    print_table("Accuracy on held-out prompts (temperature 1), with 95 % intervals", header, rows)
+        divergence = [_interval_cell(role["per_sequence"]["value"], role["per_sequence"]) for role in domain.get("kl", {}).values()]
+        rows.append([name, *cells, " / ".join(greedy), divergence[-1] if divergence else "", str(domain["student"]["prompts"])])
+    header = ["domain", "base", "teacher", "student", "recovery", "greedy b/t/s", "KL to teacher", "prompts"]
+    caption = "accuracy and recovery at temperature 1, with 95 % intervals; KL(student || teacher) in nats per completion"
+    print_table("Held-out prompts", header, rows, caption)
 
 
 def _accuracy_cell(record: dict | None) -> str:

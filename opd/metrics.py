@@ -87,6 +87,15 @@ def add_losses(totals: DomainTotals, batch: MicroBatch, losses: TokenLosses) -> 
         )  # fmt: skip
 
 
+def data_metrics(stream: RolloutStream) -> dict[str, float]:
+    """Rows that each domain has, and rows left out because they were too long."""
+    result = {}
+    for name, domain in stream.prompts.domains.items():
+        result[f"data/{name}/rows"] = float(sum(len(rows) for rows in domain.sources.values()))
+        result[f"data/{name}/dropped"] = float(domain.dropped)
+    return result
+
+
 def rollout_metrics(rollouts: list[Rollout], stream: RolloutStream, cfg: DistillConfig, tokenizer: PreTrainedTokenizerBase) -> dict[str, float]:
     """Metrics of a step's rollouts over all ranks; a domain without rollouts in the step has shares 0 and no means."""
     totals = rollout_totals(rollouts, cfg.domains, tokenizer)

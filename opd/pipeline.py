@@ -17,6 +17,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import shutil
 import signal
 import subprocess
@@ -150,7 +151,7 @@ def _follow(stage: Stage, free: list[int], run_dir: Path, display: ProgressDispl
     step, text = _progress(stage)
     code = stage.process.poll()
     if code is None:
-        display.update(stage.name, min(step, stage.num_steps), stage.num_steps, text)
+        display.update(stage.name, min(step, stage.num_steps - 1), stage.num_steps, text)
         return
     stage.record["seconds"] += time.monotonic() - stage.begun
     stage.process = None
@@ -250,6 +251,8 @@ def _write_state(run_dir: Path, stage: Stage) -> None:
 
 
 def _last_error(log: Path) -> str:
-    lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    own = [line for line in lines if line.startswith("opd: ")]
-    return (own or lines or ["nothing"])[-1].removeprefix("opd: ")
+    """The stage's own sentence, else the last exception in its log, else its last line."""
+    lines = [re.sub(r"^\[rank\d+\]: ", "", line).strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    own = [line.removeprefix("opd: ") for line in lines if line.startswith("opd: ")]
+    exceptions = [line for line in lines if re.match(r"[\w.]*(Error|Exception|Interrupt)\b", line)]
+    return (own[:1] or exceptions[:1] or lines[-1:] or ["nothing"])[0]

@@ -7,6 +7,7 @@ completion text is never sent unless `logger.upload_text` says so (nothing here 
 
 import json
 import time
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -88,7 +89,7 @@ def _start_wandb(run_dir: Path, cfg: LoggerConfig, config: dict[str, Any]):
 
     id_file = run_dir / "wandb_id"
     if not id_file.exists():
-        id_file.write_text(wandb.util.generate_id())
+        id_file.write_text(uuid.uuid4().hex[:12])
     run = wandb.init(
         project=cfg.project,
         entity=cfg.entity,

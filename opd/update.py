@@ -25,7 +25,7 @@ from teachers.types import ScoredRollout
 def update(engine: Engine, teachers: TeacherPool, scored: list[ScoredRollout], cfg: RunConfig) -> dict[str, float]:
     """Distil one step's scored rollouts (this rank's) into the student; returns the step's metrics."""
     weights, metrics = domain_weights([item.rollout for item in scored], cfg, engine.policy_step)
-    batches = distillation_batches(scored, weights, cfg.batch.max_tokens_per_micro_batch)
+    batches = distillation_batches(scored, weights, cfg.batch)
     metrics["step/teacher_loads"] = teachers.num_loads
     return metrics | _train(engine, batches, cfg, lambda teacher: teachers.head(teacher), is_distillation=True)
 
@@ -33,7 +33,7 @@ def update(engine: Engine, teachers: TeacherPool, scored: list[ScoredRollout], c
 def supervised_update(engine: Engine, examples: list[Rollout], cfg: RunConfig) -> dict[str, float]:
     """Train on the examples' completions (this rank's); returns the step's metrics."""
     weights, metrics = domain_weights(examples, cfg, engine.policy_step)
-    batches = supervised_batches(examples, weights, cfg.batch.max_tokens_per_micro_batch)
+    batches = supervised_batches(examples, weights, cfg.batch)
     return metrics | _train(engine, batches, cfg, lambda _teacher: None, is_distillation=False)
 
 

@@ -1,7 +1,7 @@
-"""From a data row to the token ids of a prompt, the same for student and teacher.
+"""From data rows to the token ids of prompts, the same for student and teacher.
 
-A row is a prompt string (made into one user turn unless the domain is `raw`) or a list of messages that ends in a user or tool turn.
-The beginning-of-sequence token is never doubled: a chat template writes it itself, so its text is tokenised without special
+A row is a prompt string (made into one user turn unless the domain is `raw`) or a list of messages that ends in a user or tool
+turn. The beginning-of-sequence token is never doubled: a chat template writes it itself, so its text is tokenised without special
 tokens, and a raw prompt that already begins with it gets no second one.
 """
 
@@ -12,30 +12,38 @@ from transformers import PreTrainedTokenizerBase
 from rollout.config import PromptsConfig
 
 
-def encode_prompt(row: dict[str, Any], cfg: PromptsConfig, tokenizer: PreTrainedTokenizerBase, name: str) -> list[int]:
-    """Token ids of one row; `name` is the row's in errors.
+def encode_prompts(rows: list[dict[str, Any]], cfg: PromptsConfig, tokenizer: PreTrainedTokenizerBase, where: str) -> list[list[int]]:
+    """Token ids of the rows, in order; row 7 is called "WHERE:7" in errors.
 
-    Raises ValueError where the row has neither prompt nor messages, where messages end in an assistant turn, where a
+    Raises ValueError where a row has neither prompt nor messages, where messages end in an assistant turn, where a
     conversation meets a tokenizer without a chat template, or where nothing is left after rendering.
     """
+    if not cfg.raw and tokenizer.chat_template is None:
+        raise ValueError("the tokenizer has no chat template: set prompts.raw=true to use prompts as they are")
+    texts = [_render(row, cfg, tokenizer, f"{where}:{index}") for index, row in enumerate(rows)]
+    encoded = tokenizer(texts, add_special_tokens=cfg.raw)["input_ids"]
+    if cfg.raw:
+        encoded = [_trim_special(tokens, tokenizer) for tokens in encoded]
+    for index, tokens in enumerate(encoded):
+        if not tokens:
+            raise ValueError(f"row {where}:{index} is empty")
+    return encoded
+
+
+def decode_completion(tokens: list[int], tokenizer: PreTrainedTokenizerBase) -> str:
+    """Completion text for a grader: without the closing end-of-sequence token and other special tokens."""
+    return tokenizer.decode(tokens, skip_special_tokens=True)
+
+
+def _render(row: dict[str, Any], cfg: PromptsConfig, tokenizer: PreTrainedTokenizerBase, name: str) -> str:
     messages, prompt = row.get("messages"), row.get("prompt")
     if (messages is None) == (prompt is None):
         raise ValueError(f"row {name} needs exactly one of prompt and messages; map the columns with prompts.columns")
     if cfg.raw:
         if prompt is None:
             raise ValueError(f"row {name} holds messages, which raw=true cannot render: set raw to false")
-        tokens = _without_second_bos(tokenizer(prompt)["input_ids"], tokenizer)
-        tokens = tokens[:-1] if tokens and tokens[-1] == tokenizer.eos_token_id else tokens
-    else:
-        tokens = tokenizer(_render(messages or [{"role": "user", "content": prompt}], cfg, tokenizer, name), add_special_tokens=False)["input_ids"]
-    if not tokens:
-        raise ValueError(f"row {name} is empty")
-    return tokens
-
-
-def _render(messages: list[dict[str, Any]], cfg: PromptsConfig, tokenizer: PreTrainedTokenizerBase, name: str) -> str:
-    if tokenizer.chat_template is None:
-        raise ValueError("the tokenizer has no chat template: set prompts.raw=true to use prompts as they are")
+        return prompt
+    messages = messages or [{"role": "user", "content": prompt}]
     if messages[-1].get("role") not in ("user", "tool"):
         raise ValueError(f"the messages of row {name} must end in a user or tool turn, not {messages[-1].get('role')!r}")
     if cfg.system_prompt is not None and messages[0].get("role") != "system":
@@ -43,11 +51,9 @@ def _render(messages: list[dict[str, Any]], cfg: PromptsConfig, tokenizer: PreTr
     return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **cfg.template_kwargs)
 
 
-def _without_second_bos(tokens: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    bos = tokenizer.bos_token_id
-    return tokens[1:] if bos is not None and tokens[:2] == [bos, bos] else tokens
-
-
-def decode_completion(tokens: list[int], tokenizer: PreTrainedTokenizerBase) -> str:
-    """Completion text for a grader: without the closing end-of-sequence token and other special tokens."""
-    return tokenizer.decode(tokens, skip_special_tokens=True)
+def _trim_special(tokens: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Without a second beginning-of-sequence token, and without an end that some tokenizers append to every text."""
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    if bos is not None and tokens[:2] == [bos, bos]:
+        tokens = tokens[1:]
+    return tokens[:-1] if tokens and tokens[-1] == eos else tokens

@@ -18,7 +18,7 @@ import datasets
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from rollout.chat import encode_prompt
+from rollout.chat import encode_prompts
 from rollout.config import PromptsConfig, SourceConfig, TooLong, schedule_value
 from rollout.model import first_sentence
 from rollout.synthetic import synthetic_rows
@@ -114,14 +114,12 @@ def load_domain_prompts(name: str, cfg: PromptsConfig, tokenizer: PreTrainedToke
     for source_name, source in sources.items():
         rows = load_rows(source, f"domain {name}, source {source_name}")
         kept = []
-        for index, row in enumerate(rows):
-            label = f"{name}/{source_name}:{index}"
-            tokens = encode_prompt(row, cfg, tokenizer, label)
+        for index, (row, tokens) in enumerate(zip(rows, encode_prompts(rows, cfg, tokenizer, f"{name}/{source_name}"), strict=True)):
             if len(tokens) <= longest:
                 kept.append({"tokens": tokens, "answer": row.get("answer"), "slip": row.get("slip")})
             elif cfg.too_long is TooLong.error:
                 raise ValueError(
-                    f"the prompt in row {label} has {len(tokens)} tokens and only {longest} fit before the completion: "
+                    f"the prompt in row {name}/{source_name}:{index} has {len(tokens)} tokens and only {longest} fit before the completion: "
                     "shorten it, or set prompts.too_long=drop"
                 )
         dropped += len(rows) - len(kept)

@@ -1,0 +1,139 @@
+"""Fixtures that the tests of all packages share: the two tiny families, a saved model, and factories of prompts and rollouts.
+
+A model fixture without a scope in its name is a fresh copy for each test, so that a test may change it.
+"""
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from opd.config import StudentConfig
+from opd.student import build_student, seed_everything
+from rollout.model import save_model
+from rollout.synthetic import character_tokenizer
+from rollout.types import Prompt, Rollout
+
+ROOT = Path(__file__).parents[1]
+CONF = ROOT / "conf"
+
+torch.set_num_threads(1)  # the models are too small to gain from more, and the tests share their machine
+
+
+@pytest.fixture(scope="session")
+def conf_dir() -> Path:
+    return CONF
+
+
+@pytest.fixture(scope="session")
+def golden_dir() -> Path:
+    return Path(__file__).parent / "golden"
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerBase:
+    return character_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def architecture() -> Callable[..., dict]:
+    """architecture("deepseek_v4_tiny", num_hidden_layers=2): the mapping of conf/student/NAME.yaml, with changes."""
+
+    def read(name: str, **changes) -> dict:
+        return OmegaConf.to_container(OmegaConf.load(CONF / "student" / f"{name}.yaml").architecture) | changes
+
+    return read
+
+
+@pytest.fixture(scope="session")
+def new_student(architecture, tokenizer) -> Callable[..., PreTrainedModel]:
+    """new_student("qwen3_moe_tiny", seed=1, hidden_size=32): a student as `opd` builds it, in evaluation mode."""
+
+    def build(name: str, seed: int = 0, **changes) -> PreTrainedModel:
+        seed_everything(seed)
+        return build_student(StudentConfig(architecture=architecture(name, **changes)), tokenizer).eval()
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def session_v4_model(new_student) -> PreTrainedModel:
+    """The DeepSeek-V4 student, built once; for tests that do not change it."""
+    return new_student("deepseek_v4_tiny")
+
+
+@pytest.fixture(scope="session")
+def session_qwen3_moe_model(new_student) -> PreTrainedModel:
+    """The Qwen3-MoE student, built once; for tests that do not change it."""
+    return new_student("qwen3_moe_tiny")
+
+
+@pytest.fixture
+def v4_model(session_v4_model) -> PreTrainedModel:
+    return copy.deepcopy(session_v4_model)
+
+
+@pytest.fixture
+def qwen3_moe_model(session_qwen3_moe_model) -> PreTrainedModel:
+    return copy.deepcopy(session_qwen3_moe_model)
+
+
+@pytest.fixture(scope="session")
+def saved_v4(session_v4_model, tokenizer, tmp_path_factory) -> Path:
+    """Folder of the DeepSeek-V4 student and its tokenizer; a test that changes files copies it first."""
+    folder = tmp_path_factory.mktemp("saved") / "v4"
+    save_model(folder, session_v4_model, tokenizer, session_v4_model.state_dict())
+    return folder
+
+
+@pytest.fixture(scope="session")
+def saved_qwen3_moe(session_qwen3_moe_model, tokenizer, tmp_path_factory) -> Path:
+    """Folder of the Qwen3-MoE student and its tokenizer; a test that changes files copies it first."""
+    folder = tmp_path_factory.mktemp("saved") / "qwen3_moe"
+    save_model(folder, session_qwen3_moe_model, tokenizer, session_qwen3_moe_model.state_dict())
+    return folder
+
+
+@pytest.fixture(scope="session")
+def make_prompt() -> Callable[..., Prompt]:
+    def make(domain: str, tokens: list[int], request: int = 0, answer: str | None = None) -> Prompt:
+        return Prompt(domain=domain, request=request, row=f"prompts:{request}", tokens=tuple(tokens), answer=answer)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_rollout(make_prompt) -> Callable[..., Rollout]:
+    """A rollout of given tokens; every completion token enters the loss, and its log-probability is -1, unless told otherwise."""
+
+    def make(domain: str, prompt_tokens: list[int], completion_tokens: list[int], *, mask=None, logprob=None, request=0, answer=None, **fields) -> Rollout:
+        length = len(completion_tokens)
+        others = {"sample": 0, "finished": True, "policy_step": 0} | fields
+        return Rollout(
+            prompt=make_prompt(domain, prompt_tokens, request, answer),
+            completion_T=torch.tensor(completion_tokens, dtype=torch.int64),
+            completion_mask_T=torch.tensor([True] * length if mask is None else mask, dtype=torch.bool),
+            logprob_T=torch.tensor([-1.0] * length if logprob is None else logprob, dtype=torch.float32),
+            **others,
+        )
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def random_rollouts(make_rollout, tokenizer) -> Callable[..., list[Rollout]]:
+    """random_rollouts([("law", 5, 7), ...], seed): rollouts of random tokens with the given prompt and completion lengths."""
+
+    def make(shapes: list[tuple[str, int, int]], seed: int = 0) -> list[Rollout]:
+        generator = torch.Generator().manual_seed(seed)
+
+        def tokens(count: int) -> list[int]:
+            return torch.randint(3, len(tokenizer), (count,), generator=generator).tolist()
+
+        return [make_rollout(domain, tokens(before), tokens(after), request=request) for request, (domain, before, after) in enumerate(shapes)]
+
+    return make

@@ -1,0 +1,68 @@
+"""A domain added by one YAML file over a JSON-lines file and a local checkpoint, as the README says it is done."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+DOMAIN = """# @package domains.law
+teacher: {{model: {teacher}}}
+prompts:
+  path: law.jsonl
+  columns: {{prompt: question}}
+  system_prompt: be brief
+held_out: {{path: law.jsonl, columns: {{prompt: question}}}}
+"""
+
+
+@pytest.fixture
+def workspace(tmp_path, saved_v4):
+    """A working directory with conf/domain/law.yaml and its prompts; the package's own conf/ stays as it is."""
+    (tmp_path / "conf" / "domain").mkdir(parents=True)
+    (tmp_path / "conf" / "domain" / "law.yaml").write_text(DOMAIN.format(teacher=saved_v4))
+    rows = [{"question": f"may I park at gate {number}?"} for number in range(40)]
+    (tmp_path / "law.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return tmp_path
+
+
+def opd(workspace, *arguments: str) -> subprocess.CompletedProcess:
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run([sys.executable, "-m", "opd", *arguments], cwd=workspace, capture_output=True, text=True, env=environment, timeout=300)
+
+
+def test_a_domain_of_one_yaml_is_distilled_beside_a_shipped_one(workspace, saved_v4):
+    result = opd(
+        workspace, "distill", "domain=[arithmetic]", "+domain=law", f"domains.arithmetic.teacher.model={saved_v4}", f"student.model={saved_v4}",
+        "domains.arithmetic.prompts.rows=50", "domains.arithmetic.held_out.rows=20", "num_steps=2", "rollout.prompts_per_step=8", "rollout.max_new_tokens=6",
+        "rollout.decode_width=8", "evaluation.every=1", "evaluation.sampling.max_new_tokens=6", "run_dir=run", "logger=none",
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    records = [json.loads(line) for line in (workspace / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in records] == [0, 1, 2]
+    assert records[1]["domain/law/prompt_share"] == 0.5
+    assert records[1]["domain/law/kl_per_token"] == 0.0, "its teacher is the student itself"
+    assert "domain/law/accuracy" not in records[1] and "domain/arithmetic/accuracy" in records[1]
+    assert records[0]["evaluation/law/kl_per_sequence"] == 0.0
+
+
+def test_a_domain_without_a_grader_reads_not_graded(workspace, saved_v4):
+    result = opd(
+        workspace, "evaluate", "domain=[arithmetic,law]", f"domains.arithmetic.teacher.model={saved_v4}", f"student.model={saved_v4}",
+        "domains.arithmetic.held_out.rows=20", "evaluation.sampling.max_new_tokens=6", "run_dir=run",
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    record = json.loads((workspace / "run" / "evaluation.json").read_text())
+    assert record["domains"]["law"]["recovery"] == "not graded"
+    assert record["not_graded"] == ["law"]
+    assert record["domains"]["law"]["kl"]["student"]["per_token"]["value"] == 0.0
+    assert "not graded" in result.stdout
+
+
+def test_a_teacher_is_swapped_by_one_override(workspace, saved_v4, tmp_path):
+    missing = tmp_path / "elsewhere"
+    result = opd(workspace, "distill", "domain=[law]", f"student.model={saved_v4}", f"domains.law.teacher.model={missing}", "run_dir=run")
+    assert result.returncode == 2
+    assert str(missing) in result.stderr
+    assert not (workspace / "run").exists()

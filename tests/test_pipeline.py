@@ -1,0 +1,74 @@
+"""The pipeline command, small: stages, hashes, skipping, the summary."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+PIPELINE = """# @package _global_
+stages:
+  base:
+    command: specialize
+    overrides: [student=deepseek_v4_tiny, "domain=[arithmetic]", domains.arithmetic.prompts.rows=50, num_steps=2, examples_per_step=8, optim.lr=1e-3]
+  teacher:
+    command: specialize
+    processes: 1
+    after: [base]
+    overrides: ["domain=[arithmetic]", "student.model=${run_dir}/base/student", domains.arithmetic.prompts.rows=50, num_steps=2, examples_per_step=8]
+  distill:
+    command: distill
+    after: [teacher]
+    overrides: ["domain=[arithmetic]", "student.model=${run_dir}/base/student", "domains.arithmetic.teacher.model=${run_dir}/teacher/student",
+      domains.arithmetic.prompts.rows=50, num_steps=2, rollout.prompts_per_step=8, rollout.max_new_tokens=4, rollout.decode_width=4]
+  evaluate:
+    command: evaluate
+    after: [distill]
+    overrides: ["domain=[arithmetic]", "student.model=${run_dir}/distill/student", "base.model=${run_dir}/base/student",
+      "domains.arithmetic.teacher.model=${run_dir}/teacher/student", domains.arithmetic.held_out.rows=16, evaluation.sampling.max_new_tokens=4]
+"""
+
+
+def opd(workspace, *arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-m", "opd", *arguments], cwd=workspace, capture_output=True, text=True, timeout=400, env=os.environ | {"OMP_NUM_THREADS": "1"})
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A working directory in which the small pipeline has run once, with that run's output."""
+    workspace = tmp_path_factory.mktemp("workspace")
+    (workspace / "conf" / "pipeline").mkdir(parents=True)
+    (workspace / "conf" / "pipeline" / "small.yaml").write_text(PIPELINE)
+    result = opd(workspace, "pipeline=small", "run_dir=runs/small", "logger=none")
+    assert result.returncode == 0, result.stdout + result.stderr
+    return workspace, result.stdout
+
+
+@pytest.mark.multi
+def test_the_summary_has_every_figure(finished):
+    workspace, output = finished
+    summary = json.loads((workspace / "runs/small/summary.json").read_text())
+    assert set(summary) == {"schema", "domains", "min_recovery", "not_graded", "seconds", "peak_memory_bytes", "seed", "versions"}
+    domain = summary["domains"]["arithmetic"]
+    for role in ("base", "teacher", "student"):
+        assert {"accuracy", "low", "high"} <= set(domain[role])
+        assert domain[role]["low"] <= domain[role]["accuracy"] <= domain[role]["high"]
+    assert set(summary["seconds"]) == {"base", "teacher", "distill", "evaluate"}
+    assert summary["peak_memory_bytes"] > 1e8
+    assert "arithmetic" in output
+
+
+@pytest.mark.multi
+def test_finished_stages_are_skipped_and_changed_ones_done_again(finished):
+    workspace, _ = finished
+    before = {name: (workspace / f"runs/small/stages/{name}.json").read_text() for name in ("base", "teacher", "distill")}
+    again = opd(workspace, "pipeline=small", "run_dir=runs/small", "logger=none")
+    assert again.stdout.count("done before, skipped") == 4
+    changed = PIPELINE.replace("rollout.max_new_tokens=4", "rollout.max_new_tokens=5")
+    (workspace / "conf" / "pipeline" / "small.yaml").write_text(changed)
+    result = opd(workspace, "pipeline=small", "run_dir=runs/small", "logger=none")
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert [name for name in ("base", "teacher", "distill") if f"{name}: done before" in result.stdout] == ["base", "teacher"]
+    after = {name: (workspace / f"runs/small/stages/{name}.json").read_text() for name in before}
+    assert after["base"] == before["base"] and after["distill"] != before["distill"]

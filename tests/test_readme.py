@@ -1,0 +1,39 @@
+"""The README says what the code does."""
+
+import ast
+import re
+from pathlib import Path
+
+README = Path("README.md").read_text()
+
+
+def test_the_loop_in_the_readme_is_the_loop_of_the_code():
+    source = Path("opd/distill.py").read_text()
+    function = next(node for node in ast.parse(source).body if isinstance(node, ast.FunctionDef) and node.name == "distill")
+    text = "\n".join(source.splitlines()[function.lineno - 1 : function.end_lineno])
+    assert f"```python\n{text}\n```" in README
+
+
+def test_the_loop_fits_on_a_page():
+    function = next(node for node in ast.parse(Path("opd/distill.py").read_text()).body if isinstance(node, ast.FunctionDef))
+    assert function.end_lineno - function.lineno + 1 <= 40
+    assert _depth(function.body) <= 3
+
+
+def test_the_readme_has_at_most_200_lines():
+    assert len(README.splitlines()) <= 200
+
+
+def test_every_file_in_the_tree_of_the_readme_exists():
+    tree = README.split("## Files")[1].split("```")[1]
+    named = re.findall(r"^\s*(?:(rollout|teachers|opd)/\s+)?(\w+\.py)\b", tree, flags=re.M)
+    assert len(named) > 25
+    package = None
+    for prefix, name in named:
+        package = prefix or package
+        assert (Path(package) / name).is_file(), f"{package}/{name}"
+
+
+def _depth(body: list[ast.stmt]) -> int:
+    inner = [_depth(node.body) for node in body if isinstance(node, ast.For | ast.With | ast.If)]
+    return max(inner, default=-1) + 1 if inner else 0
