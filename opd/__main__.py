@@ -5,7 +5,6 @@ so that a domain can be added beside an installed package), checked against the 
 is anything heavy imported. A mistake in them is one sentence and exit code 2.
 """
 
-import difflib
 import os
 import sys
 import traceback
@@ -17,6 +16,8 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
+
+from opd.errors import explain, nearest
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
 COMMANDS = {
@@ -51,7 +52,7 @@ def split_command(arguments: list[str]) -> tuple[str, list[str]]:
     if not arguments or any(sign in arguments[0] for sign in "=~"):
         return "pipeline", arguments
     if arguments[0] not in COMMANDS:
-        raise ValueError(f"there is no command {arguments[0]!r}{_nearest(arguments[0], list(COMMANDS))}; the commands are {', '.join(COMMANDS)}")
+        raise ValueError(f"there is no command {arguments[0]!r}{nearest(arguments[0], list(COMMANDS))}; the commands are {', '.join(COMMANDS)}")
     return arguments[0], arguments[1:]
 
 
@@ -71,59 +72,15 @@ def compose_config(command: str, overrides: list[str]) -> DictConfig:
         store.store(name=f"{name}_schema", node=schema)
     own = Path.cwd() / "conf"
     search = [f"hydra.searchpath=[file://{own}]"] if own.is_dir() and own.resolve() != CONF else []
+    stray = [override for override in overrides if "=" not in override and not override.startswith("~")]
+    if stray:
+        raise ValueError(f"{stray[0]!r} is not a setting: write setting=value")
     GlobalHydra.instance().clear()
     with initialize_config_dir(config_dir=str(CONF), version_base="1.3"):
         try:
             return compose(config_name=command, overrides=[*search, *overrides])
         except (HydraException, OmegaConfBaseException) as error:
-            raise ValueError(explain(error, command)) from error
-
-
-def explain(error: Exception, command: str) -> str:
-    """Hydra's message as one sentence that names the fix."""
-    text = " ".join(str(error).split())
-    if "Could not find" in text and "'" in text:
-        group, _, option = text.split("'")[1].rpartition("/")
-        options = sorted({path.stem for folder in (CONF, Path.cwd() / "conf") for path in (folder / group).glob("*.yaml")})
-        return f"there is no {group} called {option!r}{_nearest(option, options)}; there are: {', '.join(options) or 'none'}"
-    key = _unknown_key(text)
-    if key is not None:
-        return f"{command} has no setting {key!r}{_nearest(key, _known_keys(command))}"
-    if "Could not override" in text and "++domain=" not in text:
-        key = text.split("'")[1] if "'" in text else text
-        return f"{command} has no setting {key!r}{_nearest(key, _known_keys(command))}"
-    if "not a defaults list" in text or "No match in the defaults list" in text or "multiple" in text.lower():
-        return f"{text.split('. ')[0].rstrip('.')}: select domains with 'domain=[a,b]', add one with +domain=NAME, drop one with ~domains.NAME"
-    return text.split(" full_key:")[0].rstrip(".")
-
-
-def _unknown_key(text: str) -> str | None:
-    if "full_key: " in text and ("not in" in text or "is not in struct" in text):
-        return text.split("full_key: ")[1].split(" ")[0]
-    return None
-
-
-def _known_keys(command: str) -> list[str]:
-    from omegaconf import OmegaConf
-
-    from opd.config import SCHEMAS
-
-    def walk(node, prefix: str):
-        for key in node:
-            yield f"{prefix}{key}"
-            child = node._get_node(key)
-            if OmegaConf.is_dict(child) and not child._is_none():
-                yield from walk(child, f"{prefix}{key}.")
-
-    return list(walk(OmegaConf.structured(SCHEMAS[command]), ""))
-
-
-def _nearest(word: str, words: list[str]) -> str:
-    found = difflib.get_close_matches(word, words, n=1, cutoff=0.6)
-    if not found:  # a misspelt last part of a right path
-        found = [known for known in words if known.rpartition(".")[0] == word.rpartition(".")[0]]
-        found = [f for f in found if difflib.get_close_matches(word.rpartition(".")[2], [f.rpartition(".")[2]], cutoff=0.6)]
-    return f" (did you mean {found[0]!r}?)" if found else ""
+            raise ValueError(explain(error, command, SCHEMAS[command], [CONF, own])) from error
 
 
 def _run(command: str, cfg) -> None:
@@ -158,8 +115,8 @@ def _stop() -> None:
 def _fail(message: str, code: int) -> int:
     if os.environ.get("OPD_TRACEBACK"):
         traceback.print_exc()
-    if os.environ.get("RANK", "0") == "0":
-        print(message, file=sys.stderr)
+    rank = os.environ.get("RANK", "0")
+    print(message if rank == "0" else f"[rank {rank}] {message}", file=sys.stderr)
     return code
 
 

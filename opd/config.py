@@ -82,6 +82,8 @@ class OptimConfig:
     warmup_steps: linear rise from 0.
     schedule, final_lr_fraction: decay after the warm-up, to this fraction of the peak at the last step.
     clip_norm: global gradient norm at most; null does not clip. Must be null with muon.
+    update_ratio_every: steps between two measurements of the update-to-weight ratio, each of which holds a copy of the
+        rank's float32 weights for the length of the update; 0 never.
     """
 
     kind: OptimizerKind = OptimizerKind.adamw
@@ -95,6 +97,7 @@ class OptimConfig:
     schedule: Schedule = Schedule.constant
     final_lr_fraction: float = 0.1
     clip_norm: float | None = 1.0
+    update_ratio_every: int = 10
 
 
 @dataclass(slots=True)
@@ -251,5 +254,4 @@ def parse(config: DictConfig, schema: type) -> Any:
     try:
         return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), config))
     except OmegaConfBaseException as error:
-        key = f"{error.full_key}: " if error.full_key else ""
-        raise ValueError(key + first_sentence(error)) from error
+        raise ValueError(f"{error.full_key}: {first_sentence(error)}") from error

@@ -6,7 +6,6 @@ code that names the right group keeps its meaning when that changes. The number 
 """
 
 import os
-import socket
 from datetime import timedelta
 from enum import Enum
 from typing import Any
@@ -23,18 +22,14 @@ class Group(Enum):
 
 def start_processes(timeout_minutes: float = 30.0) -> torch.device:
     """Join the job's process group (one of a single process outside torchrun) and return this rank's device."""
-    os.environ.setdefault("RANK", "0")
-    os.environ.setdefault("LOCAL_RANK", "0")
-    os.environ.setdefault("WORLD_SIZE", "1")
-    if os.environ["WORLD_SIZE"] == "1":
-        os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-        os.environ.setdefault("MASTER_PORT", str(_free_port()))
+    os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asks for it
     use_gpu = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if use_gpu else torch.device("cpu")
     if use_gpu:
         torch.cuda.set_device(device)
     if not dist.is_initialized():
-        dist.init_process_group("cpu:gloo,cuda:nccl" if use_gpu else "gloo", timeout=timedelta(minutes=timeout_minutes))
+        alone = {} if "WORLD_SIZE" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}  # no port, nothing for children to inherit
+        dist.init_process_group("cpu:gloo,cuda:nccl" if use_gpu else "gloo", timeout=timedelta(minutes=timeout_minutes), **alone)
     return device
 
 
@@ -110,9 +105,3 @@ def _reduced(values: torch.Tensor, operation: dist.ReduceOp, group: Group) -> to
     if _is_split(group):
         dist.all_reduce(result, op=operation)
     return result
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]

@@ -8,7 +8,9 @@ loss is multiplied by the number of ranks over which DeepSpeed averages gradient
 The `deepspeed` section of the config is DeepSpeed's JSON schema, passed through, without the keys that other settings own.
 """
 
+import math
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -105,23 +107,24 @@ class Engine:
         self.engine.backward(loss * num_ranks(Group.data), scale_wrt_gas=False)
 
     def step(self) -> dict[str, float]:
-        """One optimizer update; returns learning rate, gradient norm before clipping, clip rate, update-to-weight ratio.
+        """One optimizer update; returns learning rate, gradient norm before clipping, whether it was clipped, and update-to-weight ratio.
 
         Raises ValueError where the gradient is not finite; the weights are then unchanged.
         """
         factor = learning_rate_factor(self.policy_step, self.cfg.num_steps, self.cfg.optim)
         for group, peak in zip(self.engine.optimizer.param_groups, self.peak_rates, strict=True):
             group["lr"] = peak * factor
-        before = [tensor.clone() for tensor in self._master_weights()]
-        gradient_norm = self._stage_0_norm() if self.zero_stage == 0 else None
-        self.engine.step()
+        every = self.cfg.optim.update_ratio_every
+        before = [tensor.clone() for tensor in self._master_weights()] if every and self.policy_step % every == 0 else None
+        norm = self._update()
+        if not math.isfinite(norm):
+            raise ValueError(f"the gradient of step {self.policy_step + 1} is not finite: lower optim.lr, or look at the step's rollouts")
         self.policy_step += 1
-        metrics = {"optim/lr": self.cfg.optim.lr * factor, "optim/update_to_weight": self._update_to_weight(before)}
+        metrics = {"optim/lr": self.cfg.optim.lr * factor}
+        if before is not None:
+            metrics["optim/update_to_weight"] = self._update_to_weight(before)
         if self.cfg.optim.kind is OptimizerKind.muon:
             return metrics | {"optim/muon_lr": self.cfg.optim.muon_lr * factor}
-        norm = float(self.engine.get_global_grad_norm() if gradient_norm is None else gradient_norm)
-        if norm != norm or norm == float("inf"):
-            raise ValueError(f"the gradient of step {self.policy_step} is not finite: lower optim.lr, or look at the step's rollouts")
         clip = self.cfg.optim.clip_norm
         return metrics | {"optim/grad_norm": norm, "optim/clipped": float(clip is not None and norm > clip)}
 
@@ -162,6 +165,8 @@ class Engine:
 
     def _master_weights(self) -> list[torch.Tensor]:
         """This rank's share of the float32 weights that the optimizer moves."""
+        if self.zero_stage == 3:  # between two steps the optimizer's own groups are empty
+            return list(self.engine.optimizer.fp32_partitioned_groups_flat)
         return [parameter.data for group in self.engine.optimizer.param_groups for parameter in group["params"]]
 
     def _update_to_weight(self, before: list[torch.Tensor]) -> float:
@@ -174,9 +179,16 @@ class Engine:
             sums = reduce_sum(sums, Group.data)
         return float((sums[0] / sums[1]).sqrt())
 
-    def _stage_0_norm(self) -> torch.Tensor:
+    def _update(self) -> float:
+        """Update the weights unless the gradient's norm is not finite, and return that norm (with muon: of the orthogonalised update)."""
+        if self.zero_stage > 0:
+            self.engine.step()  # skips the update by itself
+            return float(self.engine.get_global_grad_norm())
         gradients = [p.grad for group in self.engine.optimizer.param_groups for p in group["params"] if p.grad is not None]
-        return torch.stack([gradient.double().norm() for gradient in gradients]).norm()
+        norm = float(torch.stack([gradient.double().norm() for gradient in gradients]).norm())
+        if math.isfinite(norm):
+            self.engine.step()
+        return norm
 
 
 def deepspeed_settings(cfg: RunConfig, dtype: torch.dtype) -> dict[str, Any]:
@@ -189,6 +201,8 @@ def deepspeed_settings(cfg: RunConfig, dtype: torch.dtype) -> dict[str, Any]:
     if cfg.optim.kind is OptimizerKind.muon:
         if cfg.optim.clip_norm is not None:
             raise ValueError("optim.clip_norm must be null with optim.kind=muon: DeepSpeed would clip the orthogonalised update, not the gradient")
+        if not any(shutil.which(compiler) for compiler in (os.environ.get("CXX", "c++"), "g++", "clang++")):
+            raise ValueError("optim.kind=muon needs a C++ compiler for torch.compile: install g++ (or set CXX), or use optim=adamw")
         if bf16 and stage < 2:
             raise ValueError("optim.kind=muon in bfloat16 needs ZeRO 2 or 3 (deepspeed=zero2): DeepSpeed does not orthogonalise at lower stages")
     if bf16 and stage == 0:
@@ -202,7 +216,7 @@ def deepspeed_settings(cfg: RunConfig, dtype: torch.dtype) -> dict[str, Any]:
         "gradient_accumulation_steps": 1,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
-        **({"gradient_clipping": cfg.optim.clip_norm} if cfg.optim.clip_norm is not None else {}),
+        "gradient_clipping": cfg.optim.clip_norm or 0.0,  # left out, DeepSpeed would clip to 1
         **({"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}, "communication_data_type": "fp32"} if bf16 else {}),
         **cfg.deepspeed,
     }

@@ -178,13 +178,15 @@ def _ratio_of_sums(count: float, tokens: float, kl: float, tokens_squared: float
 def evaluate(cfg: EvaluateConfig) -> None:
     """`opd evaluate`: base, teachers and student on every domain's held-out prompts; writes RUN/evaluation.json and prints the table."""
     device = start_processes()
-    tokenizer = load_tokenizer(cfg.student.model or "", cfg.student.revision, cfg.student.trust_remote_code)
-    student = load_model(cfg.student, "student").to(device)
+    if cfg.student.model is None:
+        raise ValueError("there is nothing to evaluate: set student.model to a folder or hub id")
+    tokenizer = load_tokenizer(cfg.student.model, cfg.student.revision, cfg.student.trust_remote_code)
+    student = load_model(cfg.student, "student", device)
     teachers = TeacherPool(cfg.domains, cfg.teachers, tokenizer, device)
     evaluator = Evaluator(cfg, student, tokenizer, teachers)
     if not evaluator.prompts:
         raise ValueError("no domain has held-out prompts: set domains.NAME.held_out.path")
-    models = {"student": student} | ({"base": load_model(cfg.base, "base").to(device)} if cfg.base.model is not None else {})
+    models = {"student": student} | ({"base": load_model(cfg.base, "base", device)} if cfg.base.model is not None else {})
     results = {role: evaluator.evaluate(LocalSampler(model, end_tokens(model, tokenizer), cfg.seed)) for role, model in models.items()}
     without_kl = Evaluator(cfg, student, tokenizer, teachers=None)
     teacher = {}

@@ -23,7 +23,7 @@ def proportion(successes: float, trials: int) -> Interval:
     p = successes / trials
     centre = (p + Z * Z / (2 * trials)) / (1 + Z * Z / trials)
     half = Z * math.sqrt(p * (1 - p) / trials + Z * Z / (4 * trials * trials)) / (1 + Z * Z / trials)
-    return Interval(p, max(0.0, centre - half), min(1.0, centre + half))
+    return Interval(p, max(0.0, min(p, centre - half)), min(1.0, max(p, centre + half)))  # rounding must not put p outside
 
 
 def ratio(top: Interval, bottom: Interval) -> Interval | None:

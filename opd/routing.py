@@ -118,6 +118,8 @@ class RoutingRecorder:
 
     def _hook(self, name: str):
         def note(_module, _inputs, output) -> None:
+            if not (isinstance(output, tuple) and len(output) == 3):
+                raise ValueError(f"the router {name} does not return (logits, weights, chosen experts): this family is not supported")
             logits, _weights, indices = output
             self.last[name] = (logits, indices)
 

@@ -12,10 +12,11 @@ import numpy as np
 import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from opd.config import Router, StudentConfig
 from opd.routing import find_routers
-from rollout.model import build_model, load_model, load_tokenizer
+from rollout.model import build_model, load_model, load_tokenizer, require_folder, torch_dtype
 from rollout.synthetic import character_tokenizer
 
 NO_GRADIENT = (".indexer.",)
@@ -32,6 +33,8 @@ def seed_everything(seed: int) -> None:
 def load_student_tokenizer(cfg: StudentConfig) -> PreTrainedTokenizerBase:
     """The tokenizer named, the model's own, or the character tokenizer for a new model."""
     source = cfg.tokenizer or cfg.model
+    if cfg.model is not None:
+        require_folder(cfg.model, "student")
     if source is None:
         return character_tokenizer()
     revision = cfg.revision if cfg.tokenizer is None else None
@@ -56,6 +59,10 @@ def build_student(cfg: StudentConfig, tokenizer: PreTrainedTokenizerBase) -> Pre
         if not model.supports_gradient_checkpointing:
             raise ValueError(f"{model.config.model_type} does not support gradient checkpointing: set student.gradient_checkpointing=false")
         model.gradient_checkpointing_enable({"use_reentrant": False})
+        for layer in model.modules():
+            if isinstance(layer, GradientCheckpointingLayer):
+                layer.training = True  # the model is in evaluation mode, in which transformers would not checkpoint
+    _unify_dtypes(model, torch_dtype(cfg.dtype))
     _freeze(model, cfg)
     return model
 
@@ -72,6 +79,18 @@ def fill_hash_tables(model: nn.Module) -> None:
             router = model.get_submodule(name.rsplit(".", 1)[0])
             scores = torch.rand(table.shape[0], router.num_experts)
             table.copy_(scores.argsort(dim=1)[:, : table.shape[1]])
+
+
+def _unify_dtypes(model: nn.Module, dtype: torch.dtype) -> None:
+    """Parameters in one dtype, buffers in float32: what DeepSpeed makes of the trained model, so that the sampler's copy computes the same.
+
+    transformers loads some of DeepSeek-V4's small parameters in float32 whatever dtype is asked for.
+    """
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    for buffer in model.buffers():
+        if buffer.is_floating_point():
+            buffer.data = buffer.data.float()
 
 
 def _freeze(model: PreTrainedModel, cfg: StudentConfig) -> None:

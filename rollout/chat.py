@@ -15,8 +15,8 @@ from rollout.config import PromptsConfig
 def encode_prompts(rows: list[dict[str, Any]], cfg: PromptsConfig, tokenizer: PreTrainedTokenizerBase, where: str) -> list[list[int]]:
     """Token ids of the rows, in order; row 7 is called "WHERE:7" in errors.
 
-    Raises ValueError where a row has neither prompt nor messages, where messages end in an assistant turn, where a
-    conversation meets a tokenizer without a chat template, or where nothing is left after rendering.
+    Raises ValueError where a row has neither prompt nor messages, or both, or not of their types, where messages end in an assistant
+    turn, where a conversation meets a tokenizer without a chat template, or where nothing is left after rendering.
     """
     if not cfg.raw and tokenizer.chat_template is None:
         raise ValueError("the tokenizer has no chat template: set prompts.raw=true to use prompts as they are")
@@ -39,11 +39,16 @@ def _render(row: dict[str, Any], cfg: PromptsConfig, tokenizer: PreTrainedTokeni
     messages, prompt = row.get("messages"), row.get("prompt")
     if (messages is None) == (prompt is None):
         raise ValueError(f"row {name} needs exactly one of prompt and messages; map the columns with prompts.columns")
+    if cfg.raw and prompt is None:
+        raise ValueError(f"row {name} holds messages, which raw=true cannot render: set raw to false")
+    if prompt is not None and not isinstance(prompt, str):
+        raise ValueError(f"the prompt of row {name} is {type(prompt).__name__}, not text: map another column with prompts.columns")
     if cfg.raw:
-        if prompt is None:
-            raise ValueError(f"row {name} holds messages, which raw=true cannot render: set raw to false")
         return prompt
-    messages = messages or [{"role": "user", "content": prompt}]
+    if messages is None:
+        messages = [{"role": "user", "content": prompt}]
+    if not isinstance(messages, list) or not messages:
+        raise ValueError(f"the messages of row {name} must be a list of turns with a role and content each, not {messages!r}")
     if messages[-1].get("role") not in ("user", "tool"):
         raise ValueError(f"the messages of row {name} must end in a user or tool turn, not {messages[-1].get('role')!r}")
     if cfg.system_prompt is not None and messages[0].get("role") != "system":

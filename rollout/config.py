@@ -112,8 +112,7 @@ class SamplingConfig:
 
     temperature: 0 is greedy.
     max_new_tokens: completion tokens at most, the end-of-sequence token included.
-    decode_width: rows decoded together; dummy rows fill the last cohort, so that a row's numbers do not depend on
-        how many prompts there are.
+    decode_width: rows decoded together; dummy rows fill the last cohort, since the number of rows changes the last bits.
     """
 
     temperature: float = 1.0

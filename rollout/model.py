@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -18,27 +19,38 @@ from rollout.config import Dtype, ModelConfig
 
 transformers.utils.logging.disable_progress_bar()
 
-LOGIT_TRANSFORMS = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
+LOGIT_TRANSFORMS = (
+    "final_logit_softcapping",
+    "logits_soft_cap",
+    "output_logit_soft_cap",
+    "logit_scale",
+    "logits_scaling",
+    "lm_head_multiplier",
+    "logits_mup_width_multiplier",
+)
 """Settings of model families whose logits are not simply head times hidden state."""
 
 
-def load_model(cfg: ModelConfig, role: str) -> PreTrainedModel:
-    """The model a config names, in evaluation mode, on the CPU; `role` names it in errors ("student", "teacher of law").
+def load_model(cfg: ModelConfig, role: str, device: torch.device | str = "cpu") -> PreTrainedModel:
+    """The model a config names, in evaluation mode; `role` names it in errors ("student", "teacher of law").
+
+    accelerate builds it without memory and reads the weights shard by shard straight to the device.
 
     Raises ValueError where it is not there, where weights are missing from the checkpoint (transformers would fill them
     with random numbers and only warn), or where a setting would be ignored.
     """
     if cfg.model is None:
         raise ValueError(f"the {role} has no model: give a local folder or a hub id")
-    arguments = {"revision": cfg.revision, "trust_remote_code": cfg.trust_remote_code, "dtype": torch_dtype(cfg.dtype)}
+    arguments = {"revision": cfg.revision, "trust_remote_code": cfg.trust_remote_code, "dtype": torch_dtype(cfg.dtype), "device_map": {"": device}}
+    arguments["ignore_mismatched_sizes"] = True  # reported below, by name
     if cfg.attention is not None:
         arguments["attn_implementation"] = cfg.attention.value
-    _require_files(cfg, role)
+    require_folder(cfg.model, role)
     try:
         model, report = AutoModelForCausalLM.from_pretrained(cfg.model, output_loading_info=True, **arguments)
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, ValueError, ImportError, SafetensorError) as error:
         raise ValueError(f"the {role} cannot be loaded from {cfg.model}: {first_sentence(error)}") from error
-    absent = sorted(report["missing_keys"]) + sorted(str(key) for key in report["mismatched_keys"])
+    absent = sorted(report["missing_keys"]) + sorted(f"{name} (its shape differs)" for name, *_ in report["mismatched_keys"])
     if absent:
         raise ValueError(f"the checkpoint {cfg.model} of the {role} lacks {len(absent)} of the model's weights, {absent[0]} first")
     return prepare_model(model, cfg, role)
@@ -75,6 +87,7 @@ def prepare_model(model: PreTrainedModel, cfg: ModelConfig, role: str) -> PreTra
 
 def load_tokenizer(path: str, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """The tokenizer of a model folder or hub id. Raises ValueError where there is none or it has no end-of-sequence token."""
+    require_folder(path, "tokenizer")
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, ImportError, KeyError, TypeError) as error:
@@ -140,14 +153,14 @@ def first_sentence(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
 
 
-def _require_files(cfg: ModelConfig, role: str) -> None:
-    """A path that looks local has to be a folder with a config; without this check it would be taken for a hub id."""
-    folder = Path(cfg.model).expanduser()
-    if not (folder.exists() or cfg.model.startswith((".", "/", "~")) or cfg.model.count("/") > 1):
+def require_folder(path: str, role: str) -> None:
+    """Raises ValueError where a path that looks local is not a model's folder; without this it would be taken for a hub id."""
+    folder = Path(path).expanduser()
+    if not (folder.exists() or path.startswith((".", "/", "~")) or path.count("/") > 1):
         return
     if not (folder / "config.json").is_file():
-        raise ValueError(f"the {role} is not at {cfg.model}: there is no config.json in that folder")
+        raise ValueError(f"the {role} is not at {path}: there is no config.json in that folder")
     try:
         json.loads((folder / "config.json").read_text())
     except json.JSONDecodeError as error:
-        raise ValueError(f"the config.json of the {role} at {cfg.model} is not valid JSON: {first_sentence(error)}") from error
+        raise ValueError(f"the config.json of the {role} at {path} is not valid JSON: {first_sentence(error)}") from error

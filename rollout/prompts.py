@@ -9,6 +9,7 @@ This is the only module that imports `datasets`.
 """
 
 import hashlib
+import math
 import random
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -105,13 +106,11 @@ class PromptMixture:
 def load_domain_prompts(name: str, cfg: PromptsConfig, tokenizer: PreTrainedTokenizerBase, longest: int) -> DomainPrompts:
     """Read and tokenise the rows of one domain; `longest` is the number of prompt tokens that still fit.
 
-    Raises ValueError for a missing or empty data set, unknown columns, and a prompt too long under `too_long: error`.
+    Raises ValueError for a missing or empty data set, unknown columns, settings that would be ignored, and a prompt too long under
+    `too_long: error`.
     """
-    sources = cfg.sources or {"prompts": cfg}
-    if cfg.sources and cfg.path is not None:
-        raise ValueError(f"domain {name} gives both prompts.path and prompts.sources: keep one")
     loaded, dropped = {}, 0
-    for source_name, source in sources.items():
+    for source_name, source in _sources_of(name, cfg).items():
         rows = load_rows(source, f"domain {name}, source {source_name}")
         kept = []
         for index, (row, tokens) in enumerate(zip(rows, encode_prompts(rows, cfg, tokenizer, f"{name}/{source_name}"), strict=True)):
@@ -134,12 +133,15 @@ def load_prompts(cfgs: dict[str, PromptsConfig], tokenizer: PreTrainedTokenizerB
     return {name: load_domain_prompts(name, cfg, tokenizer, longest) for name, cfg in cfgs.items()}
 
 
-def load_held_out(cfgs: dict[str, PromptsConfig], sources: dict[str, SourceConfig], tokenizer: PreTrainedTokenizerBase, longest: int) -> dict[str, DomainPrompts]:
+def load_held_out(
+    cfgs: dict[str, PromptsConfig], sources: dict[str, SourceConfig], tokenizer: PreTrainedTokenizerBase, longest: int
+) -> dict[str, DomainPrompts]:
     """The held-out prompts of the domains that have any, rendered as their training prompts are."""
     loaded = {}
     for name, source in sources.items():
         if source.path is not None:
-            rendering = replace(cfgs[name], sources={"held_out": source}, path=None, too_long=TooLong.drop)
+            own = PromptsConfig(sources={"held_out": source}, too_long=TooLong.drop)
+            rendering = replace(own, system_prompt=cfgs[name].system_prompt, template_kwargs=cfgs[name].template_kwargs, raw=cfgs[name].raw)
             loaded[name] = load_domain_prompts(name, rendering, tokenizer, longest)
     return loaded
 
@@ -148,6 +150,8 @@ def load_rows(cfg: SourceConfig, where: str) -> list[dict[str, Any]]:
     """The rows of one data set, with our column names. Raises ValueError, beginning with `where`."""
     if cfg.path is None:
         raise ValueError(f"{where} has no prompts: set its path to a .jsonl or .parquet file, a hub id, or synthetic:NAME")
+    if cfg.rows is not None and cfg.rows < 1:
+        raise ValueError(f"{where} asks for rows={cfg.rows}: ask for one at least, or null for all")
     if cfg.path.startswith("synthetic:"):
         if cfg.rows is None:
             raise ValueError(f"{where} is synthetic, hence endless: set rows")
@@ -162,16 +166,31 @@ def load_rows(cfg: SourceConfig, where: str) -> list[dict[str, Any]]:
 
 def _load_table(cfg: SourceConfig, where: str) -> datasets.Dataset:
     path = Path(cfg.path).expanduser()
+    if path.suffix in FILE_BUILDERS:
+        if not path.is_file():
+            raise ValueError(f"{where}: there is no file {cfg.path}")
+        if path.stat().st_size == 0:
+            raise ValueError(f"{where}: the data set {cfg.path} is empty")
     try:
         if path.suffix in FILE_BUILDERS:
-            if not path.is_file():
-                raise ValueError(f"{where}: there is no file {cfg.path}")
-            if path.stat().st_size == 0:
-                raise ValueError(f"{where}: the data set {cfg.path} is empty")
             return datasets.load_dataset(FILE_BUILDERS[path.suffix], data_files=str(path), split="train")
         return datasets.load_dataset(cfg.path, cfg.name, revision=cfg.revision, split=cfg.split)
-    except (OSError, datasets.exceptions.DatasetsError, ConnectionError) as error:
-        raise ValueError(f"{where}: the data set {cfg.path} cannot be read: {first_sentence(error)}") from error
+    except (OSError, ValueError, datasets.exceptions.DatasetsError, ConnectionError) as error:
+        raise ValueError(f"{where}: the data set {cfg.path} cannot be read: {first_sentence(error.__cause__ or error)}") from error
+
+
+def _sources_of(name: str, cfg: PromptsConfig) -> dict[str, SourceConfig]:
+    """The sources of a domain, by name. Raises ValueError for settings that would be ignored, and for weights that are no shares."""
+    if not cfg.sources:
+        if cfg.weight != 1.0:
+            raise ValueError(f"domain {name} has one source, so prompts.weight={cfg.weight} would be ignored: its part of a step is prompts.share")
+        return {"prompts": cfg}
+    if any(setting is not None for setting in (cfg.path, cfg.name, cfg.revision, cfg.rows)) or cfg.columns or cfg.weight != 1.0 or cfg.split != "train":
+        raise ValueError(f"domain {name} has prompts.sources, so a path, rows, columns and the like beside them would be ignored: move them into a source")
+    weights = [source.weight for source in cfg.sources.values()]
+    if not all(math.isfinite(weight) and weight >= 0 for weight in weights) or sum(weights) == 0:
+        raise ValueError(f"domain {name}: the weights of its sources must be numbers >= 0 that are not all 0, not {weights}")
+    return cfg.sources
 
 
 def _rename(row: dict[str, Any], columns: dict[str, str], where: str) -> dict[str, Any]:

@@ -6,7 +6,8 @@ tokens in fixed windows counted from the sequence's first token, so that pad tok
 are fed their own tokens until these are consumed. Prompts are sorted by length, so that few steps are spent that way.
 
 Fixed width. A cohort always has `decode_width` rows: where there are fewer prompts, copies of the first fill it up. The last
-bits of a matrix product depend on the number of rows, so a row would otherwise depend on how many others there are.
+bits of a matrix product depend on the number of rows, so the same cohort gives the same bits only at one width. Another cohort
+changes a row by rounding alone (about 1e-6 in fp32): routed experts multiply whatever rows were sent to them together.
 
 The sampler has a model of its own and copies the trainer's weights into it (`refresh`), so that a partitioned trainer gathers its
 weights once per rollout phase and decodes without any communication.
@@ -43,7 +44,7 @@ class Sampler(Protocol):
         """Take over the weights of a source; rollouts sampled afterwards carry its `policy_step`."""
 
     def sample(self, prompts: list[Prompt], cfg: SamplingConfig, completions_per_prompt: int = 1) -> list[Rollout]:
-        """One rollout per prompt and completion, in the order of the prompts."""
+        """One rollout per prompt and completion, in the order of the prompts. Raises ValueError where the model gives NaN."""
 
 
 @dataclass(slots=True)
@@ -117,11 +118,14 @@ class LocalSampler:
         return feed
 
     def _rollout(self, row: _Row) -> Rollout:
+        logprob_T = torch.tensor(row.logprobs, dtype=torch.float32)
+        if not logprob_T.isfinite().all():
+            raise ValueError(f"the model gave NaN or infinity on request {row.prompt.request} of domain {row.prompt.domain}: its weights have diverged")
         return Rollout(
             prompt=row.prompt,
             completion_T=torch.tensor(row.tokens),
             completion_mask_T=torch.ones(len(row.tokens), dtype=torch.bool),
-            logprob_T=torch.tensor(row.logprobs, dtype=torch.float32),
+            logprob_T=logprob_T,
             sample=row.sample,
             finished=row.finished,
             policy_step=self.policy_step,

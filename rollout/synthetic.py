@@ -4,9 +4,10 @@ A domain is a rule from a prompt to its one right answer, so a completion can be
 made on the spot: nothing is downloaded. Every prompt begins with its domain's letter, so that the domain can be told
 from the prompt (one student can then hold several skills without interference).
 
-Each domain also knows a *slip*: a well-formed answer that is wrong, as somebody would give who has the format but not the
-rule. A base model trained on a mixture of answers and slips has the skill latent and unreliable, which is the state a
-language model is in before post-training. Training it from scratch on right answers only would leave nothing to distil.
+Each domain also knows a *slip*: the well-formed answer that a common misconception gives. A base model trained on answers and,
+more often, slips has the skill latent and unreliable, which is the state a language model is in before post-training; and
+since the same wrong rule is behind every slip, its most likely answer is the wrong one, so that sharpening what it prefers
+does not make it right. Random mistakes were rejected for that: they leave the right answer the most likely one.
 
 Train and held-out prompts are disjoint by construction: a prompt belongs to the held-out split if and only if its own
 hash says so. Adding a domain: one rule, one slip, one entry in `SYNTHETIC_DOMAINS`.
@@ -37,13 +38,13 @@ class SyntheticDomain:
 
     question: draws the text between the domain's letter and "=".
     answer: the one right answer to a question.
-    slip: a wrong answer in the right format; drawn, so that slips differ.
+    slip: the wrong answer that a common misconception gives, in the right format; never equal to the answer.
     """
 
     letter: str
     question: Callable[[random.Random], str]
     answer: Callable[[str], str]
-    slip: Callable[[str, random.Random], str]
+    slip: Callable[[str], str]
 
 
 def synthetic_rows(name: str, split: str, rows: int) -> list[dict[str, str]]:
@@ -79,11 +80,7 @@ def _draws(domain: SyntheticDomain, key: str) -> Iterator[tuple[str, str, str]]:
     rng = random.Random(key)
     while True:
         question = domain.question(rng)
-        answer = domain.answer(question)
-        slip = answer
-        while slip == answer:
-            slip = domain.slip(question, rng)
-        yield f"{domain.letter}:{question}=", answer, slip
+        yield f"{domain.letter}:{question}=", domain.answer(question), domain.slip(question)
 
 
 def character_tokenizer():
@@ -112,11 +109,11 @@ def _sum_answer(question: str) -> str:
     return f"{int(left) + int(right):03d}"[::-1]
 
 
-def _sum_slip(question: str, rng: random.Random) -> str:
-    digits = list(_sum_answer(question))
-    place = rng.randrange(2)
-    digits[place] = str((int(digits[place]) + rng.randrange(1, 10)) % 10)
-    return "".join(digits)
+def _sum_slip(question: str) -> str:
+    """The carry from ones to tens is forgotten, or made where there is none."""
+    left, right = question.split("+")
+    has_carry = int(left[1]) + int(right[1]) > 9
+    return f"{int(left) + int(right) + (-10 if has_carry else 10):03d}"[::-1]
 
 
 def _sort_question(rng: random.Random) -> str:
@@ -127,14 +124,10 @@ def _sort_answer(question: str) -> str:
     return "".join(sorted(question))
 
 
-def _sort_slip(question: str, rng: random.Random) -> str:
-    """Two digits exchanged; a question of six equal digits cannot be sorted wrongly, so there one digit is."""
-    digits = list(_sort_answer(question))
-    if len(set(digits)) == 1:
-        digits[rng.randrange(6)] = rng.choice("0123456789")
-    left, right = rng.sample(range(6), 2)
-    digits[left], digits[right] = digits[right], digits[left]
-    return "".join(digits)
+def _sort_slip(question: str) -> str:
+    """Sorted downwards; where that is the same (six equal digits), with another last digit."""
+    downwards = "".join(sorted(question, reverse=True))
+    return downwards if downwards != _sort_answer(question) else downwards[:-1] + _next(downwards[-1], "0123456789")
 
 
 CLOSING = {"(": ")", "[": "]", "{": "}", "<": ">"}
@@ -148,11 +141,10 @@ def _bracket_answer(question: str) -> str:
     return "".join(CLOSING[bracket] for bracket in reversed(question))
 
 
-def _bracket_slip(question: str, rng: random.Random) -> str:
-    closers = list(_bracket_answer(question))
-    for place in rng.sample(range(len(closers)), 2):
-        closers[place] = rng.choice(list(CLOSING.values()))
-    return "".join(closers)
+def _bracket_slip(question: str) -> str:
+    """Closed in the order of opening; where that is the same (a palindrome), with another last bracket."""
+    in_order = "".join(CLOSING[bracket] for bracket in question)
+    return in_order if in_order != _bracket_answer(question) else in_order[:-1] + _next(in_order[-1], "".join(CLOSING.values()))
 
 
 def _call_question(rng: random.Random) -> str:
@@ -166,8 +158,16 @@ def _call_answer(question: str) -> str:
     return f"{{{second}({first_argument});{first}({second_argument})}}"
 
 
-def _call_slip(question: str, rng: random.Random) -> str:
-    return _call_answer("".join(rng.choice([part, other]) for part, other in zip(question, _call_question(rng), strict=True)))
+def _call_slip(question: str) -> str:
+    """Each call keeps its own argument; where that is the same (equal arguments), the second one's is another."""
+    first, first_argument, second, second_argument = question
+    if first_argument == second_argument:
+        second_argument = _next(second_argument, "0123456789")
+    return f"{{{second}({second_argument});{first}({first_argument})}}"
+
+
+def _next(character: str, alphabet: str) -> str:
+    return alphabet[(alphabet.index(character) + 1) % len(alphabet)]
 
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"

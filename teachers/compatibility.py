@@ -10,18 +10,19 @@ import json
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from rollout.config import ModelConfig
-from rollout.model import first_sentence, load_tokenizer
+from rollout.model import first_sentence, load_tokenizer, require_folder
 
 
 def check_teacher(domain: str, cfg: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> None:
     """Raises ValueError, with the domain's name, for a teacher that is not there or does not read the student's tokens."""
     if cfg.model is None:
         raise ValueError(f"domain {domain} has no teacher: set domains.{domain}.teacher.model to a local folder or hub id")
+    require_folder(cfg.model, f"teacher of {domain}")
     try:
         config = AutoConfig.from_pretrained(cfg.model, revision=cfg.revision, trust_remote_code=cfg.trust_remote_code)
+        own = load_tokenizer(cfg.model, cfg.revision, cfg.trust_remote_code)
     except (OSError, ValueError) as error:
-        raise ValueError(f"the teacher of {domain} is not at {cfg.model}: {first_sentence(error)}") from error
-    own = load_tokenizer(cfg.model, cfg.revision, cfg.trust_remote_code)
+        raise ValueError(f"the teacher of {domain} cannot be read from {cfg.model}: {first_sentence(error)}") from error
     if tokenizer_fingerprint(own) != tokenizer_fingerprint(tokenizer):
         raise ValueError(f"the teacher of {domain} ({cfg.model}) has another tokenizer than the student: they must share one vocabulary")
     if own.eos_token_id != tokenizer.eos_token_id:

@@ -1,8 +1,8 @@
 """TeacherPool: domain -> teacher. Rollouts are grouped by teacher, so that each is fetched once per step, however many there are.
 
 Domains whose teachers are the same checkpoint share one teacher. At most `max_resident` are in memory; a step that meets more
-loads the others from disk in turn. Loading is verified (rollout/model.py) and the tokenizer and vocabulary are compared
-with the student's at start-up, before any compute is spent.
+loads the others from disk in turn, once each, since their heads stay in host memory for the loss. Loading is verified
+(rollout/model.py), and tokenizer and vocabulary are compared with the student's at start-up, before any compute is spent.
 """
 
 from collections import OrderedDict
@@ -30,6 +30,8 @@ class TeacherPool:
         for name, domain in domains.items():
             self.configs.setdefault(self.teacher_of[name], (name, domain.teacher))
         self.resident: OrderedDict[str, Teacher] = OrderedDict()
+        self.host_heads: dict[str, torch.Tensor] = {}
+        self.device_head: tuple[str, torch.Tensor] | None = None
         self.num_loads = 0
         for name, teacher_cfg in self.configs.values():
             check_teacher(name, teacher_cfg, tokenizer)
@@ -54,8 +56,12 @@ class TeacherPool:
         return scored
 
     def head(self, teacher: str) -> torch.Tensor:
-        """The head [V, D] of a teacher, on the device."""
-        return self.get(teacher).head_VD
+        """The head [V, D] of a teacher, on the device; one is there at a time, so ask for them teacher by teacher."""
+        if self.device_head is None or self.device_head[0] != teacher:
+            if teacher not in self.host_heads:
+                self.get(teacher)
+            self.device_head = (teacher, self.host_heads[teacher].to(self.device))
+        return self.device_head[1]
 
     def get(self, teacher: str) -> Teacher:
         """A teacher by its name in the pool, loaded if it is not resident."""
@@ -65,7 +71,8 @@ class TeacherPool:
         while len(self.resident) >= max(1, self.cfg.max_resident):
             self.resident.popitem(last=False)
         domain, cfg = self.configs[teacher]
-        self.resident[teacher] = Teacher(teacher, load_model(cfg, f"teacher of {domain}").to(self.device))
+        self.resident[teacher] = Teacher(teacher, load_model(cfg, f"teacher of {domain}", self.device))
+        self.host_heads[teacher] = self.resident[teacher].head_VD.cpu()
         self.num_loads += 1
         return self.resident[teacher]
 

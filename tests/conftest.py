@@ -4,12 +4,18 @@ A model fixture without a scope in its name is a fresh copy for each test, so th
 """
 
 import copy
+import json
+import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers and datasets are imported: no test may reach the network
 
 import pytest
 import torch
 from omegaconf import OmegaConf
+from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from opd.config import StudentConfig
@@ -96,6 +102,25 @@ def saved_qwen3_moe(session_qwen3_moe_model, tokenizer, tmp_path_factory) -> Pat
     folder = tmp_path_factory.mktemp("saved") / "qwen3_moe"
     save_model(folder, session_qwen3_moe_model, tokenizer, session_qwen3_moe_model.state_dict())
     return folder
+
+
+@pytest.fixture
+def changed_checkpoint(tmp_path) -> Callable[..., Path]:
+    """changed_checkpoint(folder, edit_weights=..., config={"vocab_size": 8}): a copy with edited weights (in place) and config."""
+
+    def change(folder: Path, edit_weights: Callable[[dict], None] | None = None, config: dict | None = None) -> Path:
+        changed = tmp_path / f"changed_{len(list(tmp_path.iterdir()))}"
+        shutil.copytree(folder, changed)
+        if edit_weights is not None:
+            weights = load_file(changed / "model.safetensors")
+            edit_weights(weights)
+            save_file(weights, changed / "model.safetensors", metadata={"format": "pt"})
+        if config is not None:
+            path = changed / "config.json"
+            path.write_text(json.dumps(json.loads(path.read_text()) | config))
+        return changed
+
+    return change
 
 
 @pytest.fixture(scope="session")

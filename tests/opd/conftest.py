@@ -1,0 +1,81 @@
+"""Fixtures of the tests of `opd`: this process as a group of one, engines around a model, teachers on disk, and one short run."""
+
+import copy
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from opd.__main__ import load_config
+from opd.config import BatchConfig, CheckpointConfig, DistillConfig, LoggerConfig, LoggerKind, OptimConfig, StudentConfig
+from opd.distributed import start_processes, stop_processes
+from opd.distill import distill
+from opd.engine import Engine
+from rollout.model import save_model
+from teachers.config import DomainConfig
+
+
+@pytest.fixture(scope="session")
+def device() -> Iterator[torch.device]:
+    """This process as a process group of its own, until the session ends."""
+    yield start_processes()
+    stop_processes()
+
+
+@pytest.fixture(scope="session")
+def make_config() -> Callable[..., DistillConfig]:
+    """make_config(["law", "code"], stage=2, optim={"lr": 1e-3}, max_tokens=100): a typed config without files behind it."""
+
+    def make(
+        domains: list[str] | dict[str, DomainConfig] = ("law",), *, stage: int = 1, optim: dict | None = None, student: dict | None = None, max_tokens: int = 4096, **fields
+    ) -> DistillConfig:
+        return DistillConfig(
+            domains=dict(domains) if isinstance(domains, dict) else {name: DomainConfig() for name in domains},
+            deepspeed={"zero_optimization": {"stage": stage}},
+            optim=OptimConfig(**({"warmup_steps": 0, "lr": 1e-3} | (optim or {}))),
+            student=StudentConfig(**(student or {})),
+            batch=BatchConfig(max_tokens_per_micro_batch=max_tokens),
+            checkpoint=CheckpointConfig(),
+            logger=LoggerConfig(kind=LoggerKind.none),
+            **fields,
+        )
+
+    return make
+
+
+@pytest.fixture
+def make_engine(device, tokenizer) -> Callable[..., Engine]:
+    """make_engine(model, cfg): an engine around a copy of the model, which stays as it is."""
+
+    def make(model: PreTrainedModel, cfg: DistillConfig) -> Engine:
+        return Engine(copy.deepcopy(model), len(tokenizer), cfg, device)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def teacher_folders(new_student, tokenizer, tmp_path_factory) -> dict[str, Path]:
+    """Two teachers far from the student and from each other: "v4", and "qwen3_moe", whose hidden size is half the student's."""
+    models = {"v4": new_student("deepseek_v4_tiny", seed=1), "qwen3_moe": new_student("qwen3_moe_tiny", seed=2, hidden_size=32)}
+    folders = {}
+    for name, model in models.items():
+        folders[name] = tmp_path_factory.mktemp("teachers") / name
+        with torch.no_grad():
+            model.get_output_embeddings().weight.mul_(3)
+        save_model(folders[name], model, tokenizer, model.state_dict())
+    return folders
+
+
+@pytest.fixture(scope="session")
+def short_run(device, saved_v4, teacher_folders, tmp_path_factory) -> Path:
+    """Folder of an `opd distill` of two steps on two domains, evaluated and saved after each, with W&B offline."""
+    run_dir = tmp_path_factory.mktemp("runs") / "short"
+    settings = ["rollout.prompts_per_step=8", "rollout.max_new_tokens=8", "rollout.decode_width=8", "num_steps=2", "optim.warmup_steps=0"]
+    settings += ["evaluation.every=1", "evaluation.prompts=4", "evaluation.sampling.max_new_tokens=4", "evaluation.sampling.decode_width=4"]
+    settings += ["checkpoint.every=1", "logger=offline", "domain=[arithmetic,tools]", "domains.tools.grader=null"]
+    settings += [f"domains.{name}.{part}.rows=16" for name in ("arithmetic", "tools") for part in ("prompts", "held_out")]
+    settings += [f"domains.arithmetic.teacher.model={teacher_folders['v4']}", f"domains.tools.teacher.model={teacher_folders['qwen3_moe']}"]
+    distill(load_config("distill", [*settings, f"student.model={saved_v4}", f"run_dir={run_dir}"]))
+    return run_dir

@@ -1,0 +1,84 @@
+"""Confidence intervals: known values, ends of the range, and coverage by simulation."""
+
+import math
+import random
+
+import pytest
+
+from opd.intervals import mean, proportion, ratio
+
+
+@pytest.mark.parametrize(
+    ("successes", "trials", "low", "high"),
+    [  # Wilson's score interval without continuity correction, e.g. Newcombe (1998), table I, method 3
+        (81, 263, 0.2553, 0.3662),
+        (15, 148, 0.0624, 0.1605),
+        (0, 20, 0.0, 0.1611),
+        (1, 29, 0.0061, 0.1718),
+        (29, 29, 0.8830, 1.0),
+    ],
+)
+def test_the_interval_of_a_proportion_has_wilsons_values(successes, trials, low, high):
+    interval = proportion(successes, trials)
+    assert (interval.low, interval.high) == pytest.approx((low, high), abs=6e-5)
+    assert interval.value == successes / trials
+
+
+@pytest.mark.parametrize("trials", [1, 10, 10000])
+@pytest.mark.parametrize("share", [0, 1])
+def test_a_proportion_of_none_or_all_keeps_a_one_sided_interval_inside_zero_and_one(trials, share):
+    interval = proportion(share * trials, trials)
+    assert 0.0 <= interval.low <= interval.value <= interval.high <= 1.0
+    assert interval.high - interval.low > 0
+
+
+def test_a_proportion_needs_a_trial():
+    with pytest.raises(ValueError, match="at least one trial"):
+        proportion(0, 0)
+
+
+def coverage(top_share: float, bottom_share: float, trials: int) -> float:
+    """Share of 2000 simulated pairs of experiments whose interval contains the true ratio."""
+    rng, found = random.Random(0), 0
+    for _ in range(2000):
+        top, bottom = (sum(rng.random() < share for _ in range(trials)) for share in (top_share, bottom_share))
+        interval = ratio(proportion(top, trials), proportion(bottom, trials))
+        found += interval is not None and interval.low <= top_share / bottom_share <= interval.high
+    return found / 2000
+
+
+@pytest.mark.parametrize(("top", "bottom"), [(0.5, 0.9), (0.9, 0.95), (0.2, 0.3)])
+def test_the_interval_of_a_ratio_covers_the_true_ratio_as_often_as_it_says(top, bottom):
+    assert 0.93 <= coverage(top, bottom, trials=120) <= 0.985
+
+
+def test_a_ratio_of_two_perfect_proportions_is_one_with_an_interval_around_it():
+    interval = ratio(proportion(50, 50), proportion(50, 50))
+    assert interval.value == 1.0
+    assert interval.low < 1.0 < interval.high
+
+
+def test_a_ratio_over_a_proportion_that_may_be_zero_is_undefined():
+    assert ratio(proportion(5, 10), proportion(0, 10)) is None
+
+
+def test_a_ratio_with_nothing_on_top_begins_at_zero():
+    interval = ratio(proportion(0, 100), proportion(80, 100))
+    assert (interval.value, interval.low) == (0.0, 0.0)
+    assert 0.0 < interval.high < 0.1
+
+
+def test_a_mean_from_sums_is_the_textbook_normal_interval():
+    values = [1.0, 2.5, 4.0, 4.0, 7.5]
+    centre = sum(values) / 5
+    deviation = math.sqrt(sum((value - centre) ** 2 for value in values) / 4)
+    interval = mean(sum(values), sum(value**2 for value in values), 5)
+    assert interval.value == pytest.approx(centre)
+    assert interval.high - interval.value == pytest.approx(1.959964 * deviation / math.sqrt(5))
+    assert interval.value - interval.low == pytest.approx(interval.high - interval.value)
+
+
+@pytest.mark.parametrize("values", [[3.0], [2.0, 2.0, 2.0]])
+def test_a_mean_without_spread_has_an_interval_of_no_width(values):
+    interval = mean(sum(values), sum(value**2 for value in values), len(values))
+    assert (interval.low, interval.high) == pytest.approx((interval.value, interval.value), abs=1e-6)

@@ -1,0 +1,168 @@
+"""The figures of a step against naive computations on hand-made rollouts, and the names under which they are recorded."""
+
+import json
+import re
+
+import pytest
+import torch
+
+import opd.metrics
+from opd.batch import supervised_batches
+from opd.config import BatchConfig, DistillConfig
+from opd.divergence import TokenLosses
+from opd.metrics import DomainTotals, add_losses, data_metrics, loss_metrics, rollout_metrics
+from rollout.config import GraderKind, PromptsConfig, RolloutConfig
+from rollout.prompts import PromptMixture, load_prompts
+from rollout.sampler import LocalSampler
+from rollout.stream import RolloutStream
+from rollout.types import Rollout
+from teachers.config import DomainConfig
+
+DOMAINS = ["law", "code", "absent"]
+WEIGHT = {"law": 0.3, "code": 0.7, "absent": 0.0}
+SHAPES = [("law", 3, 9), ("code", 2, 4), ("law", 5, 1), ("law", 1, 3), ("code", 7, 2)]
+
+
+def losses_of(rollouts: list[Rollout], max_tokens: int, is_distillation: bool = True) -> tuple[dict[str, float], list[dict]]:
+    """(metrics of random per-token losses in micro-batches, one record per token that counts)."""
+    generator = torch.Generator().manual_seed(0)
+    totals, tokens = DomainTotals(DOMAINS), []
+    for batch in supervised_batches(rollouts, WEIGHT, BatchConfig(max_tokens_per_micro_batch=max_tokens)):
+        loss_N, student_N, teacher_N = torch.rand(3, len(batch.target_N), generator=generator)
+        add_losses(totals, batch, TokenLosses(loss_N, student_N, teacher_N if is_distillation else None))
+        owners = [rollout for rollout in batch.rollouts for _ in rollout.completion_T]
+        counts = [bool(mask) for rollout in batch.rollouts for mask in rollout.completion_mask_T]
+        for index, rollout in enumerate(owners):
+            if counts[index]:
+                values = {"loss": float(loss_N[index]), "student": float(student_N[index]), "teacher": float(teacher_N[index])}
+                tokens.append(values | {"domain": rollout.prompt.domain, "request": rollout.prompt.request})
+    return loss_metrics(totals, is_distillation), tokens
+
+
+def average(values: list[float]) -> float:
+    return sum(values) / len(values)
+
+
+@pytest.mark.parametrize("max_tokens", [10, 30, 1000])
+def test_divergences_and_entropies_are_sums_over_tokens_by_their_number(max_tokens, random_rollouts):
+    metrics, tokens = losses_of(random_rollouts(SHAPES), max_tokens)
+    for domain in ("law", "code"):
+        own = [token for token in tokens if token["domain"] == domain]
+        assert metrics[f"domain/{domain}/kl_per_token"] == pytest.approx(average([token["loss"] for token in own]))
+        assert metrics[f"domain/{domain}/student_entropy"] == pytest.approx(average([token["student"] for token in own]))
+        assert metrics[f"domain/{domain}/teacher_entropy"] == pytest.approx(average([token["teacher"] for token in own]))
+        sequences = len({token["request"] for token in own})
+        assert metrics[f"domain/{domain}/kl_per_sequence"] == pytest.approx(sum(token["loss"] for token in own) / sequences)
+
+
+def test_a_long_rollout_counts_by_its_tokens_and_not_as_one_of_two_means(make_rollout):
+    long, short = make_rollout("law", [5], [6] * 9, request=0), make_rollout("law", [5], [7], request=1)
+    totals = DomainTotals(DOMAINS)
+    for rollout, loss in [(long, 0.0), (short, 1.0)]:
+        [batch] = supervised_batches([rollout], WEIGHT, BatchConfig())
+        losses_N = torch.full((len(rollout.completion_T),), loss)
+        add_losses(totals, batch, TokenLosses(losses_N, losses_N, losses_N))
+    assert loss_metrics(totals, True)["domain/law/kl_per_token"] == pytest.approx(0.1)
+    assert loss_metrics(totals, True)["domain/law/kl_per_sequence"] == pytest.approx(0.5)
+
+
+def test_tokens_outside_the_mask_enter_no_figure(make_rollout):
+    rollout = make_rollout("law", [5], [6, 7, 8], mask=[True, False, True])
+    [batch] = supervised_batches([rollout], WEIGHT, BatchConfig())
+    totals, values_N = DomainTotals(DOMAINS), torch.tensor([1.0, 1000.0, 3.0])
+    add_losses(totals, batch, TokenLosses(values_N, values_N, values_N))
+    metrics = loss_metrics(totals, True)
+    assert metrics["domain/law/kl_per_token"] == metrics["domain/law/student_entropy"] == metrics["domain/law/teacher_entropy"] == 2.0
+    assert metrics["step/loss"] == pytest.approx(4 * WEIGHT["law"])
+
+
+def test_the_steps_loss_is_the_weighted_sum_and_its_shares_add_up_to_one(random_rollouts):
+    metrics, tokens = losses_of(random_rollouts(SHAPES), 30)
+    parts = {domain: sum(WEIGHT[domain] * token["loss"] for token in tokens if token["domain"] == domain) for domain in ("law", "code")}
+    assert metrics["step/loss"] == pytest.approx(sum(parts.values()))
+    for domain, part in parts.items():
+        assert metrics[f"domain/{domain}/loss_share"] == pytest.approx(part / sum(parts.values()))
+
+
+def test_a_domain_without_tokens_has_no_divergence(random_rollouts):
+    metrics, _ = losses_of(random_rollouts(SHAPES), 1000)
+    assert not [name for name in metrics if name.startswith("domain/absent/")]
+
+
+def test_supervised_training_reports_a_loss_per_token_and_no_divergence(random_rollouts):
+    metrics, tokens = losses_of(random_rollouts(SHAPES), 1000, is_distillation=False)
+    assert metrics["domain/law/loss_per_token"] == pytest.approx(average([token["loss"] for token in tokens if token["domain"] == "law"]))
+    assert not [name for name in metrics if "kl_" in name or "teacher" in name]
+
+
+@pytest.fixture
+def stream(tokenizer, v4_model) -> RolloutStream:
+    """A stream that asks for shares 3 : 1 : 1 in its first step."""
+    prompts = {name: PromptsConfig(path="synthetic:tools", rows=8, share=3.0 if name == "law" else 1.0) for name in DOMAINS}
+    mixture = PromptMixture(load_prompts(prompts, tokenizer, 100), 5, seed=0)
+    stream = RolloutStream(mixture, LocalSampler(v4_model, [tokenizer.eos_token_id], 0), RolloutConfig(), "run")
+    stream.asked_shares = mixture.asked_shares(0)
+    return stream
+
+
+@pytest.fixture
+def cfg() -> DistillConfig:
+    return DistillConfig(domains={"law": DomainConfig(grader=GraderKind.exact), "code": DomainConfig(), "absent": DomainConfig(grader=GraderKind.exact)})
+
+
+def test_lengths_shares_and_accuracy_are_those_of_the_steps_rollouts(stream, cfg, tokenizer, make_rollout):
+    def answer(text: str, request: int, finished: bool = True) -> Rollout:
+        tokens = tokenizer(text, add_special_tokens=False)["input_ids"] + ([tokenizer.eos_token_id] if finished else [])
+        return make_rollout("law", [5], tokens, request=request, answer="42", finished=finished)
+
+    rollouts = [answer("42", 0), answer("43", 1), answer("424242", 2, finished=False), make_rollout("code", [5], [6], request=3)]
+    metrics = rollout_metrics(rollouts, stream, cfg, tokenizer)
+    assert metrics["step/rollouts"] == 4
+    assert metrics["step/completion_tokens"] == 3 + 3 + 6 + 1
+    assert metrics["domain/law/completion_length"] == pytest.approx(12 / 3)
+    assert metrics["domain/law/truncated"] == pytest.approx(1 / 3)
+    assert metrics["domain/law/accuracy"] == pytest.approx(1 / 3)
+    assert metrics["domain/code/truncated"] == 0.0
+    assert [metrics[f"domain/{name}/prompt_share"] for name in DOMAINS] == [0.75, 0.25, 0.0]
+    assert [metrics[f"domain/{name}/token_share"] for name in DOMAINS] == pytest.approx([12 / 13, 1 / 13, 0.0])
+    assert [metrics[f"domain/{name}/prompt_share_asked"] for name in DOMAINS] == pytest.approx([0.6, 0.2, 0.2])
+
+
+def test_a_domain_without_rollouts_has_shares_of_zero_and_no_means(stream, cfg, tokenizer, make_rollout):
+    metrics = rollout_metrics([make_rollout("code", [5], [6])], stream, cfg, tokenizer)
+    assert {name.split("/")[-1] for name in metrics if name.startswith("domain/absent/")} == {"prompt_share", "token_share", "prompt_share_asked"}
+
+
+def test_a_domain_without_a_grader_has_no_accuracy(stream, cfg, tokenizer, make_rollout):
+    assert "domain/code/accuracy" not in rollout_metrics([make_rollout("code", [5], [6])], stream, cfg, tokenizer)
+
+
+def test_data_metrics_count_rows_and_dropped_rows(stream):
+    stream.prompts.domains["law"].dropped = 3
+    metrics = data_metrics(stream)
+    assert (metrics["data/law/rows"], metrics["data/law/dropped"], metrics["data/code/dropped"]) == (8.0, 3.0, 0.0)
+
+
+def general(name: str) -> str:
+    """A record's name with D for its domain and LL for its layer, as the docstring of opd/metrics.py writes them."""
+    return re.sub(r"layer_\d\d", "layer_LL", re.sub("/(arithmetic|tools)/", "/D/", name))
+
+
+def test_records_of_a_distillation_have_the_names_on_file(short_run, golden_dir):
+    records = [json.loads(line) for line in (short_run / "metrics.jsonl").read_text().splitlines()]
+    found = "".join(f"step {record['step']}\n" + "".join(f"    {name}\n" for name in sorted({general(name) for name in record})) for record in records)
+    assert found == (golden_dir / "metrics_names.txt").read_text()
+
+
+def test_every_name_on_file_is_in_the_docstring(golden_dir):
+    names = {line.split("/")[-1].strip() for line in (golden_dir / "metrics_names.txt").read_text().splitlines() if "/" in line}
+    phases = {"rollout", "score", "update"}
+    ends = {"kl_per_token_low", "kl_per_token_high", "kl_per_sequence_low", "kl_per_sequence_high"}
+    assert not [name for name in names - phases - ends if not re.search(rf"\b{name}\b", opd.metrics.__doc__)]
+
+
+def test_every_record_is_numbers_only_and_carries_the_schema(short_run):
+    for line in (short_run / "metrics.jsonl").read_text().splitlines():
+        record = json.loads(line)
+        assert record["schema"] == 1
+        assert all(isinstance(value, int | float) for value in record.values())

@@ -1,0 +1,197 @@
+"""One step from scored rollouts: the objective's formula, and what must not change it (DESIGN section 5, properties 1 to 3)."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from opd.config import DistillConfig
+from opd.engine import Engine
+from opd.update import domain_weights, supervised_update, update
+from rollout.config import ModelConfig
+from rollout.model import load_model
+from rollout.types import Rollout
+from teachers.config import DomainConfig, TeachersConfig
+from teachers.pool import TeacherPool
+
+SHAPES = [("law", 3, 9), ("code", 9, 2), ("law", 6, 4), ("code", 2, 12), ("law", 12, 1), ("code", 5, 5), ("law", 1, 7)]
+PLAIN_ADAM = {"lr": 1.0, "eps": 1.0, "clip_norm": None}
+"""With eps 1 the first update is g / (|g| + 1), a smooth function of the gradient, so that equal updates mean equal gradients."""
+
+
+@pytest.fixture
+def make_pool(teacher_folders, saved_v4, tokenizer, device) -> Callable[..., TeacherPool]:
+    """make_pool({"law": "v4"}): "v4" and "qwen3_moe" are teachers, "student" is the student's own checkpoint."""
+    folders = teacher_folders | {"student": saved_v4}
+
+    def make(teacher_of: dict[str, str], max_tokens: int = 16384) -> TeacherPool:
+        domains = {name: DomainConfig(teacher=ModelConfig(model=str(folders[teacher]))) for name, teacher in teacher_of.items()}
+        return TeacherPool(domains, TeachersConfig(max_resident=2, max_tokens_per_forward=max_tokens), tokenizer, device)
+
+    return make
+
+
+@pytest.fixture
+def rollouts(random_rollouts) -> list[Rollout]:
+    """Seven rollouts of two domains, one with environment tokens in its completion."""
+    rollouts = random_rollouts(SHAPES)
+    rollouts[0].completion_mask_T[2:5] = False
+    return rollouts
+
+
+def weighted(make_config, weights: dict[str, float], **fields) -> DistillConfig:
+    return make_config({name: DomainConfig(loss_weight=weight) for name, weight in weights.items()}, optim=PLAIN_ADAM, **fields)
+
+
+def one_update(engine: Engine, pool: TeacherPool, rollouts: list[Rollout], cfg: DistillConfig) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
+    """(metrics, change of each weight) of one real update."""
+    before = engine.full_weights()
+    metrics = update(engine, pool, pool.score(rollouts), cfg)
+    return metrics, {name: tensor - before[name] for name, tensor in engine.full_weights().items()}
+
+
+def naive_step(student, teachers: dict, rollouts: list[Rollout], weights: dict[str, float], vocab_size: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """(loss, gradients): the formula, rollout by rollout and without padding, from whole logits."""
+    tokens = {name: sum(r.num_loss_tokens for r in rollouts if r.prompt.domain == name) for name in weights}
+    loss = torch.zeros(())
+    for rollout in rollouts:
+        ids = torch.tensor([[*rollout.prompt.tokens, *rollout.completion_T.tolist()]])
+        first = len(rollout.prompt.tokens) - 1
+        log_p_TV = student(input_ids=ids).logits[0, first:-1, :vocab_size].log_softmax(-1)
+        with torch.no_grad():
+            log_q_TV = teachers[rollout.prompt.domain](input_ids=ids).logits[0, first:-1, :vocab_size].log_softmax(-1)
+        kl_T = (log_p_TV.exp() * (log_p_TV - log_q_TV)).sum(-1)
+        loss = loss + weights[rollout.prompt.domain] / tokens[rollout.prompt.domain] * kl_T[rollout.completion_mask_T].sum()
+    names, parameters = zip(*[(name, p) for name, p in student.named_parameters() if p.requires_grad], strict=True)
+    return loss.detach(), dict(zip(names, torch.autograd.grad(loss, parameters), strict=True))
+
+
+def assert_same_changes(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor], tolerance: float = 1e-5) -> None:
+    assert max(tensor.abs().max() for tensor in one.values()) > 1e-2, "nothing moved, so the comparison shows nothing"
+    for name in one:
+        torch.testing.assert_close(one[name], other[name], rtol=0, atol=tolerance, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.mark.parametrize("stage", [0, 1])
+def test_loss_and_update_are_those_of_the_formula(stage, v4_model, make_pool, make_engine, make_config, rollouts, tokenizer):
+    weights = {"law": 0.75, "code": 0.25}
+    pool = make_pool({"law": "v4", "code": "qwen3_moe"})
+    cfg = weighted(make_config, weights, stage=stage, max_tokens=30)
+    metrics, changes = one_update(make_engine(v4_model, cfg), pool, rollouts, cfg)
+    teachers = {name: pool.get(teacher).model for name, teacher in pool.teacher_of.items()}
+    loss, gradients = naive_step(v4_model, teachers, rollouts, weights, len(tokenizer))
+    assert metrics["step/loss"] == pytest.approx(float(loss), rel=1e-5)
+    assert_same_changes({name: changes[name] for name in gradients}, {name: -g / (g.abs() + 1) for name, g in gradients.items()}, tolerance=2e-5)
+
+
+@pytest.mark.parametrize("family", ["v4", "qwen3_moe"])
+@pytest.mark.parametrize("max_tokens", [1, 30, 60])
+def test_micro_batch_size_changes_neither_loss_nor_update(family, max_tokens, v4_model, qwen3_moe_model, make_pool, make_engine, make_config, rollouts):
+    model = {"v4": v4_model, "qwen3_moe": qwen3_moe_model}[family]
+    found = []
+    for size in (max_tokens, 1000):
+        cfg = weighted(make_config, {"law": 0.75, "code": 0.25}, max_tokens=size)
+        found.append(one_update(make_engine(model, cfg), make_pool({"law": "v4", "code": "qwen3_moe"}), rollouts, cfg))
+    (metrics, changes), (other_metrics, other_changes) = found
+    assert metrics["step/loss"] == pytest.approx(other_metrics["step/loss"], rel=1e-5)
+    assert metrics["optim/grad_norm"] == pytest.approx(other_metrics["optim/grad_norm"], rel=1e-5)
+    assert_same_changes(changes, other_changes)
+
+
+def test_order_of_the_rollouts_changes_neither_loss_nor_update(v4_model, make_pool, make_engine, make_config, rollouts):
+    cfg = weighted(make_config, {"law": 0.75, "code": 0.25}, max_tokens=40)
+    pool = make_pool({"law": "v4", "code": "qwen3_moe"})
+    metrics, changes = one_update(make_engine(v4_model, cfg), pool, rollouts, cfg)
+    other_metrics, other_changes = one_update(make_engine(v4_model, cfg), pool, rollouts[::-1], cfg)
+    assert metrics["step/loss"] == pytest.approx(other_metrics["step/loss"], rel=1e-5)
+    assert_same_changes(changes, other_changes)
+
+
+def test_a_domain_without_rollouts_gives_its_weight_to_those_present(v4_model, make_pool, make_engine, make_config, rollouts):
+    law = [rollout for rollout in rollouts if rollout.prompt.domain == "law"]
+    pool = make_pool({"law": "v4", "code": "qwen3_moe"})
+    both, alone = weighted(make_config, {"law": 0.2, "code": 0.8}), weighted(make_config, {"law": 1.0})
+    metrics, changes = one_update(make_engine(v4_model, both), pool, law, both)
+    other_metrics, other_changes = one_update(make_engine(v4_model, alone), pool, law, alone)
+    assert metrics["step/loss"] == other_metrics["step/loss"]
+    assert_same_changes(changes, other_changes, tolerance=0)
+
+
+def test_a_teacher_equal_to_the_student_gives_zero_loss_and_moves_nothing(v4_model, make_pool, make_engine, make_config, rollouts):
+    cfg = weighted(make_config, {"law": 0.5, "code": 0.5}, max_tokens=60)
+    metrics, changes = one_update(make_engine(v4_model, cfg), make_pool({"law": "student", "code": "student"}, max_tokens=60), rollouts, cfg)
+    assert metrics["step/loss"] == 0.0
+    assert metrics["optim/grad_norm"] == 0.0
+    assert all((change == 0).all() for change in changes.values())
+
+
+def test_two_domains_with_one_checkpoint_give_the_divergence_of_one_domain(v4_model, make_pool, make_engine, make_config, rollouts, make_rollout):
+    """Its loss too, when the weights are in proportion to the tokens."""
+    tokens = {name: sum(r.num_loss_tokens for r in rollouts if r.prompt.domain == name) for name in ("law", "code")}
+    two = weighted(make_config, {name: float(count) for name, count in tokens.items()}, max_tokens=60)
+    metrics, changes = one_update(make_engine(v4_model, two), make_pool({"law": "v4", "code": "v4"}), rollouts, two)
+
+    merged = [make_rollout("all", r.prompt.tokens, r.completion_T.tolist(), mask=r.completion_mask_T.tolist(), request=r.prompt.request) for r in rollouts]
+    one = weighted(make_config, {"all": 1.0}, max_tokens=60)
+    single, other_changes = one_update(make_engine(v4_model, one), make_pool({"all": "v4"}), merged, one)
+    per_token = sum(metrics[f"domain/{name}/kl_per_token"] * count for name, count in tokens.items()) / sum(tokens.values())
+    assert per_token == pytest.approx(single["domain/all/kl_per_token"], rel=1e-6)
+    assert metrics["step/loss"] == pytest.approx(single["step/loss"], rel=1e-6)
+    assert_same_changes(changes, other_changes)
+    assert metrics["step/teacher_loads"] == 1
+
+
+def test_swapping_two_teachers_changes_exactly_their_rows(make_pool, random_rollouts):
+    rollouts = random_rollouts([("law", 3, 4), ("code", 2, 5), ("tools", 4, 3), ("law", 2, 2)])
+    before = make_pool({"law": "v4", "code": "qwen3_moe", "tools": "student"}).score(rollouts)
+    after = make_pool({"law": "qwen3_moe", "code": "v4", "tools": "student"}).score(rollouts)
+    for rollout, one, other in zip(rollouts, before, after, strict=True):
+        assert one.rollout is other.rollout is rollout
+        is_same = one.signal.hidden_TD.shape == other.signal.hidden_TD.shape and torch.equal(one.signal.hidden_TD, other.signal.hidden_TD)
+        assert is_same == (rollout.prompt.domain == "tools")
+
+
+def test_supervised_update_is_the_weighted_cross_entropy(v4_model, make_engine, make_config, rollouts, tokenizer):
+    cfg = weighted(make_config, {"law": 0.75, "code": 0.25}, max_tokens=60)
+    metrics = supervised_update(make_engine(v4_model, cfg), rollouts, cfg)
+    expected, tokens = 0.0, {name: sum(r.num_loss_tokens for r in rollouts if r.prompt.domain == name) for name in cfg.domains}
+    for rollout in rollouts:
+        ids = torch.tensor([[*rollout.prompt.tokens, *rollout.completion_T.tolist()]])
+        with torch.no_grad():
+            logits_TV = v4_model(input_ids=ids).logits[0, len(rollout.prompt.tokens) - 1 : -1]
+        loss_T = torch.nn.functional.cross_entropy(logits_TV, rollout.completion_T, reduction="none")
+        domain = rollout.prompt.domain
+        expected += cfg.domains[domain].loss_weight / tokens[domain] * float(loss_T[rollout.completion_mask_T].sum())
+    assert metrics["step/loss"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_weights_of_domains_follow_their_schedules_and_divide_by_tokens(make_config, rollouts):
+    cfg = weighted(make_config, {"law": {0: 1.0, 5: 3.0}, "code": 1.0, "absent": 4.0})
+    tokens = {name: sum(r.num_loss_tokens for r in rollouts if r.prompt.domain == name) for name in ("law", "code")}
+    for step, share in [(4, 0.5), (5, 0.75)]:
+        weights, metrics = domain_weights(rollouts, cfg, step)
+        assert weights == pytest.approx({"law": share / tokens["law"], "code": (1 - share) / tokens["code"], "absent": 0.0})
+        assert [metrics[f"domain/{name}/loss_weight"] for name in cfg.domains] == pytest.approx([share, 1 - share, 0.0])
+    assert metrics["domain/absent/loss_weight_asked"] == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("weights", [{"law": 0.0, "code": 0.0}, {"law": 0.0, "code": 0.0, "absent": 1.0}])
+def test_a_step_in_which_no_token_has_weight_is_refused(weights, make_config, rollouts):
+    with pytest.raises(ValueError, match="loss_weight above 0"):
+        domain_weights(rollouts, weighted(make_config, weights), 3)
+
+
+def test_a_loss_that_is_not_finite_is_refused_with_the_request_that_gave_it(v4_model, make_pool, make_engine, make_config, make_rollout):
+    pool, cfg = make_pool({"law": "v4"}), weighted(make_config, {"law": 1.0})
+    with torch.no_grad():
+        v4_model.get_input_embeddings().weight[7] = float("nan")
+    engine = make_engine(v4_model, cfg)
+    rollouts = [make_rollout("law", [5, 6], [8, 9], request=3), make_rollout("law", [5, 7], [8, 9], request=4)]
+    with pytest.raises(ValueError, match=r"not finite on request 4 of domain law \(row prompts:4\)"):
+        update(engine, pool, pool.score(rollouts), cfg)
+
+
+def test_loaded_and_pooled_teachers_are_the_checkpoints(make_pool, teacher_folders):
+    pool = make_pool({"law": "qwen3_moe"})
+    model = load_model(ModelConfig(model=str(teacher_folders["qwen3_moe"])), "teacher")
+    assert torch.equal(pool.head(pool.teacher_of["law"]), model.get_output_embeddings().weight)
