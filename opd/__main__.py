@@ -78,9 +78,19 @@ def compose_config(command: str, overrides: list[str]) -> DictConfig:
     GlobalHydra.instance().clear()
     with initialize_config_dir(config_dir=str(CONF), version_base="1.3"):
         try:
-            return compose(config_name=command, overrides=[*search, *overrides])
+            return compose(config_name=command, overrides=[*search, *_join_domains(overrides)])
         except (HydraException, OmegaConfBaseException) as error:
             raise ValueError(explain(error, command, SCHEMAS[command], [CONF, own])) from error
+
+
+def _join_domains(overrides: list[str]) -> list[str]:
+    """`domain=[a]` and `+domain=b` together as `domain=[a,b]`: Hydra would silently drop b."""
+    chosen = [override for override in overrides if override.startswith("domain=")]
+    added = [override.removeprefix("+domain=").strip("[]") for override in overrides if override.startswith("+domain=")]
+    if not chosen or not added:
+        return overrides
+    names = [name for name in [chosen[-1].removeprefix("domain=").strip("[]"), *added] if name]
+    return [override for override in overrides if not override.startswith(("domain=", "+domain="))] + [f"domain=[{','.join(names)}]"]
 
 
 def _run(command: str, cfg) -> None:

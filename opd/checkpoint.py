@@ -53,7 +53,8 @@ def save(run_dir: Path, step: int, engine: Engine, stream: Resumable, cfg: Check
         pointer = folder / "latest.partial"
         pointer.write_text(json.dumps({"schema": SCHEMA, "step": step, "tag": tag}))
         pointer.replace(folder / "latest.json")
-        for old in sorted(folder.glob("step-*"))[: -max(1, cfg.keep)]:
+        saved = sorted(path for path in folder.glob("step-*") if path.name <= tag)  # a later one was left by a kill before its pointer
+        for old in saved[: -max(1, cfg.keep)]:
             shutil.rmtree(old)
     barrier()
 

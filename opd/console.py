@@ -4,6 +4,7 @@ import sys
 import time
 from collections.abc import Callable
 
+from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
@@ -63,11 +64,11 @@ class ProgressDisplay:
 
 
 def print_table(title: str, header: list[str], rows: list[list[str]], caption: str | None = None) -> None:
-    """A table that is as wide as it has to be, in a log file too."""
-    console = Console(file=sys.stdout, highlight=False, width=None if sys.stdout.isatty() else 140)
-    table = Table(title=title, caption=caption, title_justify="left", caption_justify="left")
+    """A table; in a log file as wide as it has to be, on a terminal wrapped to fit."""
+    console = Console(file=sys.stdout, highlight=False, width=None if sys.stdout.isatty() else 200)
+    table = Table(title=title, caption=caption, title_justify="left", caption_justify="left", box=box.SIMPLE_HEAD)
     for index, name in enumerate(header):
-        table.add_column(name, justify="left" if index == 0 else "right", no_wrap=True)
+        table.add_column(name, justify="left" if index == 0 else "right", no_wrap=index == 0)
     for row in rows:
         table.add_row(*row)
     console.print(table)

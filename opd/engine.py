@@ -153,8 +153,9 @@ class Engine:
         self.engine.save_checkpoint(str(folder), tag=tag, client_state={"opd": state})
 
     def load(self, folder: Path, tag: str) -> None:
-        """Restore what `save` wrote. Raises ValueError where DeepSpeed finds nothing to load."""
-        path, client_state = self.engine.load_checkpoint(str(folder), tag=tag)
+        """Restore what `save` wrote. Raises ValueError where there is nothing to load."""
+        is_there = any((folder / tag).glob("*model_states.pt"))
+        path, client_state = self.engine.load_checkpoint(str(folder), tag=tag) if is_there else (None, None)
         if path is None:
             raise ValueError(f"the checkpoint {folder / tag} cannot be loaded: it is missing or incomplete")
         state = client_state["opd"]

@@ -1,6 +1,7 @@
 """Hydra's and OmegaConf's errors as one sentence in the words of the command line, with the nearest name that exists."""
 
 import difflib
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -19,6 +20,9 @@ def explain(error: Exception, command: str, schema: type, folders: Iterable[Path
         return _missing_option(str(error.missing_cfg_file), folders)
     if isinstance(error, OverrideParseException):
         return f"the override {error.override!r} cannot be read: write it as setting=value, in quotes where it holds brackets or spaces"
+    foreign = re.match(r"In '(.+?)'.*Key '(.+?)' not in", text)
+    if foreign:
+        return f"conf/{foreign[1]}.yaml sets {foreign[2]!r}, which {command} does not have: it is for another command"
     if isinstance(cause, ValidationError):
         return f"{cause.full_key}: {str(cause).splitlines()[0].rstrip('.')}"
     if isinstance(cause, ConfigKeyError | ConfigAttributeError):

@@ -204,22 +204,26 @@ def evaluate(cfg: EvaluateConfig) -> None:
 
 def print_comparison(record: dict) -> None:
     """The table of a comparison: per domain accuracy of base, teacher and student, and recovery."""
+    roles = ("base", "teacher", "student")
     rows = []
     for name, domain in record["domains"].items():
-        cells = [_accuracy_cell(domain.get(role)) for role in ("base", "teacher", "student")]
-        recovery = domain["recovery"]
-        cells.append(recovery if isinstance(recovery, str) else _interval_cell(recovery and recovery["value"], recovery))
-        greedy = [f"{domain[role]['greedy']:.3f}" for role in ("base", "teacher", "student") if role in domain and domain[role]["accuracy"] is not None]
-        divergence = [_interval_cell(role["per_sequence"]["value"], role["per_sequence"]) for role in domain.get("kl", {}).values()]
-        rows.append([name, *cells, " / ".join(greedy), divergence[-1] if divergence else "", str(domain["student"]["prompts"])])
-    header = ["domain", "base", "teacher", "student", "recovery", "greedy b/t/s", "KL to teacher", "prompts"]
-    caption = "accuracy and recovery at temperature 1, with 95 % intervals; KL(student || teacher) in nats per completion"
-    print_table("Held-out prompts", header, rows, caption)
+        recovery, kl = domain["recovery"], domain.get("kl", {}).get("student")
+        graded = [domain[role] for role in roles if role in domain and domain[role]["accuracy"] is not None]
+        greedy = " ".join(f"{found['greedy']:.3f}" for found in graded)
+        recovered = recovery if isinstance(recovery, str) else _interval_cell(recovery)
+        divergence = "" if kl is None else _interval_cell(kl["per_sequence"])
+        rows.append([name, *(_accuracy_cell(domain.get(role)) for role in roles), recovered, greedy, divergence])
+    prompts = sorted({domain["student"]["prompts"] for domain in record["domains"].values()})
+    caption = (
+        f"{' to '.join(map(str, dict.fromkeys([prompts[0], prompts[-1]])))} held-out prompts per domain; accuracy at temperature 1 "
+        "with its 95 % interval; KL(student || teacher) in nats per completion"
+    )
+    print_table("", ["domain", *roles, "recovery", "greedy: " + " ".join(role for role in roles), "KL to teacher"], rows, caption)
 
 
 def _accuracy_cell(record: dict | None) -> str:
-    return "" if record is None or record["accuracy"] is None else _interval_cell(record["accuracy"], record)
+    return "" if record is None or record["accuracy"] is None else _interval_cell(record | {"value": record["accuracy"]})
 
 
-def _interval_cell(value: float | None, record: dict | None) -> str:
-    return "undefined" if value is None else f"{value:.3f} [{record['low']:.3f}, {record['high']:.3f}]"
+def _interval_cell(record: dict | None) -> str:
+    return "undefined" if record is None else f"{record['value']:.3f} [{record['low']:.3f}, {record['high']:.3f}]"

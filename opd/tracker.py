@@ -43,7 +43,8 @@ class Tracker:
     def resume(self, step: int) -> None:
         """Forget the records of steps after `step`, which will be done again."""
         if is_main() and self.file.exists():
-            kept = [line for line in self.file.read_text().splitlines() if json.loads(line)["step"] <= step]
+            whole = [line for line in self.file.read_text().splitlines() if line.endswith("}")]  # a kill may have cut the last one
+            kept = [line for line in whole if json.loads(line)["step"] <= step]
             partial = self.file.with_suffix(".partial")
             partial.write_text("".join(line + "\n" for line in kept))
             partial.replace(self.file)

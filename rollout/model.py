@@ -92,6 +92,8 @@ def load_tokenizer(path: str, revision: str | None = None, trust_remote_code: bo
         tokenizer = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, ImportError, KeyError, TypeError) as error:
         raise ValueError(f"no tokenizer can be loaded from {path}: {first_sentence(error)}") from error
+    if len(tokenizer) <= len(tokenizer.all_special_ids):  # what some families give where the files are missing
+        raise ValueError(f"no tokenizer can be loaded from {path}: the one there has no tokens but special ones")
     if tokenizer.eos_token_id is None:
         raise ValueError(f"the tokenizer of {path} has no end-of-sequence token, so completions could not end")
     return tokenizer

@@ -76,6 +76,7 @@ def short_run(device, saved_v4, teacher_folders, tmp_path_factory) -> Path:
     settings += ["evaluation.every=1", "evaluation.prompts=4", "evaluation.sampling.max_new_tokens=4", "evaluation.sampling.decode_width=4"]
     settings += ["checkpoint.every=1", "logger=offline", "domain=[arithmetic,tools]", "domains.tools.grader=null"]
     settings += [f"domains.{name}.{part}.rows=16" for name in ("arithmetic", "tools") for part in ("prompts", "held_out")]
+    settings += [f"domains.{name}.prompts.share=1.0" for name in ("arithmetic", "tools")]
     settings += [f"domains.arithmetic.teacher.model={teacher_folders['v4']}", f"domains.tools.teacher.model={teacher_folders['qwen3_moe']}"]
     distill(load_config("distill", [*settings, f"student.model={saved_v4}", f"run_dir={run_dir}"]))
     return run_dir

@@ -156,7 +156,7 @@ def test_a_domain_that_joins_at_a_resume_starts_from_its_first_row():
     mixture.restore(old.state())
     assert mixture.state() == {"law": {"prompts": 4}, "code": {}}
     fresh = mixture_of({"code": 1.0}, prompts_per_step=1)
-    assert [prompt.row for prompt in mixture.next(1) if prompt.domain == "code"][0] == fresh.next(0)[0].row
+    assert next(prompt.row for prompt in mixture.next(1) if prompt.domain == "code") == fresh.next(0)[0].row
 
 
 def test_sources_are_drawn_by_their_weights():
@@ -239,7 +239,7 @@ def test_a_missing_file_is_refused(tmp_path, suffix):
 
 
 def test_a_missing_folder_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="law: the data set .*nowhere cannot be read"):
+    with pytest.raises(ValueError, match=r"law: the data set .*nowhere cannot be read"):
         load_rows(SourceConfig(path=str(tmp_path / "nowhere")), "law")
 
 
@@ -323,7 +323,7 @@ def test_a_prompt_that_just_fits_is_kept(tmp_path, tokenizer):
 
 def test_a_domain_all_of_whose_prompts_are_too_long_is_refused(tmp_path, tokenizer):
     path = json_lines(tmp_path / "rows.jsonl", LONG_SECOND)
-    with pytest.raises(ValueError, match="domain law, source prompts .* has no usable prompt"):
+    with pytest.raises(ValueError, match=r"domain law, source prompts .* has no usable prompt"):
         load_domain_prompts("law", PromptsConfig(path=path, too_long=TooLong.drop), tokenizer, longest=5)
 
 

@@ -90,7 +90,7 @@ def test_the_rest_of_a_cohort_changes_recorded_log_probabilities_by_rounding_alo
     """Not bit for bit: routed experts multiply the rows that meet at them together."""
     sampler = LocalSampler(model, [2], seed=0)
     for prompt, accompanied in zip(prompts[1:3], sampled[2:6:2], strict=True):
-        assert torch.allclose(sampler.sample([prompt], SAMPLED)[0].logprob_T, accompanied.logprob_T, atol=5e-6, rtol=0)
+        assert torch.allclose(sampler.sample([prompt], SAMPLED)[0].logprob_T, accompanied.logprob_T, atol=1e-5, rtol=0)
 
 
 def test_recorded_log_probabilities_are_those_of_a_full_forward(model, sampled):

@@ -80,7 +80,7 @@ def test_a_number_does_not_depend_on_the_rest_of_the_batch():
 def test_numbers_are_at_least_zero_and_below_one():
     numbers = uniform(0, torch.arange(20000), 0)
     assert numbers.dtype == torch.float64
-    assert 0 <= numbers.min()
+    assert numbers.min() >= 0
     assert numbers.max() < 1
 
 

@@ -1,0 +1,121 @@
+"""The run's records: one line per step, redone steps dropped, W&B offline without an account, and nothing of the text."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from opd.config import DistillConfig, LoggerConfig, LoggerKind
+from opd.tracker import Tracker
+from rollout.synthetic import synthetic_rows
+
+
+def records(run_dir: Path) -> list[dict]:
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def config(kind: LoggerKind) -> DistillConfig:
+    return DistillConfig(logger=LoggerConfig(kind=kind), num_steps=9)
+
+
+@pytest.fixture
+def tracker(tmp_path) -> Tracker:
+    return Tracker(tmp_path, "test", config(LoggerKind.none))
+
+
+def test_each_step_is_one_record_with_its_schema_step_and_figures(tracker, tmp_path):
+    tracker.log(0, {"evaluation/law/accuracy": 0.25})
+    tracker.log(1, {"step/loss": 0.5})
+    first, second = records(tmp_path)
+    assert (first["schema"], first["step"], first["evaluation/law/accuracy"]) == (1, 0, 0.25)
+    assert (second["schema"], second["step"], second["step/loss"]) == (1, 1, 0.5)
+
+
+def test_phases_are_timed_per_step_and_add_up_within_one(tracker, tmp_path):
+    for _ in range(3):
+        with tracker.timer("score"):
+            sum(range(20000))
+    tracker.log(1, {})
+    tracker.log(2, {})
+    first, second = records(tmp_path)
+    assert 0 < first["seconds/score"] <= first["seconds/step"]
+    assert "seconds/score" not in second
+
+
+def test_throughput_is_completion_tokens_over_the_steps_seconds(tracker, tmp_path):
+    tracker.log(1, {"step/completion_tokens": 120})
+    [record] = records(tmp_path)
+    assert record["throughput/completion_tokens_per_second"] == pytest.approx(120 / record["seconds/step"])
+
+
+def test_resuming_drops_the_records_of_steps_that_will_be_done_again(tracker, tmp_path):
+    for step in range(6):
+        tracker.log(step, {"step/loss": float(step)})
+    tracker.resume(3)
+    assert [record["step"] for record in records(tmp_path)] == [0, 1, 2, 3]
+    tracker.log(4, {"step/loss": 40.0})
+    assert [record.get("step/loss") for record in records(tmp_path)] == [0.0, 1.0, 2.0, 3.0, 40.0]
+
+
+def test_resuming_drops_a_line_that_a_kill_cut_short(tracker, tmp_path):
+    for step in range(3):
+        tracker.log(step, {"step/loss": float(step)})
+    with tracker.file.open("a") as file:
+        file.write('{"schema": 1, "step": 3, "step/lo')
+    tracker.resume(2)
+    assert [record["step"] for record in records(tmp_path)] == [0, 1, 2]
+
+
+def test_without_w_and_b_only_the_file_is_written(tracker, tmp_path):
+    with tracker:
+        tracker.log(1, {"step/loss": 0.5})
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+@pytest.fixture
+def no_account(monkeypatch, tmp_path) -> None:
+    """No key, no netrc, and a proxy on which nobody listens."""
+    for name in [name for name in os.environ if name.startswith("WANDB")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    for name in ("HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+
+
+def test_an_offline_run_needs_no_account_and_a_resumed_one_has_the_same_id(no_account, tmp_path):
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    for step in (1, 2):
+        with Tracker(run_dir, "test", config(LoggerKind.offline)) as tracker:
+            assert tracker.wandb_run.settings.mode == "offline"
+            tracker.log(step, {"step/loss": 0.5})
+    folders = [path.name for path in (run_dir / "wandb").glob("offline-run-*")]
+    identity = (run_dir / "wandb_id").read_text()
+    assert len(folders) == 2
+    assert all(identity in name for name in folders)
+
+
+def test_a_run_that_fails_ends_its_w_and_b_run(no_account, tmp_path):
+    tracker = Tracker(tmp_path, "test", config(LoggerKind.offline))
+    with pytest.raises(KeyError), tracker:
+        raise KeyError("something")
+    assert tracker.wandb_run._is_finished
+
+
+def test_nothing_of_prompts_and_answers_is_in_the_records_or_in_w_and_bs_files(short_run):
+    files = [short_run / "metrics.jsonl", *(path for path in (short_run / "wandb").rglob("*") if path.is_file() and not path.is_symlink())]
+    assert any(path.suffix == ".wandb" for path in files)
+    content = b"".join(path.read_bytes() for path in files)
+    for row in synthetic_rows("arithmetic", "train", 16) + synthetic_rows("tools", "train", 16):
+        assert row["prompt"].encode() not in content
+    for row in synthetic_rows("tools", "train", 16):
+        assert row["answer"].encode() not in content
+
+
+def test_w_and_b_gets_the_names_of_the_file(short_run):
+    [log] = (short_run / "wandb").glob("offline-run-*/run-*.wandb")
+    content = log.read_bytes()
+    for name in records(short_run)[1]:
+        if name not in ("schema", "step"):
+            assert name.encode() in content

@@ -1,0 +1,94 @@
+"""What is refused at start-up, by the domain's name: teachers that are not there, or do not read the student's tokens."""
+
+import copy
+
+import pytest
+
+from rollout.config import ModelConfig
+from rollout.synthetic import CHARACTERS, character_tokenizer
+from teachers.compatibility import check_teacher, tokenizer_fingerprint
+
+
+@pytest.fixture
+def teacher_with_tokenizer(saved_qwen3_moe, changed_checkpoint):
+    """teacher_with_tokenizer(tokenizer): the settings of a teacher whose folder holds that tokenizer."""
+
+    def make(tokenizer) -> ModelConfig:
+        folder = changed_checkpoint(saved_qwen3_moe)
+        tokenizer.save_pretrained(folder)
+        return ModelConfig(model=str(folder))
+
+    return make
+
+
+@pytest.mark.parametrize("saved", ["saved_v4", "saved_qwen3_moe"])
+def test_a_teacher_of_either_family_with_the_students_tokenizer_is_accepted(request, tokenizer, saved):
+    check_teacher("law", ModelConfig(model=str(request.getfixturevalue(saved))), tokenizer)
+
+
+def test_a_domain_without_teacher_is_refused_with_the_key_to_set(tokenizer):
+    with pytest.raises(ValueError, match=r"domain law has no teacher: set domains\.law\.teacher\.model"):
+        check_teacher("law", ModelConfig(), tokenizer)
+
+
+def test_a_missing_folder_is_refused(tokenizer, tmp_path):
+    with pytest.raises(ValueError, match=r"the teacher of law is not at .*nowhere"):
+        check_teacher("law", ModelConfig(model=str(tmp_path / "nowhere")), tokenizer)
+
+
+def test_a_hub_id_that_cannot_be_reached_is_refused(tokenizer):
+    with pytest.raises(ValueError, match="the teacher of law cannot be read from nobody/nothing"):
+        check_teacher("law", ModelConfig(model="nobody/nothing"), tokenizer)
+
+
+def test_an_unknown_family_is_refused(saved_qwen3_moe, changed_checkpoint, tokenizer):
+    folder = changed_checkpoint(saved_qwen3_moe, config={"model_type": "nonsense"})
+    with pytest.raises(ValueError, match=r"the teacher of law cannot be read from .*nonsense"):
+        check_teacher("law", ModelConfig(model=str(folder)), tokenizer)
+
+
+@pytest.mark.parametrize("saved", ["saved_v4", "saved_qwen3_moe"])
+def test_a_folder_without_tokenizer_is_refused(request, changed_checkpoint, tokenizer, saved):
+    folder = changed_checkpoint(request.getfixturevalue(saved))
+    for file in folder.glob("tokenizer*"):
+        file.unlink()
+    with pytest.raises(ValueError, match=r"the teacher of law cannot be read from .*: no tokenizer"):
+        check_teacher("law", ModelConfig(model=str(folder)), tokenizer)
+
+
+def test_a_tokenizer_that_exchanges_two_tokens_is_refused(teacher_with_tokenizer, tokenizer, monkeypatch):
+    monkeypatch.setattr("rollout.synthetic.CHARACTERS", CHARACTERS[1] + CHARACTERS[0] + CHARACTERS[2:])
+    exchanged = character_tokenizer()
+    assert len(exchanged) == len(tokenizer)
+    with pytest.raises(ValueError, match=r"the teacher of law \(.*\) has another tokenizer than the student"):
+        check_teacher("law", teacher_with_tokenizer(exchanged), tokenizer)
+
+
+def test_a_tokenizer_with_an_added_token_is_refused(teacher_with_tokenizer, tokenizer):
+    larger = copy.deepcopy(tokenizer)
+    larger.add_tokens(["<think>"])
+    with pytest.raises(ValueError, match=r"the teacher of law .* has another tokenizer than the student"):
+        check_teacher("law", teacher_with_tokenizer(larger), tokenizer)
+
+
+def test_a_teacher_with_another_end_token_is_refused(teacher_with_tokenizer, tokenizer):
+    other = copy.deepcopy(tokenizer)
+    other.eos_token = "<pad>"
+    with pytest.raises(ValueError, match="the teacher of law ends a sequence with token 0, the student with 2"):
+        check_teacher("law", teacher_with_tokenizer(other), tokenizer)
+
+
+def test_a_teacher_with_fewer_vocabulary_rows_than_tokens_is_refused(saved_qwen3_moe, changed_checkpoint, tokenizer):
+    folder = changed_checkpoint(saved_qwen3_moe, config={"vocab_size": len(tokenizer) - 1})
+    with pytest.raises(ValueError, match=f"the teacher of law has {len(tokenizer) - 1} vocabulary rows, fewer than the tokenizer's {len(tokenizer)}"):
+        check_teacher("law", ModelConfig(model=str(folder)), tokenizer)
+
+
+def test_a_teacher_with_padded_vocabulary_rows_is_accepted(saved_qwen3_moe, changed_checkpoint, tokenizer):
+    check_teacher("law", ModelConfig(model=str(changed_checkpoint(saved_qwen3_moe, config={"vocab_size": 128}))), tokenizer)
+
+
+def test_equal_vocabularies_have_equal_fingerprints_whatever_the_template(tokenizer):
+    other = copy.deepcopy(tokenizer)
+    other.chat_template = None
+    assert tokenizer_fingerprint(other) == tokenizer_fingerprint(tokenizer)

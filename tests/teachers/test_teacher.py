@@ -1,0 +1,118 @@
+"""One teacher: its hidden states are those of each rollout alone, row t predicts completion token t, and grouping changes nothing."""
+
+import itertools
+
+import pytest
+import torch
+
+from rollout.model import backbone_of, head_of
+from teachers.teacher import Teacher, completion_span, group_by_length, pad_right, sequence_length
+
+SHAPES = [("law", 9, 20), ("law", 3, 1), ("law", 1, 7), ("law", 20, 12), ("law", 14, 25), ("law", 9, 20)]
+
+
+@pytest.fixture(params=["session_v4_model", "session_qwen3_moe_model"], scope="module")
+def model(request):
+    return request.getfixturevalue(request.param)
+
+
+@pytest.fixture(scope="module")
+def rollouts(random_rollouts):
+    """Rollouts of mixed lengths; the longest have nine compressed entries, of which DeepSeek-V4's indexer keeps two."""
+    return random_rollouts(SHAPES)
+
+
+def all_tokens(rollout) -> list[int]:
+    return [*rollout.prompt.tokens, *rollout.completion_T.tolist()]
+
+
+@torch.no_grad()
+def hidden_alone(model, rollout) -> torch.Tensor:
+    """The hidden states of a forward over this rollout's tokens and nothing else, at the positions before each completion token."""
+    hidden = backbone_of(model)(torch.tensor([all_tokens(rollout)]))[0][0]
+    return torch.stack([hidden[position - 1] for position in range(len(rollout.prompt.tokens), hidden.shape[0])])
+
+
+@pytest.mark.parametrize("max_tokens", [1, 40, 60, 100, 10000])
+def test_hidden_states_are_those_of_each_rollout_alone_in_any_grouping(model, rollouts, max_tokens):
+    for rollout, hidden in zip(rollouts, Teacher("law", model).hidden(rollouts, max_tokens), strict=True):
+        assert hidden.shape == (len(rollout.completion_T), 64)
+        alone = hidden_alone(model, rollout)
+        assert (hidden - alone).norm() < 1e-6 * alone.norm()
+        assert torch.allclose(hidden, alone, atol=1e-5)
+
+
+def test_hidden_states_come_in_the_order_of_the_rollouts(model, rollouts):
+    forwards, backwards = (Teacher("law", model).hidden(order, 60) for order in (rollouts, rollouts[::-1]))
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(forwards, backwards[::-1], strict=True))
+
+
+def test_the_head_on_row_t_gives_the_distribution_of_completion_token_t(model, rollouts):
+    teacher = Teacher("law", model)
+    for rollout, hidden in zip(rollouts, teacher.hidden(rollouts, 10000), strict=True):
+        with torch.no_grad():
+            logprobs = model(torch.tensor([all_tokens(rollout)])).logits[0].log_softmax(-1)
+        start = len(rollout.prompt.tokens)
+        expected = [logprobs[start + t - 1, token].item() for t, token in enumerate(rollout.completion_T.tolist())]
+        ours = (hidden @ teacher.head_VD.T).log_softmax(-1)
+        assert ours.gather(1, rollout.completion_T[:, None])[:, 0].tolist() == pytest.approx(expected, abs=1e-5)
+
+
+def test_a_row_sees_the_tokens_before_its_own_and_no_others(model, make_rollout):
+    tokens = list(range(10, 30))
+    for changed in (0, 7, 19):
+        other = [*tokens[:changed], 90, *tokens[changed + 1 :]]
+        before, after = (Teacher("law", model).hidden([make_rollout("law", [1, 5, 40, 6], completion)], 100)[0] for completion in (tokens, other))
+        differs = ((before - after).abs().max(dim=1).values > 1e-5).tolist()
+        assert not any(differs[: changed + 1])
+        assert changed + 1 == len(tokens) or differs[changed + 1]
+
+
+def test_a_teacher_is_frozen_and_scores_without_gradient(qwen3_moe_model, rollouts):
+    qwen3_moe_model.train()
+    teacher = Teacher("law", qwen3_moe_model)
+    assert not any(parameter.requires_grad for parameter in teacher.model.parameters())
+    assert not any(module.training for module in teacher.model.modules())
+    assert not any(hidden.requires_grad for hidden in teacher.hidden(rollouts, 1000))
+
+
+def test_a_signal_does_not_keep_the_padded_forward_in_memory(model, rollouts):
+    for hidden in Teacher("law", model).hidden(rollouts, 10000):
+        assert hidden.untyped_storage().nbytes() == hidden.numel() * 4
+
+
+def test_the_head_is_the_output_matrix(model):
+    assert Teacher("law", model).head_VD is head_of(model).weight
+
+
+def test_the_completion_span_begins_at_the_prompts_last_token_and_has_a_position_per_completion_token(make_rollout):
+    assert completion_span(make_rollout("law", [1, 5, 6], [7, 8])) == (2, 4)
+    assert completion_span(make_rollout("law", [1], [7])) == (0, 1)
+
+
+def test_padding_stands_on_the_right(make_rollout):
+    padded = pad_right([make_rollout("law", [1, 5], [7]), make_rollout("law", [1], [8, 9, 10, 2])])
+    assert padded.tolist() == [[1, 5, 7, 0, 0], [1, 8, 9, 10, 2]]
+
+
+def test_a_sequence_is_prompt_and_completion(make_rollout):
+    assert sequence_length(make_rollout("law", [1, 5], [7, 8, 9])) == 5
+
+
+LENGTHS = [5, 90, 7, 30, 30, 31, 1, 64, 5]
+
+
+@pytest.mark.parametrize("max_tokens", [1, 30, 64, 90, 200, 10000])
+def test_groups_hold_every_index_once_and_at_most_max_tokens_or_one_row(max_tokens):
+    groups = group_by_length(LENGTHS, max_tokens)
+    assert sorted(itertools.chain(*groups)) == list(range(len(LENGTHS)))
+    assert all(len(group) == 1 or len(group) * max(LENGTHS[i] for i in group) <= max_tokens for group in groups)
+
+
+def test_groups_are_filled_in_order_of_length():
+    groups = group_by_length(LENGTHS, 64)
+    assert groups == [[6, 0, 8, 2], [3, 4], [5], [7], [1]]
+
+
+def test_one_forward_takes_everything_that_fits():
+    assert len(group_by_length(LENGTHS, 90 * len(LENGTHS))) == 1
