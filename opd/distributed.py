@@ -45,9 +45,14 @@ def set_threads(threads: int | None) -> int:
     data loading, logging and the neighbours of a shared machine from stopping a matrix product half-way.
     """
     local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    chosen = threads or max(1, len(os.sched_getaffinity(0)) // local_processes - 1)
+    chosen = threads or max(1, num_cores() // local_processes - 1)
     torch.set_num_threads(chosen)
     return chosen
+
+
+def num_cores() -> int:
+    """Cores this process may use."""
+    return len(os.sched_getaffinity(0))
 
 
 def rank(group: Group) -> int:

@@ -32,6 +32,7 @@ from omegaconf import OmegaConf
 
 from opd.config import PipelineConfig, StageConfig
 from opd.console import ProgressDisplay
+from opd.distributed import num_cores
 from opd.evaluate import print_comparison
 
 SCHEMA = 1
@@ -68,7 +69,8 @@ def run_pipeline(cfg: PipelineConfig) -> None:
     stages = plan(cfg)
     (run_dir / "stages").mkdir(parents=True, exist_ok=True)
     (run_dir / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.structured(cfg)))
-    free = list(range(torch.cuda.device_count() or min(2, len(os.sched_getaffinity(0)))))
+    free = list(range(torch.cuda.device_count() or min(2, num_cores())))
+    threads = max(1, num_cores() // len(free))
     peak_memory = _Peak()
     with ProgressDisplay() as display:
         for stage in stages.values():
@@ -76,7 +78,7 @@ def run_pipeline(cfg: PipelineConfig) -> None:
                 display.say(f"{stage.name}: done before, skipped")
         try:
             while not all(stage.is_done for stage in stages.values()):
-                _start_ready(stages, free, run_dir, display)
+                _start_ready(stages, free, run_dir, threads, display)
                 time.sleep(POLL_SECONDS)
                 peak_memory.measure()
                 for stage in stages.values():
@@ -117,19 +119,19 @@ def plan(cfg: PipelineConfig) -> dict[str, Stage]:
     return stages
 
 
-def _start_ready(stages: dict[str, Stage], free: list[int], run_dir: Path, display: ProgressDisplay) -> None:
+def _start_ready(stages: dict[str, Stage], free: list[int], run_dir: Path, threads: int, display: ProgressDisplay) -> None:
     for stage in stages.values():
         wanted = min(stage.cfg.processes or len(free) + _busy(stages), len(free) + _busy(stages))
         ready = not stage.is_done and stage.process is None and all(stages[before].is_done for before in stage.cfg.after)
         if ready and wanted <= len(free):
             stage.slots = tuple(free[:wanted])
             del free[:wanted]
-            _start(stage, run_dir)
+            _start(stage, run_dir, threads)
             display.update(stage.name, 0, stage.num_steps, "starting")
 
 
-def _start(stage: Stage, run_dir: Path) -> None:
-    arguments = list(stage.arguments)
+def _start(stage: Stage, run_dir: Path, threads: int) -> None:
+    arguments = [*stage.arguments, f"threads={threads}"]
     is_same = stage.record.get("hash") == stage.hash
     if not is_same:
         shutil.rmtree(stage.folder, ignore_errors=True)
@@ -138,7 +140,7 @@ def _start(stage: Stage, run_dir: Path) -> None:
     launcher = [sys.executable, "-m"]
     if len(stage.slots) > 1:
         launcher += ["torch.distributed.run", "--standalone", "--nproc_per_node", str(len(stage.slots)), "-m"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"}
     if torch.cuda.is_available():
         environment["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, stage.slots))
     log = (run_dir / "stages" / f"{stage.name}.log").open("w")

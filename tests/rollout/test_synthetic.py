@@ -26,14 +26,12 @@ def held_out(domain) -> list[dict[str, str]]:
     return synthetic_rows(domain, "held_out", HELD_OUT)
 
 
-def add_on_paper(question: str) -> str:
+def add_on_paper(question: str, flips_first_carry: bool = False) -> str:
     """Column by column from the right with a carry, written down in that order."""
     left, right = question.split("+")
-    written, carry = "", 0
-    for column in (1, 0):
-        total = "0123456789".index(left[column]) + "0123456789".index(right[column]) + carry
-        written, carry = written + str(total % 10), total // 10
-    return written + str(carry)
+    ones = int(left[1]) + int(right[1])
+    tens = int(left[0]) + int(right[0]) + ((ones > 9) != flips_first_carry)
+    return f"{ones % 10}{tens % 10}{tens // 10}"
 
 
 def sort_by_counting(question: str) -> str:
@@ -53,6 +51,12 @@ def call_tools(question: str) -> str:
     return "{" + f"{second}({first_argument})" + ";" + f"{first}({second_argument})" + "}"
 
 
+MISCONCEPTIONS = {
+    "arithmetic": lambda question: add_on_paper(question, flips_first_carry=True),
+    "sorting": lambda question: sort_by_counting(question)[::-1],
+    "brackets": lambda question: close_brackets(question)[::-1],
+    "tools": lambda question: f"{{{question[2]}({question[3]});{question[0]}({question[1]})}}",
+}
 ORACLES = {"arithmetic": add_on_paper, "sorting": sort_by_counting, "brackets": close_brackets, "tools": call_tools}
 LETTERS = {"arithmetic": "A", "sorting": "S", "brackets": "B", "tools": "T"}
 WELL_FORMED = {"arithmetic": r"\d\d[012]", "sorting": r"\d{6}", "brackets": r"[)\]}>]{5,7}", "tools": r"\{[a-z]\(\d\);[a-z]\(\d\)\}"}
@@ -77,6 +81,11 @@ def test_slips_are_wrong_and_well_formed(domain, train, held_out):
         assert len(row["slip"]) == len(row["answer"])
         assert re.fullmatch(WELL_FORMED[domain], row["slip"])
         assert re.fullmatch(WELL_FORMED[domain], row["answer"])
+
+
+def test_a_slip_is_what_the_domains_misconception_gives_unless_that_is_right(domain, train):
+    for row in train:
+        assert MISCONCEPTIONS[domain](question_of(row["prompt"])) in (row["slip"], row["answer"])
 
 
 def test_train_and_held_out_prompts_are_disjoint(train, held_out):
