@@ -14,7 +14,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from opd.errors import explain, nearest
@@ -78,7 +78,8 @@ def compose_config(command: str, overrides: list[str]) -> DictConfig:
     GlobalHydra.instance().clear()
     with initialize_config_dir(config_dir=str(CONF), version_base="1.3"):
         try:
-            return compose(config_name=command, overrides=[*search, *_join_domains(overrides)])
+            config = compose(config_name=command, overrides=[*search, *_join_domains(overrides)])
+            return OmegaConf.merge(OmegaConf.structured(SCHEMAS[command]), OmegaConf.to_container(config))  # with + Hydra adds any key
         except (HydraException, OmegaConfBaseException) as error:
             raise ValueError(explain(error, command, SCHEMAS[command], [CONF, own])) from error
 

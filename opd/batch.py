@@ -2,7 +2,9 @@
 
 Rows are padded on the right, never on the left: DeepSeek-V4's compressed attention pools tokens across whatever stands in its
 windows. Packing puts all rollouts into one row whose position ids begin anew with each; it is offered for the families in
-PACKING_FAMILIES, whose attention is shown by a test to keep the documents apart, and refused for all others. Masks come from lengths, never from token ids, since the padding id may equal the end-of-sequence id.
+PACKING_FAMILIES, whose attention is shown by a test to keep the documents apart, and refused for all others. Masks come from
+lengths, never from token ids, since the padding id may equal the end-of-sequence id.
+
 Every rank runs the same number of forwards, because a partitioned model communicates in each: ranks that have fewer
 micro-batches repeat their last one with weight 0.
 

@@ -76,6 +76,7 @@ class BatchConfig:
 class OptimConfig:
     """Optimizer and its schedule.
 
+    kind: adamw, or muon for the matrices between hidden states with adamw for the rest.
     lr: peak rate of AdamW (with muon: of the parameters that AdamW keeps).
     betas, eps, weight_decay: of AdamW; norms, biases and gating vectors are never decayed.
     muon_lr, momentum: of Muon, which takes the matrices except embedding, head and router.
@@ -150,6 +151,9 @@ class RunConfig:
     seed: key of every random choice.
     fresh: delete what the run folder holds and begin anew, instead of resuming.
     threads: CPU threads of this process; null chooses.
+    student: the model being trained.
+    domains: by name, what is learnt.
+    batch, optim, evaluation, checkpoint, logger: settings of these parts.
     deepspeed: DeepSpeed's own JSON schema, passed through, without the keys that other settings own.
     """
 
@@ -170,7 +174,11 @@ class RunConfig:
 
 @dataclass(slots=True)
 class DistillConfig(RunConfig):
-    """`opd distill`: all domains' teachers into one student, on the student's own rollouts."""
+    """`opd distill`: all domains' teachers into one student, on the student's own rollouts.
+
+    rollout: how the student is sampled, and how much per step.
+    teachers: how the teachers are held.
+    """
 
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     teachers: TeachersConfig = field(default_factory=TeachersConfig)
@@ -195,8 +203,11 @@ class EvaluateConfig:
     """`opd evaluate`: accuracy on held-out prompts of the student, of its domains' teachers, and of the base it began from.
 
     run_dir: folder for evaluation.json and the resolved configuration.
+    seed: key of every random choice.
+    threads: CPU threads of this process; null chooses.
     student, base: models to compare; base may be left out.
-    prompts: held-out prompts per domain; null takes all.
+    domains, teachers: as for `opd distill`.
+    evaluation: how; all held-out prompts unless it says otherwise.
     """
 
     run_dir: str = "runs/evaluate"

@@ -19,7 +19,8 @@ class ProgressDisplay:
     def __init__(self, visible: bool = True):
         self.console = Console(file=sys.stdout, highlight=False, soft_wrap=not sys.stdout.isatty(), quiet=not visible)
         self.is_terminal = self.console.is_terminal and visible
-        columns = (TextColumn("{task.description:<22}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[text]}"))
+        times = (TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
+        columns = (TextColumn("{task.description:<22}"), BarColumn(), MofNCompleteColumn(), *times, TextColumn("{task.fields[text]}"))
         self.progress = Progress(*columns, console=self.console) if self.is_terminal else None
         self.tasks: dict[str, int] = {}
         self.last_line: dict[str, float] = {}

@@ -22,6 +22,7 @@ def distill(cfg: DistillConfig) -> None:
     student = build_student(cfg.student, tokenizer)                      # MoE; what must not train is frozen
     teachers = TeacherPool(cfg.domains, cfg.teachers, tokenizer, device) # frozen; grouped, few resident at a time
     stream = build_stream(cfg, student, tokenizer, device)               # prompts, sampler, replay: its own answers
+    teachers.require_context(stream.longest_rollouts)
     evaluator = Evaluator(cfg, student, tokenizer, teachers)
     engine = Engine(student, len(tokenizer), cfg, device)                # the only code that touches DeepSpeed
     run_dir = open_run(cfg)

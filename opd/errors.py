@@ -3,10 +3,11 @@
 import difflib
 import re
 from collections.abc import Iterable, Iterator
+from dataclasses import is_dataclass
 from pathlib import Path
+from typing import get_args, get_origin, get_type_hints
 
 from hydra.errors import MissingConfigException, OverrideParseException
-from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException, ValidationError
 
 DOMAIN_HELP = "select domains with 'domain=[a,b]', add one with +domain=NAME, drop one with '~domains.NAME'"
@@ -20,14 +21,14 @@ def explain(error: Exception, command: str, schema: type, folders: Iterable[Path
         return _missing_option(str(error.missing_cfg_file), folders)
     if isinstance(error, OverrideParseException):
         return f"the override {error.override!r} cannot be read: write it as setting=value, in quotes where it holds brackets or spaces"
-    foreign = re.match(r"In '(.+?)'.*Key '(.+?)' not in", text)
+    foreign = re.match(r"In '(.+?)'.*?(?:Key '(.+?)' not in|Could not override '(.+?)')", text)
     if foreign:
-        return f"conf/{foreign[1]}.yaml sets {foreign[2]!r}, which {command} does not have: it is for another command"
+        return f"conf/{foreign[1]}.yaml sets {foreign[2] or foreign[3]!r}, which {command} does not have: it is for another command"
     if isinstance(cause, ValidationError):
         return f"{cause.full_key}: {str(cause).splitlines()[0].rstrip('.')}"
     if isinstance(cause, ConfigKeyError | ConfigAttributeError):
         key = cause.full_key or text.split("'")[1]
-        return f"{command} has no setting {key!r}{nearest(key, list(_keys(schema)))}"
+        return f"{command} has no setting {key!r}{nearest(key, list(_keys(schema, key)))}"
     if "domain" in text:
         return f"{text.rstrip('.')}: {DOMAIN_HELP}"
     return text.rstrip(".")
@@ -47,12 +48,12 @@ def _missing_option(path: str, folders: Iterable[Path]) -> str:
     return f"there is no {group} called {option!r}{nearest(option, options)}{hint} {', '.join(options)}"
 
 
-def _keys(schema: type) -> Iterator[str]:
-    def walk(node: DictConfig, prefix: str) -> Iterator[str]:
-        for key in node:
-            yield f"{prefix}{key}"
-            child = node._get_node(key)
-            if isinstance(child, DictConfig) and not child._is_none():
-                yield from walk(child, f"{prefix}{key}.")
-
-    return walk(OmegaConf.structured(schema), "")
+def _keys(schema: type, like: str, prefix: str = "") -> Iterator[str]:
+    """Every setting of a schema; in a mapping of dataclasses (domains, sources, stages) those of the member that `like` names."""
+    for name, kind in get_type_hints(schema).items():
+        yield prefix + name
+        inner = f"{prefix}{name}."
+        if get_origin(kind) is dict and is_dataclass(get_args(kind)[1]) and like.startswith(inner):
+            kind, inner = get_args(kind)[1], f"{inner}{like.removeprefix(inner).split('.')[0]}."
+        if is_dataclass(kind):
+            yield from _keys(kind, like, inner)

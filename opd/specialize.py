@@ -87,8 +87,10 @@ class ExampleStream:
         if text is None:
             raise ValueError(f"row {prompt.row} of domain {prompt.domain} has no slip: set slip_rate=0, or map the column with prompts.columns.slip")
         tokens = [*self.tokenizer(text, add_special_tokens=False)["input_ids"], self.tokenizer.eos_token_id]
-        if len(prompt.tokens) + len(tokens) > self.longest:
-            raise ValueError(f"row {prompt.row} of domain {prompt.domain} has {len(prompt.tokens) + len(tokens)} tokens with its answer, more than {self.longest}: raise max_tokens or shorten it")
+        length = len(prompt.tokens) + len(tokens)
+        if length > self.longest:
+            where = f"row {prompt.row} of domain {prompt.domain}"
+            raise ValueError(f"{where} has {length} tokens with its answer, more than {self.longest}: raise max_tokens or shorten it")
         completion_T = torch.tensor(tokens)
         return Rollout(
             prompt=prompt,

@@ -31,9 +31,9 @@ def build_stream(cfg: DistillConfig, student: PreTrainedModel, tokenizer: PreTra
 
     Raises ValueError for what `load_prompts` refuses and for an impossible length.
     """
-    longest = context_length(student) - cfg.rollout.max_new_tokens
+    context, longest = context_length(student), context_length(student) - cfg.rollout.max_new_tokens
     if longest < 1:
-        raise ValueError(f"rollout.max_new_tokens={cfg.rollout.max_new_tokens} leaves no room for a prompt in the student's {context_length(student)} positions")
+        raise ValueError(f"rollout.max_new_tokens={cfg.rollout.max_new_tokens} leaves no room for a prompt in the student's {context} positions")
     prompts = load_prompts({name: domain.prompts for name, domain in cfg.domains.items()}, tokenizer, longest)
     mixture = PromptMixture(prompts, cfg.rollout.prompts_per_step, cfg.seed)
     sampler = LocalSampler(copy_for_sampling(student, device), end_tokens(student, tokenizer), cfg.seed)

@@ -21,7 +21,6 @@ from teachers.pool import TeacherPool
 from teachers.types import ScoredRollout
 
 
-
 def update(engine: Engine, teachers: TeacherPool, scored: list[ScoredRollout], cfg: RunConfig) -> dict[str, float]:
     """Distil one step's scored rollouts (this rank's) into the student; returns the step's metrics."""
     weights, metrics = domain_weights([item.rollout for item in scored], cfg, engine.policy_step)

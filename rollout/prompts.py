@@ -43,6 +43,11 @@ class DomainPrompts:
     dropped: int = 0
     consumed: dict[str, int] = field(default_factory=dict)
 
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest prompt."""
+        return max(len(row["tokens"]) for rows in self.sources.values() for row in rows)
+
     def row(self, source: str, position: int, seed: int) -> tuple[int, dict[str, Any]]:
         """The row at a position of the endless shuffled order of one source: (index in the source, row)."""
         rows = self.sources[source]

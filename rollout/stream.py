@@ -47,6 +47,11 @@ class RolloutStream:
         if cfg.prompts_per_step < self.ranks.count:
             raise ValueError(f"rollout.prompts_per_step={cfg.prompts_per_step} is less than the {self.ranks.count} ranks: each needs a prompt")
 
+    @property
+    def longest_rollouts(self) -> dict[str, int]:
+        """Tokens that a rollout of each domain can have at most, prompt and completion together."""
+        return {name: domain.longest + self.cfg.max_new_tokens for name, domain in self.prompts.domains.items()}
+
     def next(self, step: int, source: WeightSource) -> list[Rollout]:
         """This rank's rollouts of a step, sampled with the source's present weights (or replayed)."""
         self.asked_shares = self.prompts.asked_shares(step)

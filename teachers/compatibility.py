@@ -13,8 +13,11 @@ from rollout.config import ModelConfig
 from rollout.model import first_sentence, load_tokenizer, require_folder
 
 
-def check_teacher(domain: str, cfg: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raises ValueError, with the domain's name, for a teacher that is not there or does not read the student's tokens."""
+def check_teacher(domain: str, cfg: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> int:
+    """The positions that the teacher can read.
+
+    Raises ValueError, with the domain's name, for a teacher that is not there or does not read the student's tokens.
+    """
     if cfg.model is None:
         raise ValueError(f"domain {domain} has no teacher: set domains.{domain}.teacher.model to a local folder or hub id")
     require_folder(cfg.model, f"teacher of {domain}")
@@ -30,6 +33,7 @@ def check_teacher(domain: str, cfg: ModelConfig, tokenizer: PreTrainedTokenizerB
     vocab_size = config.get_text_config().vocab_size
     if vocab_size < len(tokenizer):
         raise ValueError(f"the teacher of {domain} has {vocab_size} vocabulary rows, fewer than the tokenizer's {len(tokenizer)}")
+    return config.get_text_config().max_position_embeddings
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -33,8 +33,17 @@ class TeacherPool:
         self.host_heads: dict[str, torch.Tensor] = {}
         self.device_head: tuple[str, torch.Tensor] | None = None
         self.num_loads = 0
-        for name, teacher_cfg in self.configs.values():
-            check_teacher(name, teacher_cfg, tokenizer)
+        self.context = {teacher: check_teacher(name, teacher_cfg, tokenizer) for teacher, (name, teacher_cfg) in self.configs.items()}
+
+    def require_context(self, longest: dict[str, int]) -> None:
+        """Raises ValueError where a domain's longest sequence (prompt and completion, in tokens) exceeds its teacher's context."""
+        for domain, length in longest.items():
+            positions = self.context[self.teacher_of[domain]]
+            if length > positions:
+                raise ValueError(
+                    f"the teacher of {domain} reads {positions} positions and the domain's longest rollout can have {length}: "
+                    "lower rollout.max_new_tokens, or drop long prompts"
+                )
 
     def score(self, rollouts: list[Rollout]) -> list[ScoredRollout]:
         """The rollouts with their teachers' signals, in the same order.

@@ -31,7 +31,8 @@ stages:
 
 
 def opd(workspace, *arguments: str) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "-m", "opd", *arguments], cwd=workspace, capture_output=True, text=True, timeout=400, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run([sys.executable, "-m", "opd", *arguments], cwd=workspace, capture_output=True, text=True, timeout=400, env=environment)
 
 
 @pytest.fixture(scope="module")
@@ -71,4 +72,5 @@ def test_finished_stages_are_skipped_and_changed_ones_done_again(finished):
     assert result.returncode == 0, result.stdout + result.stderr
     assert [name for name in ("base", "teacher", "distill") if f"{name}: done before" in result.stdout] == ["base", "teacher"]
     after = {name: (workspace / f"runs/small/stages/{name}.json").read_text() for name in before}
-    assert after["base"] == before["base"] and after["distill"] != before["distill"]
+    assert after["base"] == before["base"]
+    assert after["distill"] != before["distill"]

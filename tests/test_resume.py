@@ -69,7 +69,8 @@ def test_a_run_folder_refuses_another_configuration(models, tmp_path):
     process = start(tmp_path / "run", models, "num_steps=2", "optim.lr=2e-3")
     _, errors = process.communicate(timeout=300)
     assert process.returncode == 2
-    assert "optim.lr" in errors and "fresh=true" in errors
+    assert "optim.lr" in errors
+    assert "fresh=true" in errors
 
 
 def test_ctrl_c_leaves_a_run_that_resumes(models, tmp_path):

@@ -10,8 +10,8 @@ from transformers import PreTrainedModel
 
 from opd.__main__ import load_config
 from opd.config import BatchConfig, CheckpointConfig, DistillConfig, LoggerConfig, LoggerKind, OptimConfig, StudentConfig
-from opd.distributed import start_processes, stop_processes
 from opd.distill import distill
+from opd.distributed import start_processes, stop_processes
 from opd.engine import Engine
 from rollout.model import save_model
 from teachers.config import DomainConfig

@@ -121,7 +121,6 @@ def test_an_unknown_key_fails_with_its_name_and_the_nearest_one(override, named,
 def test_a_value_of_the_wrong_type_fails_with_its_key(override, key):
     message = refused("distill", "domain=[tools]", override)
     assert message.startswith(f"{key}: ")
-    assert override.split("=")[1] in message
     assert "\n" not in message
 
 
@@ -195,8 +194,10 @@ def dataclasses_of(module) -> list[type]:
 @pytest.mark.parametrize("schema", [schema for module in (opd.config, rollout.config, teachers.config) for schema in dataclasses_of(module)])
 def test_each_field_is_documented_in_its_dataclass(schema):
     documentation = " ".join(parent.__doc__ or "" for parent in schema.__mro__ if dataclasses.is_dataclass(parent))
-    undocumented = [field.name for field in dataclasses.fields(schema) if not re.search(rf"\b{field.name}\b", documentation)]
-    assert not undocumented
+    fields = {field.name for field in dataclasses.fields(schema)}
+    assert not [name for name in fields if not re.search(rf"\b{name}\b", documentation)]
+    described = {name for names in re.findall(r"^    ([a-z_, ]+): ", schema.__doc__, flags=re.MULTILINE) for name in names.split(", ")}
+    assert described <= fields, "what is described has to be there"
 
 
 def test_a_schema_cannot_take_an_attribute_that_is_not_a_field():

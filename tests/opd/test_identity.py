@@ -1,8 +1,7 @@
 """What samples is what ships: one token tensor has the same logits, bit for bit, in trainer, sampler and export (DESIGN section 5, property 4)."""
 
-import torch
-
 import pytest
+import torch
 
 from opd.batch import supervised_batches
 from opd.config import BatchConfig, DistillConfig, Router, StudentConfig

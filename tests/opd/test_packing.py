@@ -8,7 +8,6 @@ from opd.config import BatchConfig
 from rollout.model import backbone_of
 
 
-
 def hidden_states(model, batch) -> torch.Tensor:
     """Hidden states that predict the completion tokens, [N, D]."""
     with torch.no_grad():
