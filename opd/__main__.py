@@ -97,6 +97,7 @@ def _join_domains(overrides: list[str]) -> list[str]:
 def _run(command: str, cfg) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     if command == "pipeline":
         from opd.pipeline import run_pipeline

@@ -11,6 +11,7 @@ PIPELINE = """# @package _global_
 stages:
   base:
     command: specialize
+    processes: 1
     overrides: [student=deepseek_v4_tiny, "domain=[arithmetic]", domains.arithmetic.prompts.rows=50, num_steps=2, examples_per_step=8, optim.lr=1e-3]
   teacher:
     command: specialize
@@ -24,6 +25,7 @@ stages:
       domains.arithmetic.prompts.rows=50, num_steps=2, rollout.prompts_per_step=8, rollout.max_new_tokens=4, rollout.decode_width=4]
   evaluate:
     command: evaluate
+    processes: 1
     after: [distill]
     overrides: ["domain=[arithmetic]", "student.model=${run_dir}/distill/student", "base.model=${run_dir}/base/student",
       "domains.arithmetic.teacher.model=${run_dir}/teacher/student", domains.arithmetic.held_out.rows=16, evaluation.sampling.max_new_tokens=4]

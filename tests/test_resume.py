@@ -48,39 +48,43 @@ def models(tmp_path_factory, saved_v4, new_student, tokenizer):
     return saved_v4, folder
 
 
-def test_a_killed_run_continues_bit_for_bit(models, tmp_path):
-    finish(start(tmp_path / "whole", models))
-    killed = start(tmp_path / "killed", models)
-    while len(records(tmp_path / "killed")) < 6:
-        assert killed.poll() is None, killed.communicate()[1]
-        time.sleep(0.01)
-    killed.send_signal(signal.SIGKILL)
-    killed.communicate()
-    finish(start(tmp_path / "killed", models))
-    whole, again = records(tmp_path / "whole"), records(tmp_path / "killed")
-    assert [record["step"] for record in again] == list(range(9)), "no step twice, none missing"
-    assert [numbers(record) for record in again] == [numbers(record) for record in whole]
-    left = (tmp_path / "whole" / "student" / "model.safetensors").read_bytes()
-    assert left == (tmp_path / "killed" / "student" / "model.safetensors").read_bytes()
+@pytest.fixture(scope="module")
+def whole_run(models, tmp_path_factory):
+    """A run that nobody disturbed."""
+    run_dir = tmp_path_factory.mktemp("runs") / "whole"
+    finish(start(run_dir, models))
+    return run_dir
 
 
-def test_a_run_folder_refuses_another_configuration(models, tmp_path):
-    finish(start(tmp_path / "run", models, "num_steps=2"))
-    process = start(tmp_path / "run", models, "num_steps=2", "optim.lr=2e-3")
-    _, errors = process.communicate(timeout=300)
-    assert process.returncode == 2
-    assert "optim.lr" in errors
-    assert "fresh=true" in errors
-
-
-def test_ctrl_c_leaves_a_run_that_resumes(models, tmp_path):
-    process = start(tmp_path / "run", models)
-    while len(records(tmp_path / "run")) < 4:
+def wait_for(process: subprocess.Popen, run_dir, num_records: int) -> None:
+    while len(records(run_dir)) < num_records:
         assert process.poll() is None, process.communicate()[1]
         time.sleep(0.01)
+
+
+def test_a_run_that_is_interrupted_and_killed_continues_bit_for_bit(models, whole_run, tmp_path):
+    run_dir = tmp_path / "run"
+    process = start(run_dir, models)
+    wait_for(process, run_dir, 4)
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
     assert errors.strip().splitlines()[-1].startswith("opd: interrupted")
-    finish(start(tmp_path / "run", models))
-    assert [record["step"] for record in records(tmp_path / "run")] == list(range(9))
+
+    process = start(run_dir, models)
+    wait_for(process, run_dir, 7)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+
+    finish(start(run_dir, models))
+    assert [record["step"] for record in records(run_dir)] == list(range(9)), "no step twice, none missing"
+    assert [numbers(record) for record in records(run_dir)] == [numbers(record) for record in records(whole_run)]
+    assert (run_dir / "student" / "model.safetensors").read_bytes() == (whole_run / "student" / "model.safetensors").read_bytes()
+
+
+def test_a_run_folder_refuses_another_configuration(models, whole_run):
+    process = start(whole_run, models, "optim.lr=2e-3")
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 2
+    assert "optim.lr" in errors
+    assert "fresh=true" in errors
