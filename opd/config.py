@@ -10,7 +10,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from rollout.config import ModelConfig, RolloutConfig, SamplingConfig
+from rollout.config import ModelConfig, RolloutConfig, SamplingConfig, schedule_value
 from rollout.model import first_sentence
 from teachers.config import DomainConfig, TeachersConfig
 
@@ -263,6 +263,17 @@ SCHEMAS: dict[str, type] = {
 def parse(config: DictConfig, schema: type) -> Any:
     """The typed config of a command. Raises ValueError, naming the key, for an unknown key or a value of the wrong type."""
     try:
-        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), config))
+        parsed = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), config))
     except OmegaConfBaseException as error:
         raise ValueError(f"{error.full_key}: {first_sentence(error)}") from error
+    _check_schedules(parsed)
+    return parsed
+
+
+def _check_schedules(cfg: Any) -> None:
+    """Raises ValueError for a number or schedule that is neither; OmegaConf has no type for them."""
+    for name, domain in () if isinstance(cfg, PipelineConfig) else cfg.domains.items():
+        schedule_value(domain.prompts.share, 0, f"domains.{name}.prompts.share")
+        schedule_value(domain.loss_weight, 0, f"domains.{name}.loss_weight")
+    if isinstance(cfg, SpecializeConfig):
+        schedule_value(cfg.slip_rate, 0, "slip_rate")

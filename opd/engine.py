@@ -6,6 +6,8 @@ divide by the step's global token count, so DeepSpeed's own divisions are undone
 loss is multiplied by the number of ranks over which DeepSpeed averages gradients.
 
 The `deepspeed` section of the config is DeepSpeed's JSON schema, passed through, without the keys that other settings own.
+
+B: rows. L: positions. N: completion tokens of the micro-batch, flattened. D: hidden size. V: vocabulary.
 """
 
 import math

@@ -28,6 +28,8 @@ def explain(error: Exception, command: str, schema: type, folders: Iterable[Path
         return f"{cause.full_key}: {str(cause).splitlines()[0].rstrip('.')}"
     if isinstance(cause, ConfigKeyError | ConfigAttributeError):
         key = cause.full_key or text.split("'")[1]
+        if _is_new_in_mapping(key, schema):
+            return f"{key.rpartition('.')[0]} has no key {key.rpartition('.')[2]!r} yet: to add it, write +{key}=VALUE"
         return f"{command} has no setting {key!r}{nearest(key, list(_keys(schema, key)))}"
     if "domain" in text:
         return f"{text.rstrip('.')}: {DOMAIN_HELP}"
@@ -46,6 +48,14 @@ def _missing_option(path: str, folders: Iterable[Path]) -> str:
     options = sorted({file.stem for folder in folders for file in (folder / group).glob("*.yaml")})
     hint = f": add conf/domain/{option}.yaml, or choose from" if group == "domain" else "; there are"
     return f"there is no {group} called {option!r}{nearest(option, options)}{hint} {', '.join(options)}"
+
+
+def _is_new_in_mapping(key: str, schema: type) -> bool:
+    """Whether a key stands directly in a mapping of the user's own keys, such as `columns` or `student.architecture`."""
+    kind = schema
+    for part in key.split(".")[:-1]:
+        kind = get_args(kind)[1] if get_origin(kind) is dict else get_type_hints(kind).get(part) if is_dataclass(kind) else None
+    return get_origin(kind) is dict and not is_dataclass(get_args(kind)[1])
 
 
 def _keys(schema: type, like: str, prefix: str = "") -> Iterator[str]:

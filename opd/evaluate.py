@@ -6,6 +6,8 @@ numbers are keyed apart from training's. Recovery is the student's accuracy over
 `opd evaluate` writes (schema version 1): {"schema": 1, "domains": {NAME: {"base", "teacher", "student": {"accuracy", "low", "high",
 "greedy", "prompts"}, "recovery": {"value", "low", "high"} | "not graded", "kl": {"base", "student": {"per_token": {...}, "per_sequence":
 {...}}}}}, "min_recovery": number | null, "not_graded": [NAME, ...]}.
+
+B: rollouts of a micro-batch. N: its completion tokens, flattened. D: hidden size. V: vocabulary.
 """
 
 import json
@@ -22,7 +24,7 @@ from opd.console import print_table
 from opd.distributed import Group, is_main, num_ranks, rank, reduce_sum, start_processes
 from opd.divergence import reverse_kl
 from opd.intervals import Interval, mean, proportion, ratio
-from opd.stream import end_tokens
+from opd.stream import end_tokens, require_answers
 from rollout.chat import decode_completion
 from rollout.config import SamplingConfig
 from rollout.grading import grade
@@ -61,6 +63,7 @@ class Evaluator:
         prompts = {name: domain.prompts for name, domain in cfg.domains.items()}
         sources = {name: domain.held_out for name, domain in cfg.domains.items() if cfg.evaluation.every > 0}
         held_out = load_held_out(prompts, sources, tokenizer, longest)
+        require_answers(held_out, [name for name in held_out if cfg.domains[name].grader is not None], "grade against")
         self.prompts = {name: _held_out(name, rows, cfg.evaluation.prompts) for name, rows in held_out.items()}
 
     def evaluate(self, sampler: LocalSampler, source: WeightSource | None = None) -> dict[str, DomainResult]:

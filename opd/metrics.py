@@ -19,6 +19,8 @@ Step 0 holds what was measured before training. Names:
     evaluation/D/accuracy, accuracy_low, accuracy_high, greedy, kl_per_token, kl_per_sequence (with _low, _high)
 
 Means are always sums over the whole step divided by counts over the whole step, never means of means.
+
+N: completion tokens of a micro-batch, flattened. S: figures summed.
 """
 
 import torch

@@ -18,6 +18,8 @@ from opd.distributed import Group, reduce_sum
 from rollout.model import find_experts
 
 ROUTER_NAMES = ("gate", "router")
+BALANCE_BIAS = "e_score_correction_bias"
+"""Buffer of a router that is added to its scores when experts are chosen."""
 
 
 def find_routers(model: nn.Module) -> dict[str, nn.Module]:
@@ -73,10 +75,8 @@ class RoutingRecorder:
         return total
 
     def update_bias(self, speed: float) -> None:
-        """Move each router's balance bias against its load. Raises ValueError where a router has none."""
-        biases = {name: dict(router.named_buffers()).get("e_score_correction_bias") for name, router in self.routers.items()}
-        if all(bias is None for bias in biases.values()):
-            raise ValueError("student.router_bias_speed needs routers with a balance bias; this family has none: set it to 0")
+        """Move each router's balance bias, where it has one, against its load."""
+        biases = {name: dict(router.named_buffers()).get(BALANCE_BIAS) for name, router in self.routers.items()}
         for name, bias_E in biases.items():
             if bias_E is not None and name in self.counts:
                 counts_E = reduce_sum(self.counts[name], Group.data)

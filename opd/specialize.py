@@ -3,9 +3,12 @@
 The same engine, micro-batches and per-domain loss as distillation; the objective is the negative log-likelihood of the answer's tokens and
 the closing end-of-sequence token. `slip_rate` trains a share of the examples on the row's wrong answer instead, which is how the
 quickstart makes a base model that has a skill but not reliably (rollout/synthetic.py).
+
+T: tokens of one answer.
 """
 
 import random
+from collections.abc import Mapping
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -16,7 +19,7 @@ from opd.distributed import Group, num_ranks, rank, start_processes
 from opd.engine import Engine
 from opd.evaluate import Evaluator, evaluation_metrics
 from opd.run import finish_run, open_run
-from opd.stream import end_tokens
+from opd.stream import end_tokens, require_answers
 from opd.student import build_student, copy_for_sampling, load_student_tokenizer, seed_everything
 from opd.tracker import Tracker
 from opd.update import supervised_update
@@ -58,15 +61,16 @@ class ExampleStream:
     """Prompts with their answers as completions, step by step; resumable like a rollout stream."""
 
     def __init__(self, cfg: SpecializeConfig, tokenizer: PreTrainedTokenizerBase, context: int):
-        """Raises ValueError for what `load_prompts` refuses, and for a row without an answer."""
+        """Raises ValueError for what `load_prompts` refuses, and for a row without an answer (or slip) that fits."""
         self.cfg, self.tokenizer = cfg, tokenizer
         self.longest = min(cfg.max_tokens, context)
         prompts = load_prompts({name: domain.prompts for name, domain in cfg.domains.items()}, tokenizer, self.longest - 1)
-        for domain in prompts.values():
-            for source, rows in domain.sources.items():
-                missing = [index for index, row in enumerate(rows) if row["answer"] is None]
-                if missing:
-                    raise ValueError(f"row {domain.name}/{source}:{missing[0]} has no answer to learn from: map the column with prompts.columns.answer")
+        require_answers(prompts, prompts, "learn from")
+        rates = cfg.slip_rate.values() if isinstance(cfg.slip_rate, Mapping) else [cfg.slip_rate]
+        for field in ("answer", "slip") if any(rates) else ("answer",):
+            for name, domain in prompts.items():
+                for source, rows in domain.sources.items():
+                    self._check(rows, field, f"{name}/{source}")
         self.mixture = PromptMixture(prompts, cfg.examples_per_step, cfg.seed)
 
     def next(self, step: int) -> list[Rollout]:
@@ -81,16 +85,20 @@ class ExampleStream:
     def restore(self, state: dict) -> None:
         self.mixture.restore(state["prompts"])
 
+    def _check(self, rows: list[dict], field: str, where: str) -> None:
+        missing = [index for index, row in enumerate(rows) if row[field] is None]
+        if missing:
+            raise ValueError(f"row {where}:{missing[0]} has no {field}: set slip_rate=0, or map the column with prompts.columns.{field}")
+        encoded = self.tokenizer([row[field] for row in rows], add_special_tokens=False)["input_ids"]
+        for index, (row, tokens) in enumerate(zip(rows, encoded, strict=True)):
+            length = len(row["tokens"]) + len(tokens) + 1
+            if length > self.longest:
+                raise ValueError(f"row {where}:{index} has {length} tokens with its {field}, more than {self.longest}: raise max_tokens or shorten it")
+
     def _example(self, prompt: Prompt, row: dict, slip_rate: float) -> Rollout:
         takes_slip = random.Random(f"{self.cfg.seed}/slip/{prompt.request}").random() < slip_rate
         text = row["slip"] if takes_slip else row["answer"]
-        if text is None:
-            raise ValueError(f"row {prompt.row} of domain {prompt.domain} has no slip: set slip_rate=0, or map the column with prompts.columns.slip")
         tokens = [*self.tokenizer(text, add_special_tokens=False)["input_ids"], self.tokenizer.eos_token_id]
-        length = len(prompt.tokens) + len(tokens)
-        if length > self.longest:
-            where = f"row {prompt.row} of domain {prompt.domain}"
-            raise ValueError(f"{where} has {length} tokens with its answer, more than {self.longest}: raise max_tokens or shorten it")
         completion_T = torch.tensor(tokens)
         return Rollout(
             prompt=prompt,

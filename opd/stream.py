@@ -1,5 +1,6 @@
 """The rollout stream of a training run: rollout/stream.py joined to the run's ranks, student and domains."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -9,7 +10,8 @@ from opd.config import DistillConfig
 from opd.distributed import Group, gather_objects, num_ranks, rank
 from opd.student import copy_for_sampling
 from rollout.model import context_length
-from rollout.prompts import PromptMixture, load_prompts
+from rollout.prompts import DomainPrompts, PromptMixture, load_prompts
+from rollout.replay import load_rollouts, replay_file
 from rollout.sampler import LocalSampler
 from rollout.stream import RolloutStream
 from rollout.types import Rollout
@@ -29,15 +31,29 @@ class DataRanks:
 def build_stream(cfg: DistillConfig, student: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, device: torch.device) -> RolloutStream:
     """Prompts of all domains, a sampler with a copy of the student, and the replay files of the run.
 
-    Raises ValueError for what `load_prompts` refuses and for an impossible length.
+    Raises ValueError for what `load_prompts` refuses, an impossible length, answers that a grader would miss, and replay files
+    that are not there.
     """
     context, longest = context_length(student), context_length(student) - cfg.rollout.max_new_tokens
     if longest < 1:
         raise ValueError(f"rollout.max_new_tokens={cfg.rollout.max_new_tokens} leaves no room for a prompt in the student's {context} positions")
     prompts = load_prompts({name: domain.prompts for name, domain in cfg.domains.items()}, tokenizer, longest)
+    require_answers(prompts, [name for name, domain in cfg.domains.items() if domain.grader is not None], "grade against")
+    for run in (cfg.rollout.replay, cfg.rollout.compare):
+        if run is not None:
+            load_rollouts(replay_file(run, max(0, cfg.num_steps - 1)))
     mixture = PromptMixture(prompts, cfg.rollout.prompts_per_step, cfg.seed)
     sampler = LocalSampler(copy_for_sampling(student, device), end_tokens(student, tokenizer), cfg.seed)
     return RolloutStream(mixture, sampler, cfg.rollout, cfg.run_dir, DataRanks(rank(Group.data), num_ranks(Group.data)))
+
+
+def require_answers(prompts: dict[str, DomainPrompts], names: Iterable[str], purpose: str) -> None:
+    """Raises ValueError for the first row of the named domains that has no answer."""
+    for name in names:
+        for source, rows in prompts[name].sources.items():
+            missing = [index for index, row in enumerate(rows) if row["answer"] is None]
+            if missing:
+                raise ValueError(f"row {name}/{source}:{missing[0]} has no answer to {purpose}: map the column with columns.answer")
 
 
 def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from opd.config import Router, StudentConfig
-from opd.routing import find_routers
+from opd.routing import BALANCE_BIAS, find_routers
 from rollout.model import build_model, load_model, load_tokenizer, require_folder, torch_dtype
 from rollout.synthetic import character_tokenizer
 
@@ -99,6 +99,8 @@ def _freeze(model: PreTrainedModel, cfg: StudentConfig) -> None:
         raise ValueError("student.router=train needs a mixture-of-experts student; this one has no routed experts")
     if cfg.router is Router.frozen and (cfg.router_bias_speed or cfg.router_balance_loss):
         raise ValueError("student.router_bias_speed and router_balance_loss need student.router=train: a frozen router does not change")
+    if cfg.router_bias_speed and not any(name.endswith(BALANCE_BIAS) for name, _ in model.named_buffers()):
+        raise ValueError("student.router_bias_speed needs routers with a balance bias; this family has none: set it to 0")
     for name, parameter in model.named_parameters():
         is_router = any(name.startswith(router + ".") for router in routers)
         if any(part in name for part in NO_GRADIENT) or (is_router and cfg.router is Router.frozen):

@@ -104,6 +104,13 @@ def test_an_unknown_key_fails_with_its_name_and_the_nearest_one(override, named,
     assert "\n" not in message
 
 
+@pytest.mark.parametrize("key", ["domains.tools.prompts.columns.prompt", "student.architecture.hidden_size", "domains.tools.prompts.template_kwargs.thinking"])
+def test_a_new_key_of_a_mapping_is_added_with_plus_and_the_refusal_says_so(key):
+    mapping, _, name = key.rpartition(".")
+    assert refused("distill", "domain=[tools]", f"{key}=question") == f"{mapping} has no key {name!r} yet: to add it, write +{key}=VALUE"
+    assert load_config("distill", ["domain=[tools]", f"+{key}=question"])
+
+
 @pytest.mark.parametrize(
     ("override", "key"),
     [

@@ -295,6 +295,12 @@ def test_settings_that_cannot_work_are_refused(settings, message, tokenizer):
         build_student(StudentConfig(**settings), tokenizer)
 
 
+def test_a_bias_speed_for_a_family_without_a_balance_bias_is_refused(architecture, tokenizer):
+    settings = {"architecture": architecture("qwen3_moe_tiny"), "router": Router.train, "router_bias_speed": 0.1}
+    with pytest.raises(ValueError, match="this family has none: set it to 0"):
+        build_student(StudentConfig(**settings), tokenizer)
+
+
 def test_an_attention_that_the_family_lacks_is_refused(architecture, tokenizer):
     with pytest.raises(ValueError, match="cannot be built from its architecture"):
         build_student(StudentConfig(architecture=architecture("deepseek_v4_tiny"), attention=Attention.sdpa), tokenizer)

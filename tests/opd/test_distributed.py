@@ -1,0 +1,86 @@
+"""Process groups in one process: what a reduction over one rank is, and what a run leaves in the environment."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from opd.distributed import Group, barrier, broadcast_object, gather_objects, is_main, num_ranks, rank, reduce_max, reduce_sum, set_threads
+
+
+@pytest.mark.parametrize("group", list(Group))
+def test_one_process_is_rank_0_of_1_in_every_group(group, device):
+    assert (rank(group), num_ranks(group), is_main()) == (0, 1, True)
+
+
+@pytest.mark.parametrize("reduce", [reduce_sum, reduce_max])
+def test_a_reduction_over_one_rank_is_a_new_tensor_of_the_same_values(reduce, device):
+    values = torch.tensor([1.0, -2.0])
+    reduced = reduce(values, Group.data)
+    assert torch.equal(reduced, values)
+    reduced += 1
+    assert values.tolist() == [1.0, -2.0]
+
+
+def test_objects_of_one_rank_are_themselves(device):
+    value = {"a": [1]}
+    barrier()
+    assert gather_objects(value, Group.data) == [value]
+    assert broadcast_object(value) is value
+
+
+def run(script: str, **environment: str) -> str:
+    kept = {name: value for name, value in os.environ.items() if name not in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "LOCAL_WORLD_SIZE")}
+    return subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, env=kept | environment).stdout.strip()
+
+
+def test_a_single_process_leaves_no_address_that_its_children_would_take_for_theirs():
+    """Two runs of which one starts the other would otherwise wait on one port."""
+    script = (
+        "import os; from opd.distributed import start_processes, stop_processes, is_main; start_processes(); start_processes(); "
+        "print([name for name in ('RANK', 'WORLD_SIZE', 'MASTER_ADDR', 'MASTER_PORT') if name in os.environ], is_main()); stop_processes(); stop_processes()"
+    )
+    assert run(script) == "[] True"
+
+
+def test_a_process_of_a_launcher_takes_its_place_from_the_environment():
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    script = (
+        "import torch, sys, subprocess, os\n"
+        "from opd.distributed import *\n"
+        "start_processes(1.0)\n"
+        "own = rank(Group.data)\n"
+        "total = reduce_sum(torch.tensor([own + 1.0]), Group.data).item(), reduce_max(torch.tensor([float(own)]), Group.data).item()\n"
+        "print(own, num_ranks(Group.data), num_ranks(Group.expert), is_main(), total, gather_objects(own, Group.data), broadcast_object(own))\n"
+    )
+    places = [{"RANK": str(place), "LOCAL_RANK": str(place)} for place in range(2)]
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
+    processes = [
+        subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, env=os.environ | shared | place) for place in places
+    ]
+    printed = [process.communicate(timeout=120)[0].strip().splitlines()[-1] for process in processes]
+    assert printed == ["0 2 1 True (3.0, 1.0) [0, 1] 0", "1 2 1 False (3.0, 1.0) [0, 1] 0"]
+
+
+@pytest.fixture
+def restored_threads():
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def test_threads_are_those_asked_for(restored_threads):
+    assert set_threads(2) == torch.get_num_threads() == 2
+
+
+@pytest.mark.parametrize("local_processes", [1, 2, 64])
+def test_threads_left_open_are_this_processes_share_of_the_cores_less_one_and_at_least_one(local_processes, restored_threads, monkeypatch):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(local_processes))
+    cores = len(os.sched_getaffinity(0))
+    assert set_threads(None) == max(1, cores // local_processes - 1)
