@@ -19,6 +19,9 @@ from omegaconf.errors import OmegaConfBaseException
 
 from opd.errors import explain, nearest
 
+for name, value in {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "TRANSFORMERS_VERBOSITY": "error"}.items():
+    os.environ.setdefault(name, value)  # the libraries read them when they are imported
+
 CONF = Path(__file__).resolve().parent.parent / "conf"
 COMMANDS = {
     "pipeline": "make base, teachers and student one after another; what `opd` alone does, on the embedded domains",
@@ -95,10 +98,7 @@ def _join_domains(overrides: list[str]) -> list[str]:
 
 
 def _run(command: str, cfg) -> None:
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     if command == "pipeline":
         from opd.pipeline import run_pipeline
 

@@ -17,8 +17,8 @@ import torch
 
 from opd.config import BatchConfig
 from opd.distributed import Group, reduce_max
+from rollout.padding import completion_span, group_by_length, pad_right, sequence_length
 from rollout.types import Rollout
-from teachers.teacher import completion_span, group_by_length, pad_right, sequence_length
 from teachers.types import ScoredRollout
 
 PACKING_FAMILIES = ("qwen3", "qwen3_moe")

@@ -34,7 +34,7 @@ def is_due(step: int, every: int, num_steps: int | None = None) -> bool:
 
     num_steps: where given, also after the last update.
     """
-    return every > 0 and (step % every == 0 or step == num_steps)
+    return step == num_steps or (every > 0 and step % every == 0)
 
 
 def save(run_dir: Path, step: int, engine: Engine, stream: Resumable, cfg: CheckpointConfig) -> None:

@@ -10,8 +10,8 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from rollout.config import ModelConfig, RolloutConfig, SamplingConfig, schedule_value
-from rollout.model import first_sentence
+from rollout.config import ModelConfig, RolloutConfig, schedule_value
+from rollout.errors import first_sentence
 from teachers.config import DomainConfig, TeachersConfig
 
 
@@ -108,18 +108,20 @@ class EvaluationConfig:
     every: steps between evaluations while training; 0 evaluates never.
     prompts: held-out prompts per domain while training; null takes all.
     kl: also the held-out divergence from each domain's teacher.
-    sampling: how the completions are drawn; the temperature is set by the evaluation.
+    max_new_tokens: completion tokens at most; null takes rollout.max_new_tokens (256 in commands without rollouts).
+    decode_width: rows decoded together; null takes rollout.decode_width (64 in commands without rollouts).
     """
 
     every: int = 0
     prompts: int | None = 256
     kl: bool = True
-    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    max_new_tokens: int | None = None
+    decode_width: int | None = None
 
 
 @dataclass(slots=True)
 class CheckpointConfig:
-    """every: steps between checkpoints (the last step is always saved). keep: newest checkpoints that stay on disk."""
+    """every: steps between checkpoints; 0 saves the last step only, which is always saved. keep: newest checkpoints that stay."""
 
     every: int = 50
     keep: int = 1
@@ -131,7 +133,7 @@ class LoggerConfig:
 
     kind: none, offline (no account needed), or wandb (online).
     project, entity, group, name: as in wandb.init.
-    upload_text: allow prompt and completion text to leave the machine.
+    upload_text: allow text of prompts to leave the machine: without it, system prompts are left out of the uploaded configuration.
     """
 
     kind: LoggerKind = LoggerKind.offline

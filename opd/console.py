@@ -2,7 +2,6 @@
 
 import sys
 import time
-from collections.abc import Callable
 
 from rich import box
 from rich.console import Console
@@ -58,10 +57,6 @@ class ProgressDisplay:
         left = (now - first_time) / (done - first_done) * (total - done) if done > first_done > 0 else None
         remaining = "" if left is None or done == total else f", about {left:.0f} s left"
         self.say(f"{task}: {done}/{total}{remaining}{'  ' + text if text else ''}")
-
-    def task_writer(self, task: str, total: int) -> Callable[[int, str], None]:
-        """A function (done, text) that updates one task."""
-        return lambda done, text="": self.update(task, done, total, text)
 
 
 def print_table(title: str, header: list[str], rows: list[list[str]], caption: str | None = None) -> None:

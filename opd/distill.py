@@ -6,8 +6,8 @@ from opd.distributed import start_processes
 from opd.engine import Engine
 from opd.evaluate import Evaluator, evaluation_metrics
 from opd.metrics import data_metrics, rollout_metrics
+from opd.rollouts import build_stream
 from opd.run import finish_run, open_run
-from opd.stream import build_stream
 from opd.student import build_student, load_student_tokenizer, seed_everything
 from opd.tracker import Tracker
 from opd.update import update
@@ -30,7 +30,7 @@ def distill(cfg: DistillConfig) -> None:
     with Tracker(run_dir, "distill", cfg) as tracker:
         first = resume(run_dir, engine, stream, tracker)
         if first == 0:
-            tracker.log(0, data_metrics(stream) | evaluation_metrics(evaluator.evaluate(stream.sampler, engine)))
+            tracker.log(0, data_metrics(stream.prompts) | evaluation_metrics(evaluator.evaluate(stream.sampler, engine)))
         for step in range(first, cfg.num_steps):
             with tracker.timer("rollout"):
                 rollouts = stream.next(step, engine)

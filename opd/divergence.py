@@ -61,7 +61,7 @@ def reverse_kl(
         kl_C = (p_CV * ratio_CV).sum(-1)
         return kl_C, p_CV * (ratio_CV - kl_C[:, None]), torch.stack([student_entropy_C, teacher_entropy_C], dim=1)
 
-    loss, loss_N, statistics_NS = _TiledLoss.apply(student_hidden_ND, student_head_VD, weight_N, vocab_size, tile_loss)
+    loss, loss_N, statistics_NS = _TiledLoss.apply(student_hidden_ND, student_head_VD, weight_N, vocab_size, tile_loss, torch.is_grad_enabled())
     return loss, TokenLosses(loss_N, statistics_NS[:, 0], statistics_NS[:, 1])
 
 
@@ -78,7 +78,7 @@ def cross_entropy(
         gradient_CV.scatter_add_(1, target_C1, torch.full_like(target_C1, -1, dtype=gradient_CV.dtype))
         return -log_p_CV.gather(1, target_C1)[:, 0], gradient_CV, entropy_C1
 
-    loss, loss_N, statistics_NS = _TiledLoss.apply(student_hidden_ND, student_head_VD, weight_N, vocab_size, tile_loss)
+    loss, loss_N, statistics_NS = _TiledLoss.apply(student_hidden_ND, student_head_VD, weight_N, vocab_size, tile_loss, torch.is_grad_enabled())
     return loss, TokenLosses(loss_N, statistics_NS[:, 0], None)
 
 
@@ -86,26 +86,28 @@ class _TiledLoss(torch.autograd.Function):
     """sum(weight_N * loss_N) with its gradients formed tile by tile in the forward."""
 
     @staticmethod
-    def forward(ctx, hidden_ND, head_VD, weight_N, vocab_size: int, tile_loss: TileLoss):
+    def forward(ctx, hidden_ND, head_VD, weight_N, vocab_size: int, tile_loss: TileLoss, with_gradients: bool):
         rows_per_tile = max(1, TILE_ELEMENTS // vocab_size)
-        head_gradient_VD = torch.zeros_like(head_VD, dtype=torch.float32)
-        hidden_gradient_ND = torch.zeros_like(hidden_ND)
+        head_gradient_VD = torch.zeros_like(head_VD, dtype=torch.float32) if with_gradients else None
+        hidden_gradient_ND = torch.zeros_like(hidden_ND) if with_gradients else None
         losses, statistics = [], []
         for start in range(0, len(hidden_ND), rows_per_tile):
             rows = slice(start, start + rows_per_tile)
             logits_CV = (hidden_ND[rows] @ head_VD[:vocab_size].T).float()
             loss_C, gradient_CV, statistics_CS = tile_loss(logits_CV, rows)
-            gradient_CV = (gradient_CV * weight_N[rows, None]).to(hidden_ND.dtype)
-            hidden_gradient_ND[rows] = gradient_CV @ head_VD[:vocab_size]
-            head_gradient_VD[:vocab_size] += gradient_CV.T @ hidden_ND[rows]
+            if with_gradients:
+                gradient_CV = (gradient_CV * weight_N[rows, None]).to(hidden_ND.dtype)
+                hidden_gradient_ND[rows] = gradient_CV @ head_VD[:vocab_size]
+                head_gradient_VD[:vocab_size] += gradient_CV.T @ hidden_ND[rows]
             losses.append(loss_C)
             statistics.append(statistics_CS)
         loss_N, statistics_NS = torch.cat(losses), torch.cat(statistics)
-        ctx.save_for_backward(hidden_gradient_ND, head_gradient_VD.to(head_VD.dtype))
+        if with_gradients:
+            ctx.save_for_backward(hidden_gradient_ND, head_gradient_VD.to(head_VD.dtype))
         ctx.mark_non_differentiable(loss_N, statistics_NS)
         return (weight_N * loss_N).sum(), loss_N, statistics_NS
 
     @staticmethod
     def backward(ctx, scale, _loss_N, _statistics_NS):
         hidden_gradient_ND, head_gradient_VD = ctx.saved_tensors
-        return hidden_gradient_ND * scale, head_gradient_VD * scale, None, None, None
+        return hidden_gradient_ND * scale, head_gradient_VD * scale, None, None, None, None

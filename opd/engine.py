@@ -85,7 +85,6 @@ class Engine:
         groups = parameter_groups(self.model, cfg.optim)
         if not groups:
             raise ValueError("nothing in the student can be trained: every parameter is frozen")
-        self.muon_names = {name for name, parameter in self.model.named_parameters() for g in groups if g.use_muon for p in g.parameters if p is parameter}
         self.peak_rates = [cfg.optim.muon_lr if group.use_muon else cfg.optim.lr for group in groups]
         deepspeed_logger.setLevel("WARNING")
         _leave_out_shared_memory_op()
@@ -144,15 +143,15 @@ class Engine:
         """A copy of all weights on the CPU; every rank has to call it."""
         return {name: tensor.detach().to("cpu", copy=True) for name, tensor in self.weights()}
 
-    def probe_routing(self, tokens_BL: torch.Tensor) -> dict[str, float]:
+    def probe_routing(self, batch: MicroBatch) -> dict[str, float]:
         """Share of routing decisions unchanged since the first call (opd/routing.py); every rank has to call it."""
-        return self.recorder.probe(backbone_of(self.model), tokens_BL.to(self.device))
+        return self.recorder.probe(backbone_of(self.model), batch.tokens_BL.to(self.device), batch.real_BL)
 
     def save(self, folder: Path, tag: str) -> None:
         """DeepSpeed's checkpoint of weights, optimizer and routing under `folder/tag`; every rank has to call it."""
         buffers = {name: tensor.clone() for name, tensor in self.model.named_buffers()}
         state = {"policy_step": self.policy_step, "routing": self.recorder.state(), "buffers": buffers}
-        self.engine.save_checkpoint(str(folder), tag=tag, client_state={"opd": state})
+        self.engine.save_checkpoint(str(folder), tag=tag, client_state={"opd": state}, save_latest=False)
 
     def load(self, folder: Path, tag: str) -> None:
         """Restore what `save` wrote. Raises ValueError where there is nothing to load."""

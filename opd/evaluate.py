@@ -3,9 +3,13 @@
 A figure is a sum over all held-out prompts divided by their number, with its 95 % interval; ranks answer a share of the prompts each. Random
 numbers are keyed apart from training's. Recovery is the student's accuracy over its teacher's, with the interval of a ratio.
 
-`opd evaluate` writes (schema version 1): {"schema": 1, "domains": {NAME: {"base", "teacher", "student": {"accuracy", "low", "high",
-"greedy", "prompts"}, "recovery": {"value", "low", "high"} | "not graded", "kl": {"base", "student": {"per_token": {...}, "per_sequence":
-{...}}}}}, "min_recovery": number | null, "not_graded": [NAME, ...]}.
+`opd evaluate` writes (schema version 1):
+
+    {"schema": 1, "domains": {NAME: {
+        "base", "teacher", "student": {"accuracy", "low", "high", "greedy", "prompts", "truncated"}, "dropped_prompts",
+        "recovery": {"value", "low", "high"} | "not graded",
+        "kl": {"base", "student": {"per_token": {"value", "low", "high"}, "per_sequence": {...}}}}},
+     "min_recovery": number | null, "not_graded": [NAME, ...]}
 
 B: rollouts of a micro-batch. N: its completion tokens, flattened. D: hidden size. V: vocabulary.
 """
@@ -19,17 +23,16 @@ from omegaconf import OmegaConf
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from opd.batch import teacher_batches
-from opd.config import BatchConfig, EvaluateConfig, RunConfig
+from opd.config import BatchConfig, DistillConfig, EvaluateConfig, RunConfig
 from opd.console import print_table
 from opd.distributed import Group, is_main, num_ranks, rank, reduce_sum, start_processes
 from opd.divergence import reverse_kl
 from opd.intervals import Interval, mean, proportion, ratio
-from opd.stream import end_tokens, require_answers
 from rollout.chat import decode_completion
 from rollout.config import SamplingConfig
 from rollout.grading import grade
-from rollout.model import backbone_of, context_length, head_of, load_model, load_tokenizer
-from rollout.prompts import DomainPrompts, load_held_out
+from rollout.model import backbone_of, context_length, end_tokens, head_of, load_model, load_tokenizer
+from rollout.prompts import DomainPrompts, load_held_out, require_answers
 from rollout.sampler import LocalSampler, WeightSource
 from rollout.types import Prompt, Rollout
 from teachers.pool import TeacherPool
@@ -42,11 +45,13 @@ FIRST_REQUEST = 1 << 40
 class DomainResult:
     """One model on one domain's held-out prompts.
 
+    truncated: share of the completions at temperature 1 that hit max_new_tokens.
     accuracy: at temperature 1; greedy: at temperature 0; both None where the domain has no grader.
     kl_per_token, kl_per_sequence: from the domain's teacher, in nats; None where it was not asked for.
     """
 
     prompts: int
+    truncated: float
     accuracy: Interval | None
     greedy: Interval | None
     kl_per_token: Interval | None
@@ -59,12 +64,16 @@ class Evaluator:
     def __init__(self, cfg: RunConfig | EvaluateConfig, student: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, teachers: TeacherPool | None):
         """Reads the held-out prompts, unless evaluation.every=0. `teachers` are needed for divergences only."""
         self.domains, self.cfg, self.tokenizer, self.teachers = cfg.domains, cfg.evaluation, tokenizer, teachers
-        longest = context_length(student) - cfg.evaluation.sampling.max_new_tokens
+        self.sampling = _sampling(cfg)
+        longest = context_length(student.config, "student") - self.sampling.max_new_tokens
         prompts = {name: domain.prompts for name, domain in cfg.domains.items()}
         sources = {name: domain.held_out for name, domain in cfg.domains.items() if cfg.evaluation.every > 0}
         held_out = load_held_out(prompts, sources, tokenizer, longest)
         require_answers(held_out, [name for name in held_out if cfg.domains[name].grader is not None], "grade against")
         self.prompts = {name: _held_out(name, rows, cfg.evaluation.prompts) for name, rows in held_out.items()}
+        self.dropped = {name: rows.dropped for name, rows in held_out.items()}
+        if teachers is not None:
+            teachers.require_context({name: rows.longest + self.sampling.max_new_tokens for name, rows in held_out.items()})
 
     def evaluate(self, sampler: LocalSampler, source: WeightSource | None = None) -> dict[str, DomainResult]:
         """Results per domain with held-out prompts; takes the source's weights first where one is given. Every rank calls it."""
@@ -72,19 +81,27 @@ class Evaluator:
             sampler.refresh(source)
         return {name: self.evaluate_domain(name, sampler) for name in self.prompts}
 
-    def evaluate_domain(self, name: str, sampler: LocalSampler) -> DomainResult:
-        """The sampler's model on one domain; every rank calls it."""
+    def evaluate_domain(self, name: str, sampler: LocalSampler, with_kl: bool = True) -> DomainResult:
+        """The sampler's model on one domain, its divergence from the domain's teacher included if asked; every rank calls it."""
         own = self.prompts[name][rank(Group.data) :: num_ranks(Group.data)]
-        sampled = sampler.sample(own, _at_temperature(self.cfg.sampling, 1.0))
+        sampled = sampler.sample(own, replace(self.sampling, temperature=1.0))
         count = len(self.prompts[name])
         accuracy = greedy = None
         if self.domains[name].grader is not None:
             accuracy = proportion(self._score(name, sampled), count)
-            greedy = proportion(self._score(name, sampler.sample(own, _at_temperature(self.cfg.sampling, 0.0))), count)
+            greedy = proportion(self._score(name, sampler.sample(own, replace(self.sampling, temperature=0.0))), count)
         kl_per_token = kl_per_sequence = None
-        if self.cfg.kl and self.teachers is not None:
+        if with_kl and self.cfg.kl and self.teachers is not None:
             kl_per_token, kl_per_sequence = self._divergence(sampler.model, sampled)
-        return DomainResult(prompts=count, accuracy=accuracy, greedy=greedy, kl_per_token=kl_per_token, kl_per_sequence=kl_per_sequence)
+        unfinished = torch.tensor(sum(not rollout.finished for rollout in sampled), dtype=torch.float64)
+        return DomainResult(
+            prompts=count,
+            truncated=float(reduce_sum(unfinished, Group.data)) / count,
+            accuracy=accuracy,
+            greedy=greedy,
+            kl_per_token=kl_per_token,
+            kl_per_sequence=kl_per_sequence,
+        )
 
     def _score(self, name: str, rollouts: list[Rollout]) -> float:
         grader = self.domains[name].grader
@@ -115,6 +132,7 @@ def evaluation_metrics(results: dict[str, DomainResult]) -> dict[str, float]:
     """Results under the names of opd/metrics.py."""
     metrics = {}
     for name, result in results.items():
+        metrics[f"evaluation/{name}/truncated"] = result.truncated
         for figure in ("accuracy", "kl_per_token", "kl_per_sequence"):
             interval = {"accuracy": result.accuracy, "kl_per_token": result.kl_per_token, "kl_per_sequence": result.kl_per_sequence}[figure]
             if interval is not None:
@@ -126,13 +144,16 @@ def evaluation_metrics(results: dict[str, DomainResult]) -> dict[str, float]:
     return metrics
 
 
-def comparison(base: dict[str, DomainResult], teacher: dict[str, DomainResult], student: dict[str, DomainResult]) -> dict:
-    """The record that `opd evaluate` writes (module docstring); `base` may be empty."""
+def comparison(
+    base: dict[str, DomainResult], teacher: dict[str, DomainResult], student: dict[str, DomainResult], dropped: dict[str, int]
+) -> dict:
+    """The record that `opd evaluate` writes (module docstring); `base` may be empty. dropped: held-out prompts too long to be used."""
     domains, recoveries = {}, {}
     for name, result in student.items():
         roles = {"base": base.get(name), "teacher": teacher[name], "student": result}
         record = {role: _accuracy_record(found) for role, found in roles.items() if found is not None}
         recovery = None if result.accuracy is None else ratio(result.accuracy, teacher[name].accuracy)
+        record["dropped_prompts"] = dropped[name]
         record["recovery"] = "not graded" if result.accuracy is None else recovery and asdict(recovery)
         if result.accuracy is not None:
             recoveries[name] = None if recovery is None else recovery.value
@@ -150,22 +171,26 @@ def comparison(base: dict[str, DomainResult], teacher: dict[str, DomainResult], 
 
 
 def _accuracy_record(result: DomainResult) -> dict:
+    counts = {"prompts": result.prompts, "truncated": result.truncated}
     if result.accuracy is None:
-        return {"accuracy": None, "low": None, "high": None, "greedy": None, "prompts": result.prompts}
+        return {"accuracy": None, "low": None, "high": None, "greedy": None, **counts}
     accuracy = result.accuracy
-    return {"accuracy": accuracy.value, "low": accuracy.low, "high": accuracy.high, "greedy": result.greedy.value, "prompts": result.prompts}
+    return {"accuracy": accuracy.value, "low": accuracy.low, "high": accuracy.high, "greedy": result.greedy.value, **counts}
 
 
 def _held_out(name: str, prompts: DomainPrompts, limit: int | None) -> list[Prompt]:
-    rows = [(source, index, row) for source, rows in prompts.sources.items() for index, row in enumerate(rows)][:limit]
+    rows = [(source, row) for source, rows in prompts.sources.items() for row in rows][:limit]
     return [
-        Prompt(domain=name, request=FIRST_REQUEST + number, row=f"{source}:{index}", tokens=tuple(row["tokens"]), answer=row["answer"])
-        for number, (source, index, row) in enumerate(rows)
+        Prompt(domain=name, request=FIRST_REQUEST + number, row=f"{source}:{row['index']}", tokens=tuple(row["tokens"]), answer=row["answer"])
+        for number, (source, row) in enumerate(rows)
     ]
 
 
-def _at_temperature(cfg: SamplingConfig, temperature: float) -> SamplingConfig:
-    return replace(cfg, temperature=temperature)
+def _sampling(cfg: RunConfig | EvaluateConfig) -> SamplingConfig:
+    """How completions are drawn: as in the run's rollouts, unless the evaluation says otherwise."""
+    default = cfg.rollout if isinstance(cfg, DistillConfig) else SamplingConfig(max_new_tokens=256)
+    own = cfg.evaluation
+    return SamplingConfig(max_new_tokens=own.max_new_tokens or default.max_new_tokens, decode_width=own.decode_width or default.decode_width)
 
 
 def _ratio_of_sums(count: float, tokens: float, kl: float, tokens_squared: float, kl_squared: float, product: float) -> Interval:
@@ -190,13 +215,12 @@ def evaluate(cfg: EvaluateConfig) -> None:
     if not evaluator.prompts:
         raise ValueError("no domain has held-out prompts: set domains.NAME.held_out.path")
     models = {"student": student} | ({"base": load_model(cfg.base, "base", device)} if cfg.base.model is not None else {})
-    results = {role: evaluator.evaluate(LocalSampler(model, end_tokens(model, tokenizer), cfg.seed)) for role, model in models.items()}
-    without_kl = Evaluator(cfg, student, tokenizer, teachers=None)
+    results = {role: evaluator.evaluate(LocalSampler(model, end_tokens(model, tokenizer), cfg.seed, len(tokenizer))) for role, model in models.items()}
     teacher = {}
     for name in evaluator.prompts:
         model = teachers.get(teachers.teacher_of[name]).model
-        teacher[name] = without_kl.evaluate_domain(name, LocalSampler(model, end_tokens(model, tokenizer), cfg.seed))
-    record = comparison(results.get("base", {}), teacher, results["student"])
+        teacher[name] = evaluator.evaluate_domain(name, LocalSampler(model, end_tokens(model, tokenizer), cfg.seed, len(tokenizer)), with_kl=False)
+    record = comparison(results.get("base", {}), teacher, results["student"], evaluator.dropped)
     if is_main():
         folder = Path(cfg.run_dir)
         folder.mkdir(parents=True, exist_ok=True)
@@ -216,12 +240,15 @@ def print_comparison(record: dict) -> None:
         recovered = recovery if isinstance(recovery, str) else _interval_cell(recovery)
         divergence = "" if kl is None else _interval_cell(kl["per_sequence"])
         rows.append([name, *(_accuracy_cell(domain.get(role)) for role in roles), recovered, greedy, divergence])
+    cut = [name for name, domain in record["domains"].items() if domain["student"]["truncated"] > 0.01]
     prompts = sorted({domain["student"]["prompts"] for domain in record["domains"].values()})
     caption = (
         f"{' to '.join(map(str, dict.fromkeys([prompts[0], prompts[-1]])))} held-out prompts per domain; accuracy at temperature 1 "
         "with its 95 % interval; KL(student || teacher) in nats per completion"
     )
-    print_table("", ["domain", *roles, "recovery", "greedy: " + " ".join(role for role in roles), "KL to teacher"], rows, caption)
+    print_table("", ["domain", *roles, "recovery", "greedy: " + " ".join(roles), "KL to teacher"], rows, caption)
+    if cut:
+        print(f"more than 1 % of the student's completions were cut at max_new_tokens in {', '.join(cut)}: raise evaluation.max_new_tokens")
 
 
 def _accuracy_cell(record: dict | None) -> str:

@@ -10,13 +10,13 @@ Step 0 holds what was measured before training. Names:
     domain/D/accuracy                         mean score of the step's rollouts, where the domain has a grader
     domain/D/prompt_share, token_share, loss_share          realised in this step
     domain/D/prompt_share_asked, loss_weight_asked, loss_weight    asked for; and w_d after division by those present
-    step/loss, step/completion_tokens, step/rollouts, step/teacher_loads
+    step/loss, step/completion_tokens, step/rollouts, step/teacher_loads (from disk, in this step)
     step/differs      1 from the first step on whose rollouts differ from the compared run's (rollout.compare)
-    data/D/rows, data/D/dropped               rows read, and left out for their length (record of step 0)
+    data/D/rows, data/D/dropped               rows in use, and left out for their length (record of step 0)
     optim/lr, grad_norm, clipped, update_to_weight (muon: muon_lr in place of grad_norm and clipped)
     router/layer_LL/load_entropy, load_entropy_change, dead_experts, routed_as_at_start
     seconds/PHASE, seconds/step, throughput/completion_tokens_per_second
-    evaluation/D/accuracy, accuracy_low, accuracy_high, greedy, kl_per_token, kl_per_sequence (with _low, _high)
+    evaluation/D/truncated, accuracy, accuracy_low, accuracy_high, greedy, kl_per_token, kl_per_sequence (with _low, _high)
 
 Means are always sums over the whole step divided by counts over the whole step, never means of means.
 
@@ -32,6 +32,7 @@ from opd.distributed import Group, reduce_sum
 from opd.divergence import TokenLosses
 from rollout.chat import decode_completion
 from rollout.grading import grade
+from rollout.prompts import PromptMixture
 from rollout.stream import RolloutStream
 from rollout.types import Rollout
 from teachers.config import DomainConfig
@@ -57,7 +58,7 @@ class DomainTotals:
         return {domain: dict(zip(names, row, strict=True)) for domain, row in zip(self.totals, everything, strict=True)}
 
 
-ROLLOUT_SUMS = ("rollouts", "completion_tokens", "loss_tokens", "truncated", "graded", "score")
+ROLLOUT_SUMS = ("rollouts", "completion_tokens", "truncated", "graded", "score")
 LOSS_SUMS = ("tokens", "sequences", "loss", "weighted_loss", "student_entropy", "teacher_entropy")
 
 
@@ -66,7 +67,7 @@ def rollout_totals(rollouts: list[Rollout], domains: dict[str, DomainConfig], to
     totals = DomainTotals(list(domains))
     for rollout in rollouts:
         domain, grader = rollout.prompt.domain, domains[rollout.prompt.domain].grader
-        totals.add(domain, rollouts=1, completion_tokens=len(rollout.completion_T), loss_tokens=rollout.num_loss_tokens, truncated=not rollout.finished)
+        totals.add(domain, rollouts=1, completion_tokens=len(rollout.completion_T), truncated=not rollout.finished)
         if grader is not None:
             text = decode_completion(rollout.completion_T.tolist(), tokenizer)
             totals.add(domain, graded=1, score=grade(grader, text, rollout.prompt.answer, rollout.prompt.row))
@@ -89,10 +90,10 @@ def add_losses(totals: DomainTotals, batch: MicroBatch, losses: TokenLosses) -> 
         )  # fmt: skip
 
 
-def data_metrics(stream: RolloutStream) -> dict[str, float]:
+def data_metrics(prompts: PromptMixture) -> dict[str, float]:
     """Rows that each domain has, and rows left out because they were too long."""
     result = {}
-    for name, domain in stream.prompts.domains.items():
+    for name, domain in prompts.domains.items():
         result[f"data/{name}/rows"] = float(sum(len(rows) for rows in domain.sources.values()))
         result[f"data/{name}/dropped"] = float(domain.dropped)
     return result
@@ -135,3 +136,10 @@ def loss_metrics(totals: DomainTotals, is_distillation: bool) -> dict[str, float
         else:
             result[f"domain/{domain}/loss_per_token"] = sums["loss"] / sums["tokens"]
     return result
+
+
+def headline(metrics: dict[str, float]) -> str:
+    """The figures of a step that a person watching wants to see."""
+    accuracies = [value for name, value in metrics.items() if name.startswith("domain/") and name.endswith("/accuracy")]
+    parts = [f"loss {metrics['step/loss']:.4f}"] if "step/loss" in metrics else []
+    return ", ".join(parts + ([f"lowest accuracy {min(accuracies):.2f}"] if accuracies else []))

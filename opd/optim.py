@@ -1,19 +1,23 @@
 """Which optimizer moves which parameter, and the learning rate over the steps.
 
-Muon (arXiv:2606.19348, 2.4) takes matrices that map hidden states to hidden states. Embedding, head, norms, router, biases
-and gating vectors stay with AdamW; of those only embedding and head are decayed. DeepSpeed's Muon is used as it is,
-with two consequences: it orthogonalises before it clips, so a clip norm would shrink the update rather than the gradient (refused), and
-under ZeRO-1 in bfloat16 it would not orthogonalise at all (refused in opd/engine.py).
+Muon (arXiv:2606.19348, 2.4) takes matrices that map hidden states to hidden states. Embeddings, head, norms, routers, biases
+and gating vectors stay with AdamW; of those the matrices (embeddings, head, routers) are decayed. DeepSpeed's Muon is used as it
+is, with two consequences: it orthogonalises before it clips, so a clip norm would shrink the update rather than the gradient,
+and under ZeRO-1 in bfloat16 it would not orthogonalise at all; both are refused in opd/engine.py.
 """
 
 import math
 from dataclasses import dataclass
 
 from torch import nn
+from transformers import PreTrainedModel
 
 from opd.config import OptimConfig, OptimizerKind, Schedule
+from opd.routing import find_routers
+from rollout.model import head_of
 
-NOT_FOR_MUON = ("embed", "lm_head", "gate.weight", "router", "position_bias", "norm")
+NOT_A_MATRIX = ("position_bias", "norm")
+"""Parts of names of parameters that are vectors in meaning whatever their shape."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,29 +30,28 @@ class ParameterGroup:
     parameters: list[nn.Parameter]
 
 
-def parameter_groups(model: nn.Module, cfg: OptimConfig) -> list[ParameterGroup]:
+def parameter_groups(model: PreTrainedModel, cfg: OptimConfig) -> list[ParameterGroup]:
     """The trainable parameters in groups; each is in exactly one, and empty groups are left out.
 
     Shapes are read from the whole parameter, so call this before ZeRO-3 partitions it.
     """
     members: dict[str, list[nn.Parameter]] = {"muon": [], "adamw": [], "adamw_no_decay": []}
+    never_muon = {id(head_of(model).weight)}
+    never_muon |= {id(parameter) for router in find_routers(model).values() for parameter in router.parameters()}
+    never_muon |= {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            members[_group_of(name, parameter, cfg)].append(parameter)
+        if not parameter.requires_grad:
+            continue
+        if parameter.ndim < 2 or any(part in name for part in NOT_A_MATRIX):
+            group = "adamw_no_decay"
+        else:
+            group = "muon" if cfg.kind is OptimizerKind.muon and id(parameter) not in never_muon else "adamw"
+        members[group].append(parameter)
     return [
         ParameterGroup(name=name, use_muon=name == "muon", decay=name != "adamw_no_decay", parameters=parameters)
         for name, parameters in members.items()
         if parameters
     ]
-
-
-def _group_of(name: str, parameter: nn.Parameter, cfg: OptimConfig) -> str:
-    is_matrix = parameter.ndim >= 2 and "position_bias" not in name and "norm" not in name
-    if not is_matrix:
-        return "adamw_no_decay"
-    if cfg.kind is OptimizerKind.muon and not any(part in name for part in NOT_FOR_MUON):
-        return "muon"
-    return "adamw"
 
 
 def learning_rate_factor(step: int, num_steps: int, cfg: OptimConfig) -> float:

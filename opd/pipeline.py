@@ -23,17 +23,18 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import psutil
 import torch
 from omegaconf import OmegaConf
 
-from opd.config import PipelineConfig, StageConfig
+from opd.config import LoggerConfig, PipelineConfig, StageConfig
 from opd.console import ProgressDisplay
 from opd.distributed import num_cores
 from opd.evaluate import print_comparison
+from opd.metrics import headline
 
 SCHEMA = 1
 POLL_SECONDS = 0.5
@@ -69,7 +70,7 @@ def run_pipeline(cfg: PipelineConfig) -> None:
     stages = plan(cfg)
     (run_dir / "stages").mkdir(parents=True, exist_ok=True)
     (run_dir / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.structured(cfg)))
-    free = list(range(torch.cuda.device_count() or min(2, num_cores())))
+    free = _slots(cfg)
     threads = max(1, num_cores() // len(free))
     peak_memory = _Peak()
     with ProgressDisplay() as display:
@@ -105,7 +106,7 @@ def plan(cfg: PipelineConfig) -> dict[str, Stage]:
         config = load_config(stage.command, overrides)
         identity = OmegaConf.to_yaml(OmegaConf.structured(config)) + "".join(stages[before].hash for before in stage.after)
         if stage.command != "evaluate":
-            overrides += [f"logger={cfg.logger.kind.value}"]
+            overrides += _logger_overrides(cfg.logger)
         state_file = _state_file(Path(cfg.run_dir), name)
         stages[name] = Stage(
             name=name,
@@ -119,9 +120,27 @@ def plan(cfg: PipelineConfig) -> dict[str, Stage]:
     return stages
 
 
+def _slots(cfg: PipelineConfig) -> list[int]:
+    """A slot for each process that may run at a time: one per GPU; without GPUs two, or as many as a stage asks for.
+
+    Raises ValueError where a stage asks for more processes than there are GPUs or cores.
+    """
+    asked = max((stage.processes or 1 for stage in cfg.stages.values()), default=1)
+    most = torch.cuda.device_count() or num_cores()
+    if asked > most:
+        raise ValueError(f"a stage asks for {asked} processes, and there are {most} {'GPUs' if torch.cuda.is_available() else 'cores'}: lower its processes")
+    return list(range(torch.cuda.device_count() or max(asked, min(2, most))))
+
+
+def _logger_overrides(cfg: LoggerConfig) -> list[str]:
+    """The pipeline's logger, for a stage; its runs are one W&B group, each named by its stage unless a name is given."""
+    own = {field.name: value for field in fields(cfg) if (value := getattr(cfg, field.name)) is not None and field.name != "kind"}
+    return [f"logger={cfg.kind.value}", *(f"logger.{name}={json.dumps(value)}" for name, value in own.items())]
+
+
 def _start_ready(stages: dict[str, Stage], free: list[int], run_dir: Path, threads: int, display: ProgressDisplay) -> None:
     for stage in stages.values():
-        wanted = min(stage.cfg.processes or len(free) + _busy(stages), len(free) + _busy(stages))
+        wanted = stage.cfg.processes or len(free) + _busy(stages)
         ready = not stage.is_done and stage.process is None and all(stages[before].is_done for before in stage.cfg.after)
         if ready and wanted <= len(free):
             stage.slots = tuple(free[:wanted])
@@ -180,9 +199,7 @@ def _progress(stage: Stage) -> tuple[int, str]:
             record = json.loads(line)
         except json.JSONDecodeError:  # a line that is being written, or the cut one at the beginning
             continue
-        accuracies = [value for name, value in record.items() if name.startswith("domain/") and name.endswith("/accuracy")]
-        lowest = f", lowest accuracy {min(accuracies):.2f}" if accuracies else ""
-        return record["step"], f"loss {record['step/loss']:.4f}{lowest}" if "step/loss" in record else ""
+        return record["step"], headline(record)
     return 0, ""
 
 

@@ -14,12 +14,14 @@ B: rows. L: positions. E: experts. K: experts per token.
 import torch
 from torch import nn
 
-from opd.distributed import Group, reduce_sum
+from opd.distributed import Group, broadcast_object, reduce_sum
 from rollout.model import find_experts
 
 ROUTER_NAMES = ("gate", "router")
 BALANCE_BIAS = "e_score_correction_bias"
 """Buffer of a router that is added to its scores when experts are chosen."""
+HASH_TABLE = "tid2eid"
+"""Buffer of a hash router: token id -> experts."""
 
 
 def find_routers(model: nn.Module) -> dict[str, nn.Module]:
@@ -38,7 +40,7 @@ def find_routers(model: nn.Module) -> dict[str, nn.Module]:
 class RoutingRecorder:
     """Counts where tokens are routed, during training forwards.
 
-    counts: per layer, tokens of each expert [E] since `start_step`, on this rank.
+    counts: per layer, tokens of each expert [E] since `start_step`; of this rank until `sum_ranks`, then of all.
     """
 
     def __init__(self, model: nn.Module):
@@ -47,6 +49,7 @@ class RoutingRecorder:
         self.counts: dict[str, torch.Tensor] = {}
         self.start_entropy: dict[str, float] = {}
         self.probe_BL: torch.Tensor | None = None
+        self.probe_real_BL: torch.Tensor | None = None
         self.probe_experts: dict[str, torch.Tensor] = {}
         for name, router in self.routers.items():
             router.register_forward_hook(self._hook(name))
@@ -61,17 +64,28 @@ class RoutingRecorder:
             counts_E = torch.bincount(chosen, minlength=logits.shape[-1]).double()
             self.counts[name] = self.counts.get(name, 0) + counts_E
 
+    def sum_ranks(self) -> None:
+        """Add up the counts of all ranks, in one reduction; once per step, before `metrics` and `update_bias`."""
+        if self.counts:
+            sizes = [len(counts_E) for counts_E in self.counts.values()]
+            summed = reduce_sum(torch.cat(list(self.counts.values())), Group.data).split(sizes)
+            self.counts = dict(zip(self.counts, summed, strict=True))
+
     def balance_loss(self, real_BL: torch.Tensor) -> torch.Tensor:
-        """Sum over the rows of the last forward, and mean over layers, of the sequence-wise balance loss."""
+        """Sum over the rows of the last forward, and mean over layers, of the sequence-wise balance loss.
+
+        Hash-routed layers are left out: their choice is fixed, so the loss could only distort their gates.
+        """
         total = torch.zeros((), device=real_BL.device)
         rows, length = real_BL.shape
-        for name, (logits, indices) in self.last.items():
+        learned = {name: last for name, last in self.last.items() if HASH_TABLE not in dict(self.routers[name].named_buffers())}
+        for name, (logits, indices) in learned.items():
             affinity_BLE = _affinity(self.routers[name], logits.float()).reshape(rows, length, -1)
             affinity_BLE = affinity_BLE / affinity_BLE.sum(-1, keepdim=True)
             chosen_BLE = torch.zeros_like(affinity_BLE).scatter_(2, indices.reshape(rows, length, -1), 1.0)
             tokens_B1 = real_BL.sum(1, keepdim=True)
             fraction_BE = (chosen_BLE * real_BL[..., None]).sum(1) * chosen_BLE.shape[-1] / (indices.shape[-1] * tokens_B1)
-            total = total + (fraction_BE * ((affinity_BLE * real_BL[..., None]).sum(1) / tokens_B1)).sum() / len(self.last)
+            total = total + (fraction_BE * ((affinity_BLE * real_BL[..., None]).sum(1) / tokens_B1)).sum() / len(learned)
         return total
 
     def update_bias(self, speed: float) -> None:
@@ -79,14 +93,13 @@ class RoutingRecorder:
         biases = {name: dict(router.named_buffers()).get(BALANCE_BIAS) for name, router in self.routers.items()}
         for name, bias_E in biases.items():
             if bias_E is not None and name in self.counts:
-                counts_E = reduce_sum(self.counts[name], Group.data)
+                counts_E = self.counts[name]
                 bias_E += speed * torch.sign(counts_E.mean() - counts_E).to(bias_E)
 
     def metrics(self) -> dict[str, float]:
-        """Load entropy (nats, and its change since the first step) and dead experts of each layer, over all ranks."""
+        """Load entropy (nats, and its change since the first step) and dead experts of each layer."""
         result = {}
         for layer, (name, counts_E) in enumerate(self.counts.items()):
-            counts_E = reduce_sum(counts_E, Group.data)
             share_E = counts_E / counts_E.sum()
             entropy = -float(torch.special.xlogy(share_E, share_E).sum())
             start = self.start_entropy.setdefault(name, entropy)
@@ -96,25 +109,28 @@ class RoutingRecorder:
         return result
 
     @torch.no_grad()
-    def probe(self, backbone: nn.Module, tokens_BL: torch.Tensor) -> dict[str, float]:
-        """Share of a fixed batch's routing decisions that are still those of the first call; every rank calls it."""
+    def probe(self, backbone: nn.Module, tokens_BL: torch.Tensor, real_BL: torch.Tensor) -> dict[str, float]:
+        """Share of a fixed batch's routing decisions that are still those of the first call; padding does not count.
+
+        The batch is that of the first call on the main rank, the same on every rank; every rank calls it.
+        """
         if self.probe_BL is None:
-            self.probe_BL = tokens_BL.clone()
-        backbone(input_ids=self.probe_BL, use_cache=False)
-        now = {name: indices.sort(dim=-1).values.clone() for name, (_, indices) in self.last.items()}
+            self.probe_BL, self.probe_real_BL = broadcast_object((tokens_BL.cpu(), real_BL.cpu()))
+        backbone(input_ids=self.probe_BL.to(tokens_BL.device), use_cache=False)
+        real_N = self.probe_real_BL.flatten()
+        now = {name: indices.reshape(len(real_N), -1).cpu()[real_N] for name, (_, indices) in self.last.items()}
         self.probe_experts = self.probe_experts or now
         result = {}
         for layer, (name, indices) in enumerate(now.items()):
-            same = (indices[:, :, None] == self.probe_experts[name][:, None, :]).any(-1).double()
-            sums = reduce_sum(torch.tensor([same.sum(), same.numel()], dtype=torch.float64, device=indices.device), Group.data)
-            result[f"router/layer_{layer:02d}/routed_as_at_start"] = float(sums[0] / sums[1])
+            same = (indices[:, :, None] == self.probe_experts[name][:, None, :]).any(-1)
+            result[f"router/layer_{layer:02d}/routed_as_at_start"] = float(same.double().mean())
         return result
 
     def state(self) -> dict:
-        return {"start_entropy": self.start_entropy, "probe_BL": self.probe_BL, "probe_experts": self.probe_experts}
+        return {name: self.__dict__[name] for name in ("start_entropy", "probe_BL", "probe_real_BL", "probe_experts")}
 
     def restore(self, state: dict) -> None:
-        self.start_entropy, self.probe_BL, self.probe_experts = state["start_entropy"], state["probe_BL"], state["probe_experts"]
+        self.__dict__.update(state)
 
     def _hook(self, name: str):
         def note(_module, _inputs, output) -> None:

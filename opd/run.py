@@ -61,7 +61,10 @@ def _first_difference(old: dict, new: dict, path: str = "") -> str | None:
         if name in MAY_DIFFER or old.get(key) == new.get(key):
             continue
         if isinstance(old.get(key), dict) and isinstance(new.get(key), dict):
-            return _first_difference(old[key], new[key], name + ".")
+            inner = _first_difference(old[key], new[key], name + ".")
+            if inner is not None:
+                return inner
+            continue
         return f"{name} was {json.dumps(old.get(key))} and is {json.dumps(new.get(key))}"
     return None
 

@@ -18,14 +18,14 @@ from opd.config import SpecializeConfig
 from opd.distributed import Group, num_ranks, rank, start_processes
 from opd.engine import Engine
 from opd.evaluate import Evaluator, evaluation_metrics
+from opd.metrics import data_metrics
 from opd.run import finish_run, open_run
-from opd.stream import end_tokens, require_answers
 from opd.student import build_student, copy_for_sampling, load_student_tokenizer, seed_everything
 from opd.tracker import Tracker
 from opd.update import supervised_update
 from rollout.config import schedule_value
-from rollout.model import context_length
-from rollout.prompts import PromptMixture, load_prompts
+from rollout.model import context_length, end_tokens
+from rollout.prompts import PromptMixture, load_prompts, require_answers
 from rollout.sampler import LocalSampler
 from rollout.types import Prompt, Rollout
 
@@ -36,14 +36,16 @@ def specialize(cfg: SpecializeConfig) -> None:
     seed_everything(cfg.seed)
     tokenizer = load_student_tokenizer(cfg.student)
     student = build_student(cfg.student, tokenizer)
-    examples = ExampleStream(cfg, tokenizer, context_length(student))
-    sampler = LocalSampler(copy_for_sampling(student, device), end_tokens(student, tokenizer), cfg.seed)
+    examples = ExampleStream(cfg, tokenizer, context_length(student.config, "student"))
+    sampler = LocalSampler(copy_for_sampling(student, device), end_tokens(student, tokenizer), cfg.seed, len(tokenizer))
     evaluator = Evaluator(cfg, student, tokenizer, teachers=None)
     engine = Engine(student, len(tokenizer), cfg, device)
     run_dir = open_run(cfg)
 
     with Tracker(run_dir, "specialize", cfg) as tracker:
         first = resume(run_dir, engine, examples, tracker)
+        if first == 0:
+            tracker.log(0, data_metrics(examples.mixture) | evaluation_metrics(evaluator.evaluate(sampler, engine)))
         for step in range(first, cfg.num_steps):
             with tracker.timer("data"):
                 batch = examples.next(step)

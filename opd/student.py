@@ -16,11 +16,14 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from opd.config import Router, StudentConfig
 from opd.routing import BALANCE_BIAS, find_routers
-from rollout.model import build_model, load_model, load_tokenizer, require_folder, torch_dtype
+from rollout.model import build_model, load_model, load_tokenizer, require_folder
 from rollout.synthetic import character_tokenizer
 
 NO_GRADIENT = (".indexer.",)
 """Parts of parameter names whose gradient is zero by construction."""
+
+EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+"""Settings of model families that say how many routed experts there are."""
 
 
 def seed_everything(seed: int) -> None:
@@ -62,7 +65,6 @@ def build_student(cfg: StudentConfig, tokenizer: PreTrainedTokenizerBase) -> Pre
         for layer in model.modules():
             if isinstance(layer, GradientCheckpointingLayer):
                 layer.training = True  # the model is in evaluation mode, in which transformers would not checkpoint
-    _unify_dtypes(model, torch_dtype(cfg.dtype))
     _freeze(model, cfg)
     return model
 
@@ -81,20 +83,12 @@ def fill_hash_tables(model: nn.Module) -> None:
             table.copy_(scores.argsort(dim=1)[:, : table.shape[1]])
 
 
-def _unify_dtypes(model: nn.Module, dtype: torch.dtype) -> None:
-    """Parameters in one dtype, buffers in float32: what DeepSpeed makes of the trained model, so that the sampler's copy computes the same.
-
-    transformers loads some of DeepSeek-V4's small parameters in float32 whatever dtype is asked for.
-    """
-    for parameter in model.parameters():
-        parameter.data = parameter.data.to(dtype)
-    for buffer in model.buffers():
-        if buffer.is_floating_point():
-            buffer.data = buffer.data.float()
-
-
 def _freeze(model: PreTrainedModel, cfg: StudentConfig) -> None:
     routers = find_routers(model)
+    settings = model.config.get_text_config().to_dict()
+    counts = [name for name in EXPERT_COUNTS if (settings.get(name) or 0) > 1]
+    if counts and not routers:
+        raise ValueError(f"the student ({model.config.model_type}) has {counts[0]}, but its routers are not where this version looks: not supported")
     if not routers and cfg.router is Router.train:
         raise ValueError("student.router=train needs a mixture-of-experts student; this one has no routed experts")
     if cfg.router is Router.frozen and (cfg.router_bias_speed or cfg.router_balance_loss):

@@ -1,8 +1,8 @@
 """Tracker: the run's metrics into metrics.jsonl and Weights & Biases, with seconds per phase. The only module that imports wandb.
 
 The file is the record; W&B gets the same numbers under the same names (opd/metrics.py). A resumed run drops the lines of steps that
-will be done again and continues the same W&B run, whose id lives in the run folder. Only the main rank writes. Prompt and
-completion text is never sent unless `logger.upload_text` says so (nothing here sends any).
+will be done again and continues the same W&B run, whose id lives in the run folder. Only the main rank writes. Text of prompts leaves
+the machine only with `logger.upload_text`: without it, system prompts are taken out of the configuration that W&B gets.
 """
 
 import json
@@ -16,7 +16,7 @@ from typing import Any
 from opd.config import LoggerConfig, LoggerKind, RunConfig
 from opd.console import ProgressDisplay
 from opd.distributed import is_main
-from opd.metrics import SCHEMA
+from opd.metrics import SCHEMA, headline
 from opd.run import config_dict
 
 
@@ -41,10 +41,10 @@ class Tracker:
             self.wandb_run.finish(exit_code=int(exception[0] is not None))
 
     def resume(self, step: int) -> None:
-        """Forget the records of steps after `step`, which will be done again."""
+        """Forget the records of steps that will be done again: those after `step`, and with 0 all."""
         if is_main() and self.file.exists():
             whole = [line for line in self.file.read_text().splitlines() if line.endswith("}")]  # a kill may have cut the last one
-            kept = [line for line in whole if json.loads(line)["step"] <= step]
+            kept = [line for line in whole if json.loads(line)["step"] <= step] if step else []
             partial = self.file.with_suffix(".partial")
             partial.write_text("".join(line + "\n" for line in kept))
             partial.replace(self.file)
@@ -74,15 +74,7 @@ class Tracker:
         if self.wandb_run is not None:
             self.wandb_run.log({"opd/step": step, **metrics})
         if step:
-            self.display.update(self.task, step, self.num_steps, _summary(metrics))
-
-
-def _summary(metrics: dict[str, float]) -> str:
-    parts = [f"loss {metrics['step/loss']:.4f}"] if "step/loss" in metrics else []
-    accuracies = [value for name, value in metrics.items() if name.startswith("domain/") and name.endswith("/accuracy")]
-    if accuracies:
-        parts.append(f"lowest accuracy {min(accuracies):.2f}")
-    return ", ".join(parts)
+            self.display.update(self.task, step, self.num_steps, headline(metrics))
 
 
 def _start_wandb(run_dir: Path, cfg: LoggerConfig, config: dict[str, Any]):
@@ -100,8 +92,14 @@ def _start_wandb(run_dir: Path, cfg: LoggerConfig, config: dict[str, Any]):
         resume="allow",
         mode="online" if cfg.kind is LoggerKind.wandb else "offline",
         dir=str(run_dir),
-        config=config,
+        config=config if cfg.upload_text else without_text(config),
         settings=wandb.Settings(silent=True, console="off", x_disable_stats=True),
     )
     run.define_metric("*", step_metric="opd/step")
     return run
+
+
+def without_text(config: dict[str, Any]) -> dict[str, Any]:
+    """A run's configuration without the text of its system prompts."""
+    domains = {name: domain | {"prompts": domain["prompts"] | {"system_prompt": None}} for name, domain in config["domains"].items()}
+    return config | {"domains": domains}

@@ -25,7 +25,7 @@ def update(engine: Engine, teachers: TeacherPool, scored: list[ScoredRollout], c
     """Distil one step's scored rollouts (this rank's) into the student; returns the step's metrics."""
     weights, metrics = domain_weights([item.rollout for item in scored], cfg, engine.policy_step)
     batches = distillation_batches(scored, weights, cfg.batch)
-    metrics["step/teacher_loads"] = teachers.num_loads
+    metrics["step/teacher_loads"] = teachers.loads_since_asked()
     return metrics | _train(engine, batches, cfg, lambda teacher: teachers.head(teacher), is_distillation=True)
 
 
@@ -56,6 +56,9 @@ def domain_weights(rollouts: list[Rollout], cfg: RunConfig, step: int) -> tuple[
 
 def _train(engine: Engine, batches: list[MicroBatch], cfg: RunConfig, head_of, is_distillation: bool) -> dict[str, float]:
     totals = DomainTotals(list(cfg.domains))
+    metrics = {}
+    if engine.recorder.routers and cfg.student.router_probe_every and engine.policy_step % cfg.student.router_probe_every == 0:
+        metrics = engine.probe_routing(batches[0])
     engine.recorder.start_step()
     own_sequences = sum(len(batch.rollouts) for batch in batches if not batch.is_filler)
     balance_scale = 1.0 / float(reduce_sum(torch.tensor(float(own_sequences)), Group.data))
@@ -66,11 +69,10 @@ def _train(engine: Engine, batches: list[MicroBatch], cfg: RunConfig, head_of, i
         _require_finite(batch, losses)
         engine.backward(loss)
         add_losses(totals, batch, losses)
-    metrics = engine.step()
+    metrics |= engine.step()
+    engine.recorder.sum_ranks()
     if cfg.student.router_bias_speed:
         engine.recorder.update_bias(cfg.student.router_bias_speed)
-    if cfg.student.router_probe_every and (engine.policy_step - 1) % cfg.student.router_probe_every == 0 and engine.recorder.routers:
-        metrics |= engine.probe_routing(batches[0].tokens_BL)
     return metrics | engine.recorder.metrics() | loss_metrics(totals, is_distillation)
 
 

@@ -7,9 +7,11 @@ tokens, and a raw prompt that already begins with it gets no second one.
 
 from typing import Any
 
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from rollout.config import PromptsConfig
+from rollout.errors import first_sentence
 
 
 def encode_prompts(rows: list[dict[str, Any]], cfg: PromptsConfig, tokenizer: PreTrainedTokenizerBase, where: str) -> list[list[int]]:
@@ -47,13 +49,16 @@ def _render(row: dict[str, Any], cfg: PromptsConfig, tokenizer: PreTrainedTokeni
         return prompt
     if messages is None:
         messages = [{"role": "user", "content": prompt}]
-    if not isinstance(messages, list) or not messages:
+    if not isinstance(messages, list) or not messages or not all(isinstance(turn, dict) for turn in messages):
         raise ValueError(f"the messages of row {name} must be a list of turns with a role and content each, not {messages!r}")
     if messages[-1].get("role") not in ("user", "tool"):
         raise ValueError(f"the messages of row {name} must end in a user or tool turn, not {messages[-1].get('role')!r}")
     if cfg.system_prompt is not None and messages[0].get("role") != "system":
         messages = [{"role": "system", "content": cfg.system_prompt}, *messages]
-    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **cfg.template_kwargs)
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **cfg.template_kwargs)
+    except TemplateError as error:
+        raise ValueError(f"the chat template refuses row {name}: {first_sentence(error)}") from error
 
 
 def _trim_special(tokens: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:

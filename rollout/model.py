@@ -13,9 +13,10 @@ import torch
 import transformers
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from rollout.config import Dtype, ModelConfig
+from rollout.errors import first_sentence
 
 transformers.utils.logging.disable_progress_bar()
 
@@ -73,15 +74,14 @@ def build_model(architecture: dict[str, Any], vocab_size: int, cfg: ModelConfig,
 
 def prepare_model(model: PreTrainedModel, cfg: ModelConfig, role: str) -> PreTrainedModel:
     """Apply the settings that are made after loading, and refuse a model whose logits are not head times hidden state."""
-    text_config = model.config.get_text_config().to_dict()
-    transforms = [name for name in LOGIT_TRANSFORMS if text_config.get(name) not in (None, 1, 1.0)]
-    if transforms or head_of(model).bias is not None:
-        reason = transforms[0] if transforms else "a bias in its head"
-        raise ValueError(f"the {role} ({model.config.model_type}) has {reason}, which the full-vocabulary divergence does not support")
+    refuse_logit_transforms(model.config, role)
+    if head_of(model).bias is not None:
+        raise ValueError(f"the {role} ({model.config.model_type}) has a bias in its head, which the full-vocabulary divergence does not support")
     if cfg.experts is not None:
         if not find_experts(model):
             raise ValueError(f"the {role} has no routed experts, so `experts: {cfg.experts.value}` would be ignored: remove it")
         model.set_experts_implementation(cfg.experts.value)
+    _unify_dtypes(model, torch_dtype(cfg.dtype))
     return model.eval()
 
 
@@ -131,14 +131,43 @@ def head_of(model: PreTrainedModel) -> nn.Linear:
     return model.get_output_embeddings()
 
 
-def context_length(model: PreTrainedModel) -> int:
-    """Positions the model was made for."""
-    return model.config.get_text_config().max_position_embeddings
+def context_length(config: PretrainedConfig, role: str) -> int:
+    """Positions a model was made for. Raises ValueError for a family that does not say."""
+    positions = config.get_text_config().to_dict().get("max_position_embeddings")
+    if positions is None:
+        raise ValueError(f"the config of the {role} ({config.model_type}) has no max_position_embeddings: this family is not supported")
+    return positions
+
+
+def refuse_logit_transforms(config: PretrainedConfig, role: str) -> None:
+    """Raises ValueError for a family whose logits are not simply head times hidden state."""
+    settings = config.get_text_config().to_dict()
+    transforms = [name for name in LOGIT_TRANSFORMS if settings.get(name) not in (None, 1, 1.0)]
+    if transforms:
+        raise ValueError(f"the {role} ({config.model_type}) has {transforms[0]}, which the full-vocabulary divergence does not support")
+
+
+def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """Tokens that end a completion: the tokenizer's, and those of the model's generation config."""
+    configured = model.generation_config.eos_token_id if model.generation_config is not None else None
+    listed = configured if isinstance(configured, list) else [configured]
+    return {tokenizer.eos_token_id, *(token for token in listed if token is not None)}
 
 
 def find_experts(model: nn.Module) -> dict[str, nn.Module]:
     """Modules that hold routed experts as three-dimensional weights [E, out, in], by name."""
     return {name: module for name, module in model.named_modules() if _is_experts(module)}
+
+
+def _unify_dtypes(model: nn.Module, dtype: torch.dtype) -> None:
+    """Parameters in one dtype, floating-point buffers in float32: what DeepSpeed makes of a trained model, so that student, sampler and
+    a teacher with the same weights compute the same. transformers keeps some small parameters of DeepSeek-V4 in float32 otherwise.
+    """
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    for buffer in model.buffers():
+        if buffer.is_floating_point():
+            buffer.data = buffer.data.float()
 
 
 def _is_experts(module: nn.Module) -> bool:
@@ -150,15 +179,12 @@ def torch_dtype(dtype: Dtype) -> torch.dtype:
     return {Dtype.float32: torch.float32, Dtype.bfloat16: torch.bfloat16}[dtype]
 
 
-def first_sentence(error: BaseException) -> str:
-    """The first line of another library's message, for a message of one sentence."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
-
-
 def require_folder(path: str, role: str) -> None:
     """Raises ValueError where a path that looks local is not a model's folder; without this it would be taken for a hub id."""
-    folder = Path(path).expanduser()
-    if not (folder.exists() or path.startswith((".", "/", "~")) or path.count("/") > 1):
+    if path.startswith("~"):
+        raise ValueError(f"the {role} is at {path}: write the folder without ~, which is not expanded in a config")
+    folder = Path(path)
+    if not (folder.exists() or path.startswith((".", "/")) or path.count("/") > 1):
         return
     if not (folder / "config.json").is_file():
         raise ValueError(f"the {role} is not at {path}: there is no config.json in that folder")
@@ -166,3 +192,15 @@ def require_folder(path: str, role: str) -> None:
         json.loads((folder / "config.json").read_text())
     except json.JSONDecodeError as error:
         raise ValueError(f"the config.json of the {role} at {path} is not valid JSON: {first_sentence(error)}") from error
+
+
+def require_weights(path: str, role: str) -> None:
+    """Raises ValueError where a local folder lacks a file of weights; what is in them is verified when they are loaded."""
+    folder = Path(path)
+    if not folder.is_dir():
+        return
+    indices = list(folder.glob("*.index.json"))
+    named = {name for index in indices for name in json.loads(index.read_text())["weight_map"].values()}
+    absent = sorted(name for name in named if not (folder / name).is_file())
+    if absent or not (named or any(folder.glob("*.safetensors")) or any(folder.glob("*.bin"))):
+        raise ValueError(f"the {role} at {path} has no {absent[0] if absent else 'weights (*.safetensors)'}")

@@ -11,6 +11,7 @@ This is the only module that imports `datasets`.
 import hashlib
 import math
 import random
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rollout.chat import encode_prompts
 from rollout.config import PromptsConfig, SourceConfig, TooLong, schedule_value
-from rollout.model import first_sentence
+from rollout.errors import first_sentence
 from rollout.synthetic import synthetic_rows
 from rollout.types import Prompt
 
@@ -33,7 +34,7 @@ ROW_FIELDS = ("prompt", "messages", "answer", "slip")
 class DomainPrompts:
     """The rows of one domain, tokenised: what `PromptMixture` and evaluation draw from.
 
-    sources: source name -> rows; each row has "tokens", and "answer" and "slip" where the data has them.
+    sources: source name -> rows; each has "index" (its place in the source), "tokens", "answer" and "slip" (None where the data has none).
     dropped: rows left out because they were too long.
     """
 
@@ -48,12 +49,11 @@ class DomainPrompts:
         """Tokens of the longest prompt."""
         return max(len(row["tokens"]) for rows in self.sources.values() for row in rows)
 
-    def row(self, source: str, position: int, seed: int) -> tuple[int, dict[str, Any]]:
-        """The row at a position of the endless shuffled order of one source: (index in the source, row)."""
+    def row(self, source: str, position: int, seed: int) -> dict[str, Any]:
+        """The row at a position of the endless shuffled order of one source."""
         rows = self.sources[source]
         epoch, place = divmod(position, len(rows))
-        index = int(_permutation(len(rows), f"{seed}/{self.name}/{source}/{epoch}")[place])
-        return index, rows[index]
+        return rows[int(_permutation(len(rows), f"{seed}/{self.name}/{source}/{epoch}")[place])]
 
 
 class PromptMixture:
@@ -93,8 +93,8 @@ class PromptMixture:
         source = _choose_source(domain, f"{self.seed}/source/{request}")
         position = domain.consumed.get(source, 0)
         domain.consumed[source] = position + 1
-        index, row = domain.row(source, position, self.seed)
-        prompt = Prompt(domain=name, request=request, row=f"{source}:{index}", tokens=tuple(row["tokens"]), answer=row.get("answer"))
+        row = domain.row(source, position, self.seed)
+        prompt = Prompt(domain=name, request=request, row=f"{source}:{row['index']}", tokens=tuple(row["tokens"]), answer=row.get("answer"))
         return prompt, row
 
     def _domains_of(self, step: int) -> list[str]:
@@ -120,7 +120,7 @@ def load_domain_prompts(name: str, cfg: PromptsConfig, tokenizer: PreTrainedToke
         kept = []
         for index, (row, tokens) in enumerate(zip(rows, encode_prompts(rows, cfg, tokenizer, f"{name}/{source_name}"), strict=True)):
             if len(tokens) <= longest:
-                kept.append({"tokens": tokens, "answer": row.get("answer"), "slip": row.get("slip")})
+                kept.append({"index": index, "tokens": tokens, "answer": row.get("answer"), "slip": row.get("slip")})
             elif cfg.too_long is TooLong.error:
                 raise ValueError(
                     f"the prompt in row {name}/{source_name}:{index} has {len(tokens)} tokens and only {longest} fit before the completion: "
@@ -145,10 +145,19 @@ def load_held_out(
     loaded = {}
     for name, source in sources.items():
         if source.path is not None:
-            own = PromptsConfig(sources={"held_out": source}, too_long=TooLong.drop)
+            own = PromptsConfig(sources={"held_out": source}, too_long=cfgs[name].too_long)
             rendering = replace(own, system_prompt=cfgs[name].system_prompt, template_kwargs=cfgs[name].template_kwargs, raw=cfgs[name].raw)
             loaded[name] = load_domain_prompts(name, rendering, tokenizer, longest)
     return loaded
+
+
+def require_answers(prompts: dict[str, DomainPrompts], names: Iterable[str], purpose: str) -> None:
+    """Raises ValueError for the first row of the named domains that has no answer."""
+    for name in names:
+        for source, rows in prompts[name].sources.items():
+            missing = [row["index"] for row in rows if row["answer"] is None]
+            if missing:
+                raise ValueError(f"row {name}/{source}:{missing[0]} has no answer to {purpose}: map the column with columns.answer")
 
 
 def load_rows(cfg: SourceConfig, where: str) -> list[dict[str, Any]]:
@@ -178,10 +187,18 @@ def _load_table(cfg: SourceConfig, where: str) -> datasets.Dataset:
             raise ValueError(f"{where}: the data set {cfg.path} is empty")
     try:
         if path.suffix in FILE_BUILDERS:
-            return datasets.load_dataset(FILE_BUILDERS[path.suffix], data_files=str(path), split="train")
+            return datasets.load_dataset(FILE_BUILDERS[path.suffix], data_files=str(path), split=_split_of_file(cfg, where))
         return datasets.load_dataset(cfg.path, cfg.name, revision=cfg.revision, split=cfg.split)
     except (OSError, ValueError, datasets.exceptions.DatasetsError, ConnectionError) as error:
         raise ValueError(f"{where}: the data set {cfg.path} cannot be read: {first_sentence(error.__cause__ or error)}") from error
+
+
+def _split_of_file(cfg: SourceConfig, where: str) -> str:
+    """A file is one split, which `datasets` calls train, whatever ours is called; a slice such as train[90%:] is taken of it."""
+    split, bracket, part = cfg.split.partition("[")
+    if cfg.name is not None or cfg.revision is not None or split not in ("train", "test"):
+        raise ValueError(f"{where}: {cfg.path} is a file, so name, revision and a split other than train (or a slice of it) would be ignored")
+    return f"train{bracket}{part}"
 
 
 def _sources_of(name: str, cfg: PromptsConfig) -> dict[str, SourceConfig]:
@@ -205,7 +222,9 @@ def _rename(row: dict[str, Any], columns: dict[str, str], where: str) -> dict[st
     absent = [column for column in columns.values() if column not in row]
     if absent:
         raise ValueError(f"{where}: the data has no column {absent[0]!r}; it has {', '.join(row)}")
-    names = {**{name: name for name in ROW_FIELDS}, **columns}
+    other = {"messages": "prompt", "prompt": "messages"}
+    claimed = {other[name] for name in columns if name in other and other[name] not in columns}
+    names = {**{name: name for name in ROW_FIELDS if name not in claimed}, **columns}
     found = {name: row.get(column) for name, column in names.items() if row.get(column) is not None}
     return {name: value if name in ("prompt", "messages") else str(value) for name, value in found.items()}
 

@@ -15,6 +15,7 @@ weights once per rollout phase and decodes without any communication.
 B: rows of a cohort (decode_width). L: prompt positions. V: vocabulary. T: completion tokens.
 """
 
+import inspect
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -60,7 +61,14 @@ class _Row:
 class LocalSampler:
     """Decode with a transformers model, cohort by cohort."""
 
-    def __init__(self, model: PreTrainedModel, eos_token_ids: Iterable[int], seed: int):
+    def __init__(self, model: PreTrainedModel, eos_token_ids: Iterable[int], seed: int, vocab_size: int | None = None):
+        """vocab_size: real vocabulary; rows of the head beyond it are padding and are never drawn. None: the head has no padding.
+
+        Raises ValueError for a model that cannot continue from a cache: it would see one token at a time.
+        """
+        if "past_key_values" not in inspect.signature(model.forward).parameters:
+            raise ValueError(f"{model.config.model_type} takes no past_key_values, so it cannot be sampled from token by token: this family is not supported")
+        self.vocab_size = vocab_size
         self.model, self.eos_token_ids, self.seed = model.eval(), tuple(eos_token_ids), seed
         self.policy_step = 0
 
@@ -98,7 +106,7 @@ class LocalSampler:
         for position in range(shortest, last):
             output = self.model(input_ids=feed_BL, past_key_values=cache, use_cache=True, logits_to_keep=1)
             uniform_B = uniform(self.seed, (request_B << 16) + stream_B, position).to(device)
-            token_B, logprob_B = draw(output.logits[:, -1], uniform_B, cfg.temperature)
+            token_B, logprob_B = draw(output.logits[:, -1, : self.vocab_size], uniform_B, cfg.temperature)
             feed_BL = self._append(rows, token_B.tolist(), logprob_B.tolist(), position, cfg)
             if all(row.finished or len(row.tokens) == cfg.max_new_tokens for row in rows):
                 return

@@ -44,6 +44,8 @@ class RolloutStream:
         self.ranks = ranks or OneRank()
         self.asked_shares: dict[str, float] = {}
         self.difference: str | None = None
+        if cfg.replay is not None and (cfg.save or cfg.compare is not None):
+            raise ValueError("rollout.replay samples nothing, so rollout.save and rollout.compare would be ignored: leave them out")
         if cfg.prompts_per_step < self.ranks.count:
             raise ValueError(f"rollout.prompts_per_step={cfg.prompts_per_step} is less than the {self.ranks.count} ranks: each needs a prompt")
 

@@ -10,7 +10,8 @@ import json
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from rollout.config import ModelConfig
-from rollout.model import first_sentence, load_tokenizer, require_folder
+from rollout.errors import first_sentence
+from rollout.model import context_length, load_tokenizer, refuse_logit_transforms, require_folder, require_weights
 
 
 def check_teacher(domain: str, cfg: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> int:
@@ -21,6 +22,7 @@ def check_teacher(domain: str, cfg: ModelConfig, tokenizer: PreTrainedTokenizerB
     if cfg.model is None:
         raise ValueError(f"domain {domain} has no teacher: set domains.{domain}.teacher.model to a local folder or hub id")
     require_folder(cfg.model, f"teacher of {domain}")
+    require_weights(cfg.model, f"teacher of {domain}")
     try:
         config = AutoConfig.from_pretrained(cfg.model, revision=cfg.revision, trust_remote_code=cfg.trust_remote_code)
         own = load_tokenizer(cfg.model, cfg.revision, cfg.trust_remote_code)
@@ -33,7 +35,8 @@ def check_teacher(domain: str, cfg: ModelConfig, tokenizer: PreTrainedTokenizerB
     vocab_size = config.get_text_config().vocab_size
     if vocab_size < len(tokenizer):
         raise ValueError(f"the teacher of {domain} has {vocab_size} vocabulary rows, fewer than the tokenizer's {len(tokenizer)}")
-    return config.get_text_config().max_position_embeddings
+    refuse_logit_transforms(config, f"teacher of {domain}")
+    return context_length(config, f"teacher of {domain}")
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:

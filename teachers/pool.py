@@ -32,7 +32,7 @@ class TeacherPool:
         self.resident: OrderedDict[str, Teacher] = OrderedDict()
         self.host_heads: dict[str, torch.Tensor] = {}
         self.device_head: tuple[str, torch.Tensor] | None = None
-        self.num_loads = 0
+        self.num_loads = self.loads_told = 0
         self.context = {teacher: check_teacher(name, teacher_cfg, tokenizer) for teacher, (name, teacher_cfg) in self.configs.items()}
 
     def require_context(self, longest: dict[str, int]) -> None:
@@ -63,6 +63,11 @@ class TeacherPool:
                     raise ValueError(f"the teacher of {rollouts[index].prompt.domain} gave NaN or infinity on request {rollouts[index].prompt.request}")
                 scored[index] = ScoredRollout(rollout=rollouts[index], signal=TeacherSignal(teacher=teacher, hidden_TD=hidden_TD))
         return scored
+
+    def loads_since_asked(self) -> int:
+        """Teachers loaded from disk since this was last asked."""
+        loads, self.loads_told = self.num_loads - self.loads_told, self.num_loads
+        return loads
 
     def head(self, teacher: str) -> torch.Tensor:
         """The head [V, D] of a teacher, on the device; one is there at a time, so ask for them teacher by teacher."""

@@ -36,7 +36,7 @@ def test_a_domain_of_one_yaml_is_distilled_beside_a_shipped_one(workspace, saved
     result = opd(
         workspace, "distill", "domain=[arithmetic]", "+domain=law", f"domains.arithmetic.teacher.model={saved_v4}", f"student.model={saved_v4}",
         "domains.arithmetic.prompts.rows=50", "domains.arithmetic.held_out.rows=20", "num_steps=2", "rollout.prompts_per_step=8", "rollout.max_new_tokens=6",
-        "rollout.decode_width=8", "evaluation.every=1", "evaluation.sampling.max_new_tokens=6", "run_dir=run", "logger=none",
+        "rollout.decode_width=8", "evaluation.every=1", "evaluation.max_new_tokens=6", "run_dir=run", "logger=none",
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     records = [json.loads(line) for line in (workspace / "run" / "metrics.jsonl").read_text().splitlines()]
@@ -51,7 +51,7 @@ def test_a_domain_of_one_yaml_is_distilled_beside_a_shipped_one(workspace, saved
 def test_a_domain_without_a_grader_reads_not_graded(workspace, saved_v4):
     result = opd(
         workspace, "evaluate", "domain=[arithmetic,law]", f"domains.arithmetic.teacher.model={saved_v4}", f"student.model={saved_v4}",
-        "domains.arithmetic.held_out.rows=20", "evaluation.sampling.max_new_tokens=6", "run_dir=run",
+        "domains.arithmetic.held_out.rows=20", "evaluation.max_new_tokens=6", "run_dir=run",
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     record = json.loads((workspace / "run" / "evaluation.json").read_text())

@@ -28,7 +28,7 @@ stages:
     processes: 1
     after: [distill]
     overrides: ["domain=[arithmetic]", "student.model=${run_dir}/distill/student", "base.model=${run_dir}/base/student",
-      "domains.arithmetic.teacher.model=${run_dir}/teacher/student", domains.arithmetic.held_out.rows=16, evaluation.sampling.max_new_tokens=4]
+      "domains.arithmetic.teacher.model=${run_dir}/teacher/student", domains.arithmetic.held_out.rows=16, evaluation.max_new_tokens=4]
 """
 
 

@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedModel
 
 from opd.__main__ import load_config
-from opd.config import BatchConfig, CheckpointConfig, DistillConfig, LoggerConfig, LoggerKind, OptimConfig, StudentConfig
+from opd.config import BatchConfig, DistillConfig, LoggerConfig, LoggerKind, OptimConfig, StudentConfig
 from opd.distill import distill
 from opd.distributed import start_processes, stop_processes
 from opd.engine import Engine
@@ -26,18 +26,15 @@ def device() -> Iterator[torch.device]:
 
 @pytest.fixture(scope="session")
 def make_config() -> Callable[..., DistillConfig]:
-    """make_config(["law", "code"], stage=2, optim={"lr": 1e-3}, max_tokens=100): a typed config without files behind it."""
+    """make_config({"law": DomainConfig()}, stage=2, optim={"lr": 1e-3}, max_tokens=100): a typed config without files behind it."""
 
-    def make(
-        domains: list[str] | dict[str, DomainConfig] = ("law",), *, stage: int = 1, optim: dict | None = None, student: dict | None = None, max_tokens: int = 4096, **fields
-    ) -> DistillConfig:
+    def make(domains: dict[str, DomainConfig] | None = None, *, stage: int = 1, optim: dict = {}, student: dict = {}, max_tokens: int = 4096, **fields):  # noqa: B006
         return DistillConfig(
-            domains=dict(domains) if isinstance(domains, dict) else {name: DomainConfig() for name in domains},
+            domains=domains or {"law": DomainConfig()},
             deepspeed={"zero_optimization": {"stage": stage}},
-            optim=OptimConfig(**({"warmup_steps": 0, "lr": 1e-3} | (optim or {}))),
-            student=StudentConfig(**(student or {})),
+            optim=OptimConfig(**({"warmup_steps": 0, "lr": 1e-3} | optim)),
+            student=StudentConfig(**student),
             batch=BatchConfig(max_tokens_per_micro_batch=max_tokens),
-            checkpoint=CheckpointConfig(),
             logger=LoggerConfig(kind=LoggerKind.none),
             **fields,
         )
@@ -73,7 +70,7 @@ def short_run(device, saved_v4, teacher_folders, tmp_path_factory) -> Path:
     """Folder of an `opd distill` of two steps on two domains, evaluated and saved after each, with W&B offline."""
     run_dir = tmp_path_factory.mktemp("runs") / "short"
     settings = ["rollout.prompts_per_step=8", "rollout.max_new_tokens=8", "rollout.decode_width=8", "num_steps=2", "optim.warmup_steps=0"]
-    settings += ["evaluation.every=1", "evaluation.prompts=4", "evaluation.sampling.max_new_tokens=4", "evaluation.sampling.decode_width=4"]
+    settings += ["evaluation.every=1", "evaluation.prompts=4", "evaluation.max_new_tokens=4", "evaluation.decode_width=4"]
     settings += ["checkpoint.every=1", "logger=offline", "domain=[arithmetic,tools]", "domains.tools.grader=null"]
     settings += [f"domains.{name}.{part}.rows=16" for name in ("arithmetic", "tools") for part in ("prompts", "held_out")]
     settings += [f"domains.{name}.prompts.share=1.0" for name in ("arithmetic", "tools")]

@@ -1,5 +1,6 @@
 """Micro-batches: masks, positions, weights, teachers and sizes, against loops over single rollouts."""
 
+import itertools
 from dataclasses import replace
 
 import pytest
@@ -114,7 +115,7 @@ def test_micro_batches_of_one_teacher_follow_each_other(random_rollouts):
     teacher_of = {"law": "a", "code": "b", "tools": "c"}
     order = [batch.teacher for batch in distillation_batches(scored(random_rollouts(SHAPES), teacher_of), WEIGHTS, sizes(12))]
     assert len(order) > 3
-    assert sum(left != right for left, right in zip(order, order[1:], strict=False)) == 2, "each teacher is fetched once"
+    assert sum(left != right for left, right in itertools.pairwise(order)) == 2, "each teacher is fetched once"
 
 
 def test_a_supervised_batch_has_no_teacher(random_rollouts):

@@ -109,7 +109,7 @@ def arguments_of(folder: Path, models: dict[str, Path], data: dict[str, Path]) -
     student = f"student.model={models['student']}"
     distill = ["distill", *tools, *short, student]
     specialize = ["specialize", *tools, "num_steps=1", "logger=none", "examples_per_step=4", student]
-    evaluate = ["evaluate", *tools, student, "evaluation.sampling.max_new_tokens=4", "evaluation.sampling.decode_width=4"]
+    evaluate = ["evaluate", *tools, student, "evaluation.max_new_tokens=4", "evaluation.decode_width=4"]
 
     def prompts(name: str) -> list[str]:
         return [f"domains.tools.prompts.path={data[name]}", "domains.tools.prompts.rows=null"]
@@ -121,7 +121,7 @@ def arguments_of(folder: Path, models: dict[str, Path], data: dict[str, Path]) -
         "misspelt key": [*distill, "num_step=3"],
         "misspelt key with plus": [*distill, "+optim.lrr=3"],
         "wrong type": [*distill, "num_steps=many"],
-        "no domain": [*distill, "domain=[]"][:1] + [*short, student],
+        "no domain": ["distill", *short, student],
         "no student": [*distill, "student.model=null"],
         "missing student": [*distill, "student.model=./no/student"],
         "student without a tokenizer": [*distill, f"student.model={models['without_tokenizer']}"],

@@ -94,7 +94,7 @@ def test_values_become_typed():
         ("+optim.lrr=1", "optim.lrr", "optim.lr"),
         ("domains.tools.prompts.pth=x", "domains.tools.prompts.pth", "domains.tools.prompts.path"),
         ("domains.tools.teachr.model=x", "domains.tools.teachr", "domains.tools.teacher"),
-        ("evaluation.sampling.decode_witdh=4", "evaluation.sampling.decode_witdh", "evaluation.sampling.decode_width"),
+        ("evaluation.decode_witdh=4", "evaluation.decode_witdh", "evaluation.decode_width"),
     ],
 )
 def test_an_unknown_key_fails_with_its_name_and_the_nearest_one(override, named, meant):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-import torch.nn.functional as F
+from torch.nn import functional
 
 import opd.divergence
 from opd.divergence import cross_entropy, reverse_kl
@@ -121,7 +121,7 @@ def test_cross_entropy_and_its_gradients_are_torchs(tiles):
     hidden_ND, head_VD, *_ = tensors()
     target_N = torch.randint(V, (N,), generator=torch.Generator().manual_seed(3))
     loss, losses = cross_entropy(hidden_ND, head_VD, target_N, WEIGHT_N, V)
-    expected_N = F.cross_entropy(hidden_ND @ head_VD[:V].T, target_N, reduction="none")
+    expected_N = functional.cross_entropy(hidden_ND @ head_VD[:V].T, target_N, reduction="none")
     torch.testing.assert_close(losses.loss_N, expected_N.detach())
     for one, other in zip(gradients(loss, hidden_ND, head_VD), gradients((WEIGHT_N * expected_N).sum(), hidden_ND, head_VD), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)

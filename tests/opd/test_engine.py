@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-import torch.nn.functional as F
+from torch.nn import functional
 
 from opd.batch import MicroBatch, supervised_batches
 from opd.config import BatchConfig, OptimConfig, OptimizerKind, Router, RunConfig, StudentConfig
@@ -49,7 +49,7 @@ def naive_loss(model, examples: list[Rollout]) -> torch.Tensor:
     for example in examples:
         ids = torch.tensor([[*example.prompt.tokens, *example.completion_T.tolist()]])
         logits_TV = model(input_ids=ids).logits[0, len(example.prompt.tokens) - 1 : -1]
-        total = total + F.cross_entropy(logits_TV, example.completion_T, reduction="sum")
+        total = total + functional.cross_entropy(logits_TV, example.completion_T, reduction="sum")
     return total / NUM_TOKENS
 
 
@@ -95,7 +95,7 @@ def test_the_number_of_accumulated_micro_batches_changes_nothing(stage, qwen3_mo
 @pytest.mark.parametrize("stage", [0, 1])
 def test_without_a_clip_norm_nothing_is_clipped(stage, qwen3_moe_model, make_engine, make_config, examples):
     """DeepSpeed left alone clips to a norm of 1."""
-    scaled = [batch for batch in micro_batches(examples, 1)]
+    scaled = micro_batches(examples, 1)
     scaled[0].weight_N.mul_(100)
     engine = make_engine(qwen3_moe_model, make_config(stage=stage, optim={"eps": 1.0, "lr": 1.0, "clip_norm": None}))
     [metrics] = train(engine, scaled)
@@ -161,7 +161,7 @@ def test_muon_steps_are_momentum_and_newton_schulz_on_matrices_and_on_each_exper
         train(engine, micro_batches(examples, 2))
     found = engine.full_weights()
     for name in ("model.layers.0.self_attn.q_proj.weight", "model.layers.1.self_attn.o_proj.weight", "model.layers.2.mlp.experts.gate_up_proj"):
-        assert name in engine.muon_names
+        assert engine.model.get_parameter(name).use_muon
         before = qwen3_moe_model.get_parameter(name).detach()
         expected = naive_muon(before, [qwen3_moe_model.get_parameter(name).grad], lr=1e-2, momentum=0.9, decay=0.1)
         difference = (found[name] - expected).norm() / (expected - before).norm()
@@ -190,7 +190,7 @@ def test_muon_keeps_its_momentum_from_step_to_step(qwen3_moe_model, make_engine,
         (engine.full_weights()[name] - before, naive_muon(before.double(), gradients, 1e-7, 0.9, 0.0) - before, gradients[1]),
     ]:
         assert other.norm() > 0
-        assert F.cosine_similarity(found.flatten().double(), expected.flatten(), dim=0) > 0.98
+        assert functional.cosine_similarity(found.flatten().double(), expected.flatten(), dim=0) > 0.98
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
@@ -228,16 +228,17 @@ def test_a_gradient_that_is_not_finite_is_refused_and_leaves_the_weights(stage, 
     cfg = make_config(stage=stage, optim={"kind": kind, "clip_norm": 1.0 if kind is OptimizerKind.adamw else None})
     engine = make_engine(qwen3_moe_model, cfg)
     loss, _ = engine.loss(micro_batches(examples, 1)[0], None, True)
-    with torch.compiler.set_stance("force_eager"), pytest.raises(ValueError, match=r"gradient of step 1 is not finite"):
+    with torch.compiler.set_stance("force_eager"):
         engine.backward(loss * bad)
-        engine.step()
+        with pytest.raises(ValueError, match=r"gradient of step 1 is not finite"):
+            engine.step()
     assert largest_difference(engine.full_weights(), qwen3_moe_model.state_dict()) == 0.0
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_weights_are_every_parameter_and_persistent_buffer_in_full(stage, v4_model, make_engine, make_config):
     engine = make_engine(v4_model, make_config(stage=stage))
-    found = dict((name, tensor.clone()) for name, tensor in engine.weights())
+    found = {name: tensor.clone() for name, tensor in engine.weights()}
     expected = v4_model.state_dict()
     assert set(found) == set(expected)
     assert all(torch.equal(found[name], expected[name]) for name in expected)
@@ -271,7 +272,7 @@ def test_a_checkpoint_brings_back_weights_optimizer_and_routing_so_that_training
             metrics += train(engine, batches)
             if student["router_bias_speed"]:
                 engine.recorder.update_bias(student["router_bias_speed"])
-            metrics[-1] |= engine.recorder.metrics() | engine.probe_routing(batches[0].tokens_BL)
+            metrics[-1] |= engine.recorder.metrics() | engine.probe_routing(batches[0])
         return metrics
 
     engine = make_engine(model, cfg)

@@ -139,7 +139,7 @@ def test_a_domain_without_a_grader_has_no_accuracy(stream, cfg, tokenizer, make_
 
 def test_data_metrics_count_rows_and_dropped_rows(stream):
     stream.prompts.domains["law"].dropped = 3
-    metrics = data_metrics(stream)
+    metrics = data_metrics(stream.prompts)
     assert (metrics["data/law/rows"], metrics["data/law/dropped"], metrics["data/code/dropped"]) == (8.0, 3.0, 0.0)
 
 

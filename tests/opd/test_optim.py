@@ -1,5 +1,6 @@
 """Learning rates over the steps, and which parameter belongs to which optimizer."""
 
+import itertools
 import math
 
 import pytest
@@ -36,7 +37,7 @@ def test_a_decay_ends_exactly_at_the_final_fraction_in_the_last_step(schedule, w
 
 def test_the_linear_schedule_falls_by_equal_parts():
     decay = factors(Schedule.linear, warmup_steps=5)[5:]
-    assert [a - b for a, b in zip(decay, decay[1:], strict=False)] == pytest.approx([0.75 / 15] * 15)
+    assert [a - b for a, b in itertools.pairwise(decay)] == pytest.approx([0.75 / 15] * 15)
 
 
 def test_the_cosine_schedule_follows_half_a_cosine():

@@ -126,7 +126,8 @@ def test_the_balance_loss_pushes_the_routers_towards_balance(qwen3_moe_model, ma
     """Its weight in the step's loss is the mean over the step's sequences, whatever the micro-batches."""
     rollouts, found = random_rollouts(SHAPES), {}
     for weight, max_tokens in [(0.0, 1000), (0.5, 1000), (0.5, 16)]:
-        cfg = make_config(student={"router": Router.train, "router_balance_loss": weight}, optim={"eps": 1.0, "clip_norm": None, "lr": 1.0}, max_tokens=max_tokens)
+        student = {"router": Router.train, "router_balance_loss": weight}
+        cfg = make_config(student=student, optim={"eps": 1.0, "clip_norm": None, "lr": 1.0}, max_tokens=max_tokens)
         for parameter in qwen3_moe_model.parameters():
             parameter.requires_grad_(True)
         engine = make_engine(qwen3_moe_model, cfg)
@@ -182,24 +183,24 @@ def test_a_frozen_router_keeps_gates_tables_and_biases_and_a_trained_one_keeps_i
 
 def test_the_probe_is_unchanged_at_first_and_sees_a_changed_gate(v4_model, batch):
     recorder = RoutingRecorder(v4_model)
-    first = recorder.probe(backbone_of(v4_model), batch.tokens_BL)
+    first = recorder.probe(backbone_of(v4_model), batch.tokens_BL, batch.real_BL)
     assert first == {f"router/layer_{layer:02d}/routed_as_at_start": 1.0 for layer in range(3)}
     with torch.no_grad():
         v4_model.get_submodule("model.layers.1.mlp.gate").weight.neg_()
-    second = recorder.probe(backbone_of(v4_model), torch.zeros_like(batch.tokens_BL))
+    second = recorder.probe(backbone_of(v4_model), torch.zeros_like(batch.tokens_BL), batch.real_BL)
     assert second["router/layer_00/routed_as_at_start"] == 1.0, "a hash table does not change, and the probe's tokens are those of the first call"
     assert second["router/layer_01/routed_as_at_start"] < 1.0
 
 
 def test_the_share_of_kept_decisions_is_counted_choice_by_choice(v4_model, batch):
     recorder = RoutingRecorder(v4_model)
-    recorder.probe(backbone_of(v4_model), batch.tokens_BL)
+    recorder.probe(backbone_of(v4_model), batch.tokens_BL, batch.real_BL)
     gate = v4_model.get_submodule("model.layers.1.mlp.gate")
     before = recorder.probe_experts["model.layers.1.mlp.gate"].tolist()
     with torch.no_grad():
         gate.weight[2].neg_()
-    found = recorder.probe(backbone_of(v4_model), batch.tokens_BL)["router/layer_01/routed_as_at_start"]
-    after = recorder.last["model.layers.1.mlp.gate"][1].tolist()
+    found = recorder.probe(backbone_of(v4_model), batch.tokens_BL, batch.real_BL)["router/layer_01/routed_as_at_start"]
+    after = recorder.last["model.layers.1.mlp.gate"][1][batch.real_BL.flatten()].tolist()
     kept = [len(set(one) & set(other)) for one, other in zip(before, after, strict=True)]
     assert found == pytest.approx(sum(kept) / (2 * len(kept)))
     assert 0 < found < 1
@@ -210,10 +211,10 @@ def test_state_brings_back_probe_and_start(v4_model, batch):
     run(v4_model, batch)
     recorder.count(batch.real_BL)
     recorder.metrics()
-    recorder.probe(backbone_of(v4_model), batch.tokens_BL)
+    recorder.probe(backbone_of(v4_model), batch.tokens_BL, batch.real_BL)
     other = RoutingRecorder(v4_model)
     other.restore(recorder.state())
     with torch.no_grad():
         v4_model.get_submodule("model.layers.1.mlp.gate").weight.neg_()
     assert other.start_entropy == recorder.start_entropy
-    assert other.probe(backbone_of(v4_model), torch.zeros_like(batch.tokens_BL))["router/layer_01/routed_as_at_start"] < 1.0
+    assert other.probe(backbone_of(v4_model), torch.zeros_like(batch.tokens_BL), batch.real_BL)["router/layer_01/routed_as_at_start"] < 1.0

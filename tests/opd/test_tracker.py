@@ -58,6 +58,15 @@ def test_resuming_drops_the_records_of_steps_that_will_be_done_again(tracker, tm
     assert [record.get("step/loss") for record in records(tmp_path)] == [0.0, 1.0, 2.0, 3.0, 40.0]
 
 
+def test_a_run_that_begins_anew_has_one_record_of_step_zero(tracker, tmp_path):
+    """It was killed before its first checkpoint."""
+    for _ in range(2):
+        tracker.resume(0)
+        tracker.log(0, {"evaluation/law/accuracy": 0.25})
+        tracker.log(1, {"step/loss": 0.5})
+    assert [record["step"] for record in records(tmp_path)] == [0, 1]
+
+
 def test_resuming_drops_a_line_that_a_kill_cut_short(tracker, tmp_path):
     for step in range(3):
         tracker.log(step, {"step/loss": float(step)})

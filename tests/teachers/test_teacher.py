@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from rollout.model import backbone_of, head_of
-from teachers.teacher import Teacher, completion_span, group_by_length, pad_right, sequence_length
+from rollout.padding import completion_span, group_by_length, pad_right, sequence_length
+from teachers.teacher import Teacher
 
 SHAPES = [("law", 9, 20), ("law", 3, 1), ("law", 1, 7), ("law", 20, 12), ("law", 14, 25), ("law", 9, 20)]
 

@@ -1,6 +1,5 @@
 """The rollout stream of a training run: rollout/stream.py joined to the run's ranks, student and domains."""
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -9,8 +8,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from opd.config import DistillConfig
 from opd.distributed import Group, gather_objects, num_ranks, rank
 from opd.student import copy_for_sampling
-from rollout.model import context_length
-from rollout.prompts import DomainPrompts, PromptMixture, load_prompts
+from rollout.model import context_length, end_tokens
+from rollout.prompts import PromptMixture, load_prompts, require_answers
 from rollout.replay import load_rollouts, replay_file
 from rollout.sampler import LocalSampler
 from rollout.stream import RolloutStream
@@ -34,7 +33,8 @@ def build_stream(cfg: DistillConfig, student: PreTrainedModel, tokenizer: PreTra
     Raises ValueError for what `load_prompts` refuses, an impossible length, answers that a grader would miss, and replay files
     that are not there.
     """
-    context, longest = context_length(student), context_length(student) - cfg.rollout.max_new_tokens
+    context = context_length(student.config, "student")
+    longest = context - cfg.rollout.max_new_tokens
     if longest < 1:
         raise ValueError(f"rollout.max_new_tokens={cfg.rollout.max_new_tokens} leaves no room for a prompt in the student's {context} positions")
     prompts = load_prompts({name: domain.prompts for name, domain in cfg.domains.items()}, tokenizer, longest)
@@ -43,21 +43,5 @@ def build_stream(cfg: DistillConfig, student: PreTrainedModel, tokenizer: PreTra
         if run is not None:
             load_rollouts(replay_file(run, max(0, cfg.num_steps - 1)))
     mixture = PromptMixture(prompts, cfg.rollout.prompts_per_step, cfg.seed)
-    sampler = LocalSampler(copy_for_sampling(student, device), end_tokens(student, tokenizer), cfg.seed)
+    sampler = LocalSampler(copy_for_sampling(student, device), end_tokens(student, tokenizer), cfg.seed, len(tokenizer))
     return RolloutStream(mixture, sampler, cfg.rollout, cfg.run_dir, DataRanks(rank(Group.data), num_ranks(Group.data)))
-
-
-def require_answers(prompts: dict[str, DomainPrompts], names: Iterable[str], purpose: str) -> None:
-    """Raises ValueError for the first row of the named domains that has no answer."""
-    for name in names:
-        for source, rows in prompts[name].sources.items():
-            missing = [index for index, row in enumerate(rows) if row["answer"] is None]
-            if missing:
-                raise ValueError(f"row {name}/{source}:{missing[0]} has no answer to {purpose}: map the column with columns.answer")
-
-
-def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """Tokens that end a completion: the tokenizer's, and those of the model's generation config."""
-    configured = model.generation_config.eos_token_id if model.generation_config is not None else None
-    listed = configured if isinstance(configured, list) else [configured]
-    return {tokenizer.eos_token_id, *(token for token in listed if token is not None)}
