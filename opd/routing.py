@@ -8,7 +8,7 @@ Balance without a loss: after each step the bias of an expert that had fewer tok
 one with more falls (DeepSeek-V3, arXiv:2412.19437, 2.1.2; kept by V4). The sequence-wise loss is sum_i f_i P_i with
 f_i = E / (K T) count_i and P_i the mean normalised affinity of a sequence's T tokens to expert i (same source, eqs. 17-20).
 
-B: rows. L: positions. E: experts. K: experts per token.
+B: rows. L: positions. N: real tokens of the probe. E: experts. K: experts per token.
 """
 
 import torch

@@ -109,7 +109,7 @@ def test_a_dense_model_has_no_experts(tokenizer):
 
 
 def test_the_context_length_is_that_of_the_config(model):
-    assert context_length(model) == 256
+    assert context_length(model.config, "student") == 256
 
 
 @pytest.mark.parametrize("experts", Experts)

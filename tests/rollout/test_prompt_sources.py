@@ -140,7 +140,7 @@ LONG_SECOND = [{"prompt": "short"}, {"prompt": "x" * 40}, {"prompt": "also short
 def test_rows_become_tokens_with_answer_and_slip(tmp_path, tokenizer):
     path = json_lines(tmp_path / "rows.jsonl", [{"prompt": "2+2=", "answer": 4, "slip": "5"}])
     rows = load_domain_prompts("law", PromptsConfig(path=path), tokenizer, longest=20).sources["prompts"]
-    assert rows == [{"tokens": tokenizer("<bos><user>2+2=<assistant>")["input_ids"], "answer": "4", "slip": "5"}]
+    assert rows == [{"index": 0, "tokens": tokenizer("<bos><user>2+2=<assistant>")["input_ids"], "answer": "4", "slip": "5"}]
 
 
 def test_a_prompt_too_long_is_refused_by_row(tmp_path, tokenizer):
@@ -218,5 +218,36 @@ def test_a_domain_without_held_out_path_has_no_held_out_prompts(tokenizer):
 
 def test_held_out_prompts_too_long_are_dropped_and_counted(tmp_path, tokenizer):
     path = json_lines(tmp_path / "test.jsonl", LONG_SECOND)
-    domain = load_held_out({"law": PromptsConfig()}, {"law": HeldOutConfig(path=path)}, tokenizer, longest=20)["law"]
+    domain = load_held_out({"law": PromptsConfig(too_long=TooLong.drop)}, {"law": HeldOutConfig(path=path)}, tokenizer, longest=20)["law"]
     assert (lengths_of(domain, "held_out"), domain.dropped) == ([8, 13], 1)
+
+
+def test_held_out_prompts_too_long_are_refused_as_the_domains_are(tmp_path, tokenizer):
+    path = json_lines(tmp_path / "test.jsonl", LONG_SECOND)
+    with pytest.raises(ValueError, match="too_long=drop"):
+        load_held_out({"law": PromptsConfig()}, {"law": HeldOutConfig(path=path)}, tokenizer, longest=20)
+
+
+def test_a_row_keeps_its_place_in_the_data_when_another_is_dropped(tmp_path, tokenizer):
+    path = json_lines(tmp_path / "rows.jsonl", LONG_SECOND)
+    domain = load_domain_prompts("law", PromptsConfig(path=path, too_long=TooLong.drop), tokenizer, longest=20)
+    assert [row["index"] for row in domain.sources["prompts"]] == [0, 2]
+
+
+def test_a_slice_of_a_file_is_that_slice(tmp_path):
+    path = json_lines(tmp_path / "rows.jsonl", [{"prompt": str(number)} for number in range(10)])
+    assert [row["prompt"] for row in load_rows(SourceConfig(path=path, split="train[80%:]"), "law")] == ["8", "9"]
+
+
+@pytest.mark.parametrize("setting", [{"split": "validation"}, {"revision": "main"}, {"name": "default"}])
+def test_a_setting_that_a_file_would_ignore_is_refused(tmp_path, setting):
+    path = json_lines(tmp_path / "rows.jsonl", [{"prompt": "2+2="}])
+    with pytest.raises(ValueError, match="would be ignored"):
+        load_rows(SourceConfig(path=path, **setting), "law")
+
+
+def test_messages_in_a_column_called_prompt_are_messages_only(tmp_path):
+    turns = [{"role": "user", "content": "2+2="}]
+    path = json_lines(tmp_path / "rows.jsonl", [{"prompt": turns}])
+    [row] = load_rows(SourceConfig(path=path, columns={"messages": "prompt"}), "law")
+    assert row == {"messages": turns}

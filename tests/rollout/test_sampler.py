@@ -210,3 +210,25 @@ def test_a_student_that_gives_nan_is_refused(qwen3_moe_model, prompts):
         qwen3_moe_model.lm_head.weight[5] = torch.nan
     with pytest.raises(ValueError, match="NaN or infinity on request 0 of domain law"):
         LocalSampler(qwen3_moe_model, [2], seed=0).sample(prompts, SAMPLED)
+
+
+def test_padded_rows_of_the_vocabulary_are_never_drawn(new_student, make_prompt):
+    """A head with more rows than the tokenizer: the rows beyond it get no training, and a sampled one would mean nothing."""
+    model = new_student("qwen3_moe_tiny")
+    with torch.no_grad():
+        model.lm_head.weight[40:] *= 0.0
+        model.lm_head.weight[:40] *= 0.01
+    requests = [make_prompt("law", [1, 5, 6], request) for request in range(16)]
+    cfg = SamplingConfig(max_new_tokens=8, decode_width=16)
+    free = LocalSampler(model, [2], seed=0).sample(requests, cfg)
+    held = LocalSampler(model, [2], seed=0, vocab_size=40).sample(requests, cfg)
+    assert max(int(rollout.completion_T.max()) for rollout in free) >= 40
+    assert max(int(rollout.completion_T.max()) for rollout in held) < 40
+
+
+def test_a_family_that_cannot_continue_from_a_cache_is_refused():
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("rwkv", vocab_size=32, hidden_size=16, attention_hidden_size=16, num_hidden_layers=1))
+    with pytest.raises(ValueError, match="past_key_values"):
+        LocalSampler(model, [2], seed=0)

@@ -150,3 +150,9 @@ def test_the_first_difference_from_another_run_is_kept(new_stream, qwen3_moe_mod
     saved = load_rollouts(replay_file(tmp_path / "one", 1))
     first = next(ours for ours, theirs in zip(differing, saved, strict=True) if ours.completion_T.tolist() != theirs.completion_T.tolist())
     assert comparing.difference.startswith(f"step 1: request {first.prompt.request} ({first.prompt.domain})")
+
+
+@pytest.mark.parametrize("setting", [{"save": True}, {"compare": "runs/other"}])
+def test_replaying_refuses_what_needs_sampling(setting, tmp_path):
+    with pytest.raises(ValueError, match="would be ignored"):
+        RolloutStream(None, None, RolloutConfig(replay="runs/saved", **setting), str(tmp_path))
