@@ -51,7 +51,8 @@ def step_once(engine: Engine, rollouts: list) -> None:
 
 
 @pytest.mark.parametrize(
-    ("every", "num_steps", "due"), [(2, 5, [2, 4, 5]), (2, None, [2, 4]), (5, 5, [5]), (9, 5, [5]), (9, None, []), (0, 5, [5]), (0, None, []), (1, 3, [1, 2, 3, 4, 5])]
+    ("every", "num_steps", "due"),
+    [(2, 5, [2, 4, 5]), (2, None, [2, 4]), (5, 5, [5]), (9, 5, [5]), (9, None, []), (0, 5, [5]), (0, None, []), (1, 3, [1, 2, 3, 4, 5])],
 )
 def test_what_happens_every_so_many_steps_also_happens_after_the_last(every, num_steps, due):
     assert [step for step in range(1, 6) if is_due(step, every, num_steps)] == due

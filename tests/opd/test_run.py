@@ -22,7 +22,7 @@ def test_a_folder_of_another_configuration_is_refused_by_the_setting_that_differ
 
 def test_a_difference_behind_one_that_may_differ_is_seen(tmp_path):
     open_run(config(tmp_path / "run"))
-    with pytest.raises(ValueError, match="student.router_probe_every"):
+    with pytest.raises(ValueError, match=r"student\.router_probe_every"):
         open_run(config(tmp_path / "run", "checkpoint.every=7", "logger.project=other", "student.router_probe_every=3"))
 
 

@@ -21,7 +21,8 @@ def mixture_of(shares: dict, prompts_per_step: int, num_rows: int = 50, seed: in
 
 def domain_of_two_sources(weights: tuple[float, float], rows: tuple[int, int] = (40, 60)) -> DomainPrompts:
     cfg = PromptsConfig(sources={name: SourceConfig(path="unread", weight=weight) for name, weight in zip("ab", weights, strict=True)})
-    sources = {name: [{"index": index, "tokens": [index], "answer": None, "slip": None} for index in range(count)] for name, count in zip("ab", rows, strict=True)}
+    counts = zip("ab", rows, strict=True)
+    sources = {name: [{"index": index, "tokens": [index], "answer": None, "slip": None} for index in range(count)] for name, count in counts}
     return DomainPrompts(name="law", cfg=cfg, sources=sources)
 
 

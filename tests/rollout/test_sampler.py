@@ -229,6 +229,6 @@ def test_padded_rows_of_the_vocabulary_are_never_drawn(new_student, make_prompt)
 def test_a_family_that_cannot_continue_from_a_cache_is_refused():
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("rwkv", vocab_size=32, hidden_size=16, attention_hidden_size=16, num_hidden_layers=1))
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("rwkv", vocab_size=32, hidden_size=16, attention_hidden_size=16, num_hidden_layers=2))
     with pytest.raises(ValueError, match="past_key_values"):
         LocalSampler(model, [2], seed=0)
