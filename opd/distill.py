@@ -41,7 +41,7 @@ def distill(cfg: DistillConfig) -> None:
             metrics |= rollout_metrics(rollouts, stream, cfg, tokenizer)
             if is_due(step + 1, cfg.evaluation.every):
                 metrics |= evaluation_metrics(evaluator.evaluate(stream.sampler, engine))
+            tracker.log(step + 1, metrics)
             if is_due(step + 1, cfg.checkpoint.every, cfg.num_steps):
                 save(run_dir, step + 1, engine, stream, cfg.checkpoint)
-            tracker.log(step + 1, metrics)
     finish_run(run_dir, engine, tokenizer)

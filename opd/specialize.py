@@ -53,9 +53,9 @@ def specialize(cfg: SpecializeConfig) -> None:
                 metrics = supervised_update(engine, batch, cfg)
             if is_due(step + 1, cfg.evaluation.every):
                 metrics |= evaluation_metrics(evaluator.evaluate(sampler, engine))
+            tracker.log(step + 1, metrics)
             if is_due(step + 1, cfg.checkpoint.every, cfg.num_steps):
                 save(run_dir, step + 1, engine, examples, cfg.checkpoint)
-            tracker.log(step + 1, metrics)
     finish_run(run_dir, engine, tokenizer)
 
 

@@ -12,6 +12,7 @@ from opd.batch import MicroBatch, supervised_batches
 from opd.config import BatchConfig, OptimConfig, OptimizerKind, Router, RunConfig, StudentConfig
 from opd.engine import OWNED_KEYS, Engine, deepspeed_settings
 from opd.optim import parameter_groups
+from opd.student import build_student, seed_everything
 from rollout.config import Dtype
 from rollout.types import Rollout
 
@@ -193,10 +194,10 @@ def test_muon_keeps_its_momentum_from_step_to_step(qwen3_moe_model, make_engine,
         assert functional.cosine_similarity(found.flatten().double(), expected.flatten(), dim=0) > 0.98
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("stage", [1, 2])
 def test_bfloat16_keeps_float32_masters_so_that_tiny_updates_add_up(stage, new_student_in, make_engine, make_config, examples):
     """A step of 1e-3 is lost on a bfloat16 weight of 1 (spacing 4e-3 below and 8e-3 above), and 20 of them are not."""
-    model = new_student_in("qwen3_moe_tiny", Dtype.bfloat16)
+    model = new_student_in(Dtype.bfloat16)
     cfg = make_config(stage=stage, optim={"lr": 1e-3, "betas": [0.0, 0.0], "eps": 1e-30, "clip_norm": None})
     engine = make_engine(model, cfg)
     name, batches = "model.norm.weight", micro_batches(examples[:2], 1)
@@ -211,19 +212,17 @@ def test_bfloat16_keeps_float32_masters_so_that_tiny_updates_add_up(stage, new_s
 
 @pytest.fixture
 def new_student_in(architecture, tokenizer) -> Callable:
-    """new_student_in("qwen3_moe_tiny", Dtype.bfloat16)"""
-    from opd.student import build_student, seed_everything
+    """new_student_in(Dtype.bfloat16): a Qwen3-MoE of one layer."""
 
-    def build(name: str, dtype: Dtype):
+    def build(dtype: Dtype):
         seed_everything(0)
-        return build_student(StudentConfig(architecture=architecture(name), dtype=dtype), tokenizer)
+        return build_student(StudentConfig(architecture=architecture("qwen3_moe_tiny", num_hidden_layers=1), dtype=dtype), tokenizer)
 
     return build
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize(("stage", "bad"), [(0, float("nan")), (0, float("inf")), (1, float("nan")), (1, float("inf")), (2, float("nan")), (3, float("nan"))])
 @pytest.mark.parametrize("kind", list(OptimizerKind))
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_gradient_that_is_not_finite_is_refused_and_leaves_the_weights(stage, kind, bad, qwen3_moe_model, make_engine, make_config, examples):
     cfg = make_config(stage=stage, optim={"kind": kind, "clip_norm": 1.0 if kind is OptimizerKind.adamw else None})
     engine = make_engine(qwen3_moe_model, cfg)
@@ -253,8 +252,7 @@ def test_weights_of_a_tied_head_are_given_once(make_engine, make_config, new_stu
     assert "model.embed_tokens.weight" in names
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
-@pytest.mark.parametrize("family", ["v4", "qwen3_moe"])
+@pytest.mark.parametrize(("family", "stage"), [("v4", 0), ("v4", 1), ("v4", 2), ("v4", 3), ("qwen3_moe", 1)])
 def test_a_checkpoint_brings_back_weights_optimizer_and_routing_so_that_training_goes_on_bit_for_bit(
     stage, family, v4_model, qwen3_moe_model, make_engine, make_config, examples, tmp_path
 ):
@@ -297,7 +295,7 @@ def test_a_checkpoint_that_is_not_there_is_refused(qwen3_moe_model, make_engine,
 
 
 def test_a_checkpoint_of_bfloat16_brings_back_the_float32_masters(new_student_in, make_engine, make_config, examples, tmp_path):
-    model, cfg = new_student_in("qwen3_moe_tiny", Dtype.bfloat16), make_config(optim={"lr": 1e-4})
+    model, cfg = new_student_in(Dtype.bfloat16), make_config(optim={"lr": 1e-4})
     batches = micro_batches(examples[:2], 1)
     engine = make_engine(model, cfg)
     train(engine, batches, steps=2)
@@ -312,8 +310,6 @@ def test_a_checkpoint_of_bfloat16_brings_back_the_float32_masters(new_student_in
 @pytest.mark.parametrize("stage", [1, 3])
 @pytest.mark.parametrize("name", ["deepseek_v4_tiny", "qwen3_moe_tiny"])
 def test_gradient_checkpointing_computes_layers_again_and_changes_no_update(stage, name, architecture, tokenizer, device, make_config, examples):
-    from opd.student import build_student, seed_everything
-
     found = {}
     for checkpointing in (False, True):
         student = {"architecture": architecture(name), "gradient_checkpointing": checkpointing}

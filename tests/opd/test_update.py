@@ -72,11 +72,10 @@ def assert_same_changes(one: dict[str, torch.Tensor], other: dict[str, torch.Ten
         torch.testing.assert_close(one[name], other[name], rtol=0, atol=tolerance, msg=lambda text, name=name: f"{name}: {text}")
 
 
-@pytest.mark.parametrize("stage", [0, 1])
-def test_loss_and_update_are_those_of_the_formula(stage, v4_model, make_pool, make_engine, make_config, rollouts, tokenizer):
+def test_loss_and_update_are_those_of_the_formula(v4_model, make_pool, make_engine, make_config, rollouts, tokenizer):
     weights = {"law": 0.75, "code": 0.25}
     pool = make_pool({"law": "v4", "code": "qwen3_moe"})
-    cfg = weighted(make_config, weights, stage=stage, max_tokens=30)
+    cfg = weighted(make_config, weights, max_tokens=30)
     metrics, changes = one_update(make_engine(v4_model, cfg), pool, rollouts, cfg)
     teachers = {name: pool.get(teacher).model for name, teacher in pool.teacher_of.items()}
     loss, gradients = naive_step(v4_model, teachers, rollouts, weights, len(tokenizer))
@@ -85,7 +84,7 @@ def test_loss_and_update_are_those_of_the_formula(stage, v4_model, make_pool, ma
 
 
 @pytest.mark.parametrize("family", ["v4", "qwen3_moe"])
-@pytest.mark.parametrize("max_tokens", [1, 30, 60])
+@pytest.mark.parametrize("max_tokens", [1, 30])
 def test_micro_batch_size_changes_neither_loss_nor_update(family, max_tokens, v4_model, qwen3_moe_model, make_pool, make_engine, make_config, rollouts):
     model = {"v4": v4_model, "qwen3_moe": qwen3_moe_model}[family]
     found = []
