@@ -142,9 +142,8 @@ def _bracket_answer(question: str) -> str:
 
 
 def _bracket_slip(question: str) -> str:
-    """Closed in the order of opening; where that is the same (a palindrome), with another last bracket."""
-    in_order = "".join(CLOSING[bracket] for bracket in question)
-    return in_order if in_order != _bracket_answer(question) else in_order[:-1] + _next(in_order[-1], "".join(CLOSING.values()))
+    """The opening brackets backwards, not closed."""
+    return question[::-1]
 
 
 def _call_question(rng: random.Random) -> str:

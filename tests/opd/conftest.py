@@ -1,6 +1,7 @@
 """Fixtures of the tests of `opd`: this process as a group of one, engines around a model, teachers on disk, and one short run."""
 
 import copy
+import gc
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from teachers.config import DomainConfig
 @pytest.fixture(scope="session")
 def device() -> Iterator[torch.device]:
     """This process as a process group of its own, until the session ends."""
+    gc.freeze()  # DeepSpeed collects garbage whenever it makes an engine: half a second over everything that was imported
     yield start_processes()
     stop_processes()
 

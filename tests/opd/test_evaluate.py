@@ -1,0 +1,139 @@
+"""Evaluation on held-out prompts: its figures against naive computations, its comparison of models, and the names of its record."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from opd.config import DistillConfig, EvaluationConfig
+from opd.evaluate import FIRST_REQUEST, DomainResult, Evaluator, comparison, evaluation_metrics
+from opd.intervals import proportion
+from rollout.config import GraderKind, HeldOutConfig, ModelConfig, PromptsConfig, SamplingConfig
+from rollout.sampler import LocalSampler
+from rollout.types import Rollout
+from teachers.config import DomainConfig, TeachersConfig
+from teachers.pool import TeacherPool
+
+ROWS = 12
+
+
+@pytest.fixture
+def cfg(teacher_folders) -> DistillConfig:
+    """Two domains on the same prompts with different teachers; one is not graded."""
+    domains = {}
+    for name, teacher, grader in [("law", "v4", GraderKind.exact), ("code", "qwen3_moe", None)]:
+        held_out = HeldOutConfig(path="synthetic:tools", split="held_out", rows=ROWS)
+        prompts = PromptsConfig(path="synthetic:tools", rows=8)
+        domains[name] = DomainConfig(teacher=ModelConfig(model=str(teacher_folders[teacher])), prompts=prompts, held_out=held_out, grader=grader)
+    return DistillConfig(domains=domains, evaluation=EvaluationConfig(every=1, max_new_tokens=5, decode_width=6))
+
+
+@pytest.fixture
+def evaluator(cfg, session_v4_model, tokenizer, device) -> Evaluator:
+    return Evaluator(cfg, session_v4_model, tokenizer, TeacherPool(cfg.domains, TeachersConfig(max_resident=2), tokenizer, device))
+
+
+@pytest.fixture
+def sampler(session_v4_model, tokenizer) -> LocalSampler:
+    return LocalSampler(session_v4_model, [tokenizer.eos_token_id], 0, len(tokenizer))
+
+
+def naive_kl(student, teacher, rollout: Rollout) -> float:
+    """Divergence of one completion, without padding, from whole logits."""
+    ids = torch.tensor([[*rollout.prompt.tokens, *rollout.completion_T.tolist()]])
+    with torch.no_grad():
+        log_p_TV, log_q_TV = (model(input_ids=ids).logits[0, len(rollout.prompt.tokens) - 1 : -1].double().log_softmax(-1) for model in (student, teacher))
+    return float((log_p_TV.exp() * (log_p_TV - log_q_TV)).sum())
+
+
+def test_divergences_are_those_of_the_sampled_completions_with_intervals_over_sequences(evaluator, sampler, session_v4_model):
+    for name in ("law", "code"):
+        result = evaluator.evaluate_domain(name, sampler)
+        rollouts = sampler.sample(evaluator.prompts[name], SamplingConfig(max_new_tokens=5, decode_width=6))
+        teacher = evaluator.teachers.get(evaluator.teachers.teacher_of[name]).model
+        kl = [naive_kl(session_v4_model, teacher, rollout) for rollout in rollouts]
+        tokens = [len(rollout.completion_T) for rollout in rollouts]
+        per_token, per_sequence = sum(kl) / sum(tokens), sum(kl) / ROWS
+        assert result.kl_per_token.value == pytest.approx(per_token, rel=1e-4)
+        assert result.kl_per_sequence.value == pytest.approx(per_sequence, rel=1e-4)
+        deviation = math.sqrt(sum((value - per_sequence) ** 2 for value in kl) / (ROWS - 1) / ROWS)
+        assert result.kl_per_sequence.high - result.kl_per_sequence.value == pytest.approx(1.959964 * deviation, rel=1e-3)
+        residuals = math.sqrt(sum((value - per_token * count) ** 2 for value, count in zip(kl, tokens, strict=True)) / (ROWS - 1) / ROWS)
+        assert result.kl_per_token.high - result.kl_per_token.value == pytest.approx(1.959964 * residuals / (sum(tokens) / ROWS), rel=1e-3)
+
+
+def test_accuracy_is_the_share_of_right_completions_and_truncation_that_of_unfinished_ones(evaluator, sampler, tokenizer):
+    """The reference answers of every third prompt are made what the model says at temperature 1, of the next what it says greedily."""
+    prompts = evaluator.prompts["law"]
+    rollouts, greedy = (sampler.sample(prompts, SamplingConfig(max_new_tokens=5, decode_width=6, temperature=heat)) for heat in (1.0, 0.0))
+    said, said_greedily = ([tokenizer.decode(r.completion_T, skip_special_tokens=True) for r in sampled] for sampled in (rollouts, greedy))
+    answers = [(said, said_greedily, ["never"] * ROWS)[number % 3][number] for number in range(ROWS)]
+    evaluator.prompts["law"] = [replace(prompt, answer=answer) for prompt, answer in zip(prompts, answers, strict=True)]
+    result = evaluator.evaluate_domain("law", sampler)
+    assert result.accuracy.value == sum(one.strip() == other.strip() for one, other in zip(said, answers, strict=True)) / ROWS >= 1 / 3
+    assert result.greedy.value == sum(one.strip() == other.strip() for one, other in zip(said_greedily, answers, strict=True)) / ROWS >= 1 / 3
+    assert result.accuracy.value < 1
+    assert result.truncated == sum(tokenizer.eos_token_id not in rollout.completion_T.tolist() for rollout in rollouts) / ROWS
+    assert result.prompts == ROWS
+
+
+def test_a_domain_without_a_grader_has_no_accuracy_and_one_without_teachers_no_divergence(evaluator, sampler, cfg, session_v4_model, tokenizer):
+    assert evaluator.evaluate_domain("code", sampler).accuracy is None
+    alone = Evaluator(cfg, session_v4_model, tokenizer, teachers=None).evaluate_domain("law", sampler)
+    assert alone.kl_per_token is None
+    assert alone.accuracy is not None
+
+
+def test_evaluating_twice_gives_the_same_figures_and_random_numbers_apart_from_trainings(evaluator, sampler):
+    assert evaluator.evaluate(sampler) == evaluator.evaluate(sampler)
+    assert min(prompt.request for prompts in evaluator.prompts.values() for prompt in prompts) == FIRST_REQUEST > 1 << 32
+
+
+def test_so_many_prompts_are_taken_and_none_where_evaluation_is_off(cfg, session_v4_model, tokenizer):
+    cfg.evaluation.prompts = 5
+    assert [len(prompts) for prompts in Evaluator(cfg, session_v4_model, tokenizer, None).prompts.values()] == [5, 5]
+    cfg.evaluation.every = 0
+    assert Evaluator(cfg, session_v4_model, tokenizer, None).prompts == {}
+
+
+def test_held_out_prompts_without_answers_are_refused_where_they_are_graded(cfg, session_v4_model, tokenizer, tmp_path):
+    (tmp_path / "held_out.jsonl").write_text('{"prompt": "T:a1b2="}\n')
+    cfg.domains["law"].held_out = HeldOutConfig(path=str(tmp_path / "held_out.jsonl"))
+    with pytest.raises(ValueError, match="no answer to grade against"):
+        Evaluator(cfg, session_v4_model, tokenizer, None)
+
+
+def result(right: int | None, trials: int = 200) -> DomainResult:
+    accuracy = None if right is None else proportion(right, trials)
+    return DomainResult(prompts=trials, truncated=0.0, accuracy=accuracy, greedy=accuracy, kl_per_token=None, kl_per_sequence=None)
+
+
+def test_recovery_is_the_students_accuracy_over_its_teachers_and_the_lowest_is_reported():
+    teacher = {"law": result(180), "code": result(100)}
+    record = comparison({}, teacher, {"law": result(171), "code": result(80)}, {"law": 0, "code": 3})
+    assert record["domains"]["law"]["recovery"]["value"] == pytest.approx(0.95)
+    assert record["domains"]["law"]["recovery"]["low"] < 0.95 < record["domains"]["law"]["recovery"]["high"]
+    assert record["min_recovery"] == pytest.approx(0.8)
+    assert record["domains"]["code"]["dropped_prompts"] == 3
+    assert "base" not in record["domains"]["law"]
+
+
+def test_a_domain_that_is_not_graded_is_named_and_does_not_count():
+    record = comparison({}, {"law": result(180), "code": result(None)}, {"law": result(171), "code": result(None)}, {"law": 0, "code": 0})
+    assert record["not_graded"] == ["code"]
+    assert record["domains"]["code"]["recovery"] == "not graded"
+    assert record["min_recovery"] == pytest.approx(0.95)
+
+
+@pytest.mark.parametrize("students", [{"law": result(10)}, {"law": result(None)}])
+def test_where_no_recovery_is_known_there_is_no_lowest(students):
+    """The teacher knows nothing, or nothing is graded."""
+    teacher = {name: result(0 if student.accuracy else None) for name, student in students.items()}
+    assert comparison({}, teacher, students, {"law": 0})["min_recovery"] is None
+
+
+def test_metrics_leave_out_what_was_not_measured():
+    names = {name.split("/")[-1] for name in evaluation_metrics({"law": result(None)})}
+    assert names == {"truncated"}
+    assert {name.split("/")[-1] for name in evaluation_metrics({"law": result(3)})} == {"truncated", "accuracy", "accuracy_low", "accuracy_high", "greedy"}
