@@ -44,7 +44,7 @@ def main(arguments: list[str] | None = None) -> int:
     except ValueError as error:
         return _fail(f"opd: {' '.join(str(error).split())}", USER_ERROR)
     except KeyboardInterrupt:
-        return _fail("opd: interrupted; the same command continues from the last checkpoint", INTERRUPTED)
+        return _fail("opd: interrupted; the same command, without fresh=true, continues from the last checkpoint", INTERRUPTED)
     finally:
         _stop()
     return 0
@@ -75,6 +75,10 @@ def compose_config(command: str, overrides: list[str]) -> DictConfig:
         store.store(name=f"{name}_schema", node=schema)
     own = Path.cwd() / "conf"
     search = [f"hydra.searchpath=[file://{own}]"] if own.is_dir() and own.resolve() != CONF else []
+    for file in own.rglob("*.yaml") if search else ():
+        shipped = CONF / file.relative_to(own)
+        if shipped.is_file() and shipped.read_text() != file.read_text():
+            raise ValueError(f"{file.relative_to(Path.cwd())} would be hidden by the file of that name that ships with opd: give it another name")
     stray = [override for override in overrides if "=" not in override and not override.startswith("~")]
     if stray:
         raise ValueError(f"{stray[0]!r} is not a setting: write setting=value")

@@ -1,7 +1,7 @@
 """Checkpoints of a run, and finding the newest when it starts again.
 
 Tree (schema version 1): `RUN/checkpoints/latest.json` is {"schema": 1, "step": S, "tag": "step-SSSSSS"}; the folder `step-SSSSSS` holds
-DeepSpeed's files (weights, optimizer, routing) and `opd.json`, {"schema": 1, "step": S, "stream": prompt positions}. A folder is
+DeepSpeed's files (weights, optimizer, routing) and `opd.json`, {"schema": 1, "step": S, "ranks": R, "stream": prompt positions}. A folder is
 written under the name `partial` and renamed when it is complete, then the pointer is replaced; a kill leaves the older checkpoint
 in force. A pointer to nothing, or checkpoints without a pointer, refuse: training silently from step 0 is worse than not training.
 """
@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Protocol
 
 from opd.config import CheckpointConfig
-from opd.distributed import barrier, is_main
+from opd.distributed import Group, barrier, is_main, num_ranks
 from opd.engine import Engine
 from opd.tracker import Tracker
+from rollout.files import read_json, replace_text
 
 SCHEMA = 1
 
@@ -47,12 +48,11 @@ def save(run_dir: Path, step: int, engine: Engine, stream: Resumable, cfg: Check
     engine.save(folder, "partial")
     barrier()
     if is_main():
-        (folder / "partial" / "opd.json").write_text(json.dumps({"schema": SCHEMA, "step": step, "stream": stream.state()}))
+        state = {"schema": SCHEMA, "step": step, "ranks": num_ranks(Group.data), "stream": stream.state()}
+        (folder / "partial" / "opd.json").write_text(json.dumps(state))
         shutil.rmtree(folder / tag, ignore_errors=True)
         (folder / "partial").rename(folder / tag)
-        pointer = folder / "latest.partial"
-        pointer.write_text(json.dumps({"schema": SCHEMA, "step": step, "tag": tag}))
-        pointer.replace(folder / "latest.json")
+        replace_text(folder / "latest.json", json.dumps({"schema": SCHEMA, "step": step, "tag": tag}))
         saved = sorted(path for path in folder.glob("step-*") if path.name <= tag)  # a later one was left by a kill before its pointer
         for old in saved[: -max(1, cfg.keep)]:
             shutil.rmtree(old)
@@ -71,13 +71,16 @@ def resume(run_dir: Path, engine: Engine, stream: Resumable, tracker: Tracker) -
             raise ValueError(f"{folder} holds checkpoints but no latest.json: restore it, or begin anew with fresh=true")
         tracker.resume(0)
         return 0
-    record = json.loads(pointer.read_text())
-    if record["schema"] != SCHEMA:
-        raise ValueError(f"{pointer} has schema {record['schema']}; this version reads schema {SCHEMA}")
+    record = read_json(pointer)
+    if record.get("schema") != SCHEMA:
+        raise ValueError(f"{pointer} has schema {record.get('schema')}; this version reads schema {SCHEMA}")
     state_file = folder / record["tag"] / "opd.json"
     if not state_file.is_file():
         raise ValueError(f"the checkpoint {folder / record['tag']} is missing or incomplete: begin anew with fresh=true")
+    state = read_json(state_file)
+    if state["ranks"] != num_ranks(Group.data):
+        raise ValueError(f"{folder / record['tag']} was saved by {state['ranks']} ranks and this run has {num_ranks(Group.data)}: start as many")
     engine.load(folder, record["tag"])
-    stream.restore(json.loads(state_file.read_text())["stream"])
+    stream.restore(state["stream"])
     tracker.resume(record["step"])
     return record["step"]

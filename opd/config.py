@@ -3,7 +3,7 @@
 `parse` turns a composed Hydra config into the dataclass of its command. Units: seconds, tokens, optimizer steps.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass
 from enum import Enum
 from typing import Any
 
@@ -219,7 +219,7 @@ class EvaluateConfig:
     base: ModelConfig = field(default_factory=ModelConfig)
     domains: dict[str, DomainConfig] = field(default_factory=dict)
     teachers: TeachersConfig = field(default_factory=TeachersConfig)
-    evaluation: EvaluationConfig = field(default_factory=lambda: EvaluationConfig(every=1, prompts=None))
+    evaluation: EvaluationConfig = field(default_factory=lambda: EvaluationConfig(prompts=None))
 
 
 @dataclass(slots=True)
@@ -268,8 +268,30 @@ def parse(config: DictConfig, schema: type) -> Any:
         parsed = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), config))
     except OmegaConfBaseException as error:
         raise ValueError(f"{error.full_key}: {first_sentence(error)}") from error
+    _check_ranges(parsed, "")
     _check_schedules(parsed)
     return parsed
+
+
+AT_LEAST_ONE = (
+    "prompts_per_step", "completions_per_prompt", "max_new_tokens", "decode_width", "examples_per_step", "max_tokens",
+    "max_tokens_per_micro_batch", "max_tokens_per_forward", "max_resident", "keep", "threads", "processes",
+)  # fmt: skip
+NOT_NEGATIVE = ("num_steps", "temperature", "lr", "muon_lr", "eps", "weight_decay", "warmup_steps", "every", "router_probe_every", "update_ratio_every")
+
+
+def _check_ranges(cfg: Any, path: str) -> None:
+    """Raises ValueError for a number that is out of its range, anywhere in a config."""
+    for field_ in fields(cfg):
+        name, value = path + field_.name, getattr(cfg, field_.name)
+        least = 1 if field_.name in AT_LEAST_ONE else 0 if field_.name in NOT_NEGATIVE else None
+        if least is not None and value is not None and not value >= least:
+            raise ValueError(f"{name} must be at least {least}, not {value}")
+        for key, member in value.items() if isinstance(value, dict) else [("", value)]:
+            if is_dataclass(member):
+                _check_ranges(member, f"{name}.{key}." if key else f"{name}.")
+    if isinstance(cfg, OptimConfig) and not (len(cfg.betas) == 2 and all(0 <= beta < 1 for beta in cfg.betas)):
+        raise ValueError(f"{path}betas must be two numbers from 0 to below 1, not {cfg.betas}")
 
 
 def _check_schedules(cfg: Any) -> None:

@@ -25,7 +25,7 @@ def distill(cfg: DistillConfig) -> None:
     teachers.require_context(stream.longest_rollouts)
     evaluator = Evaluator(cfg, student, tokenizer, teachers)
     engine = Engine(student, len(tokenizer), cfg, device)                # the only code that touches DeepSpeed
-    run_dir = open_run(cfg)
+    run_dir = open_run(cfg, "distill")
 
     with Tracker(run_dir, "distill", cfg) as tracker:
         first = resume(run_dir, engine, stream, tracker)

@@ -12,6 +12,7 @@ B: rows. L: positions. N: completion tokens of the micro-batch, flattened. D: hi
 
 import math
 import os
+import pickle
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -33,6 +34,7 @@ from opd.distributed import Group, num_ranks, reduce_sum
 from opd.divergence import TokenLosses, cross_entropy, reverse_kl
 from opd.optim import learning_rate_factor, parameter_groups
 from opd.routing import RoutingRecorder
+from rollout.errors import first_sentence
 from rollout.model import backbone_of, head_of
 
 OWNED_KEYS = {
@@ -156,7 +158,10 @@ class Engine:
     def load(self, folder: Path, tag: str) -> None:
         """Restore what `save` wrote. Raises ValueError where there is nothing to load."""
         is_there = any((folder / tag).glob("*model_states.pt"))
-        path, client_state = self.engine.load_checkpoint(str(folder), tag=tag) if is_there else (None, None)
+        try:
+            path, client_state = self.engine.load_checkpoint(str(folder), tag=tag) if is_there else (None, None)
+        except (OSError, RuntimeError, EOFError, KeyError, pickle.UnpicklingError) as error:
+            raise ValueError(f"the checkpoint {folder / tag} is damaged ({first_sentence(error)}): begin anew with fresh=true") from error
         if path is None:
             raise ValueError(f"the checkpoint {folder / tag} cannot be loaded: it is missing or incomplete")
         state = client_state["opd"]

@@ -19,7 +19,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
-from omegaconf import OmegaConf
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from opd.batch import teacher_batches
@@ -28,13 +27,16 @@ from opd.console import print_table
 from opd.distributed import Group, is_main, num_ranks, rank, reduce_sum, start_processes
 from opd.divergence import reverse_kl
 from opd.intervals import Interval, mean, proportion, ratio
+from opd.run import belongs_to, write_config
 from rollout.chat import decode_completion
 from rollout.config import SamplingConfig
+from rollout.files import replace_text
 from rollout.grading import grade
 from rollout.model import backbone_of, context_length, end_tokens, head_of, load_model, load_tokenizer
 from rollout.prompts import DomainPrompts, load_held_out, require_answers
 from rollout.sampler import LocalSampler, WeightSource
 from rollout.types import Prompt, Rollout
+from teachers.compatibility import check_compatible
 from teachers.pool import TeacherPool
 
 FIRST_REQUEST = 1 << 40
@@ -66,8 +68,9 @@ class Evaluator:
         self.domains, self.cfg, self.tokenizer, self.teachers = cfg.domains, cfg.evaluation, tokenizer, teachers
         self.sampling = _sampling(cfg)
         longest = context_length(student.config, "student") - self.sampling.max_new_tokens
+        is_wanted = isinstance(cfg, EvaluateConfig) or cfg.evaluation.every > 0
         prompts = {name: domain.prompts for name, domain in cfg.domains.items()}
-        sources = {name: domain.held_out for name, domain in cfg.domains.items() if cfg.evaluation.every > 0}
+        sources = {name: domain.held_out for name, domain in cfg.domains.items() if is_wanted}
         held_out = load_held_out(prompts, sources, tokenizer, longest)
         require_answers(held_out, [name for name in held_out if cfg.domains[name].grader is not None], "grade against")
         self.prompts = {name: _held_out(name, rows, cfg.evaluation.prompts) for name, rows in held_out.items()}
@@ -206,9 +209,14 @@ def _ratio_of_sums(count: float, tokens: float, kl: float, tokens_squared: float
 def evaluate(cfg: EvaluateConfig) -> None:
     """`opd evaluate`: base, teachers and student on every domain's held-out prompts; writes RUN/evaluation.json and prints the table."""
     device = start_processes()
+    folder = Path(cfg.run_dir)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())) and not belongs_to(folder, "evaluate"):
+        raise ValueError(f"{folder} is not a folder of `opd evaluate`: choose another run_dir")
     if cfg.student.model is None:
         raise ValueError("there is nothing to evaluate: set student.model to a folder or hub id")
     tokenizer = load_tokenizer(cfg.student.model, cfg.student.revision, cfg.student.trust_remote_code)
+    if cfg.base.model is not None:
+        check_compatible("base", cfg.base, tokenizer)
     student = load_model(cfg.student, "student", device)
     teachers = TeacherPool(cfg.domains, cfg.teachers, tokenizer, device)
     evaluator = Evaluator(cfg, student, tokenizer, teachers)
@@ -222,10 +230,9 @@ def evaluate(cfg: EvaluateConfig) -> None:
         teacher[name] = evaluator.evaluate_domain(name, LocalSampler(model, end_tokens(model, tokenizer), cfg.seed, len(tokenizer)), with_kl=False)
     record = comparison(results.get("base", {}), teacher, results["student"], evaluator.dropped)
     if is_main():
-        folder = Path(cfg.run_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.structured(cfg)))
-        (folder / "evaluation.json").write_text(json.dumps(record, indent=2) + "\n")
+        write_config(folder, cfg, "evaluate")
+        replace_text(folder / "evaluation.json", json.dumps(record, indent=2) + "\n")
         print_comparison(record)
 
 

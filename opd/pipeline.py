@@ -12,6 +12,7 @@ that was interrupted under the same hash resumes; any other starts anew. Progres
 need no channel back.
 """
 
+import ctypes
 import hashlib
 import importlib.metadata
 import json
@@ -35,9 +36,12 @@ from opd.console import ProgressDisplay
 from opd.distributed import num_cores
 from opd.evaluate import print_comparison
 from opd.metrics import headline
+from opd.run import belongs_to, lock, write_config
+from rollout.files import read_json, replace_text
 
 SCHEMA = 1
 POLL_SECONDS = 0.5
+LIBC = ctypes.CDLL(None)
 
 
 @dataclass(slots=True)
@@ -57,22 +61,29 @@ class Stage:
 
     @property
     def is_done(self) -> bool:
-        return self.record.get("hash") == self.hash and self.record.get("state") == "done"
+        product = self.folder / ("evaluation.json" if self.cfg.command == "evaluate" else "student/config.json")
+        return self.record.get("hash") == self.hash and self.record.get("state") == "done" and product.is_file()
 
 
 def run_pipeline(cfg: PipelineConfig) -> None:
     """Run what is not done yet, then write the summary and print its table. Raises ValueError where a stage fails."""
     run_dir = Path(cfg.run_dir)
-    if cfg.fresh and run_dir.exists():
-        if not (run_dir / "stages").is_dir() and any(run_dir.iterdir()):
-            raise ValueError(f"{run_dir} is not a pipeline's folder, so fresh=true does not delete it: choose another run_dir")
-        shutil.rmtree(run_dir)
+    if run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())) and not belongs_to(run_dir, "pipeline"):
+        raise ValueError(f"{run_dir} is not a folder of `opd pipeline`: choose another run_dir")
     stages = plan(cfg)
     (run_dir / "stages").mkdir(parents=True, exist_ok=True)
-    (run_dir / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.structured(cfg)))
+    problem = lock(run_dir)
+    if problem is not None:
+        raise ValueError(problem)
+    if cfg.fresh:
+        for stage in stages.values():
+            shutil.rmtree(stage.folder, ignore_errors=True)
+            stage.record = {}
+    write_config(run_dir, cfg, "pipeline")
     free = _slots(cfg)
     threads = max(1, num_cores() // len(free))
     peak_memory = _Peak()
+    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))  # end the stages too
     with ProgressDisplay() as display:
         for stage in stages.values():
             if stage.is_done:
@@ -108,6 +119,8 @@ def plan(cfg: PipelineConfig) -> dict[str, Stage]:
         if stage.command != "evaluate":
             overrides += _logger_overrides(cfg.logger)
         state_file = _state_file(Path(cfg.run_dir), name)
+        if folder.exists() and not state_file.is_file():
+            raise ValueError(f"{folder} is in the way of stage {name}, which did not make it: move it, or choose another run_dir")
         stages[name] = Stage(
             name=name,
             cfg=stage,
@@ -115,7 +128,7 @@ def plan(cfg: PipelineConfig) -> dict[str, Stage]:
             arguments=[stage.command, *overrides],
             hash=hashlib.sha256(identity.encode()).hexdigest(),
             num_steps=1 if stage.command == "evaluate" else config.num_steps,
-            record=json.loads(state_file.read_text()) if state_file.is_file() else {},
+            record=read_json(state_file) if state_file.is_file() else {},
         )
     return stages
 
@@ -164,7 +177,12 @@ def _start(stage: Stage, run_dir: Path, threads: int) -> None:
         environment["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, stage.slots))
     log = (run_dir / "stages" / f"{stage.name}.log").open("w")
     stage.begun = time.monotonic()
-    stage.process = subprocess.Popen([*launcher, "opd", *arguments], stdout=log, stderr=subprocess.STDOUT, env=environment)
+    stage.process = subprocess.Popen([*launcher, "opd", *arguments], stdout=log, stderr=subprocess.STDOUT, env=environment, preexec_fn=_end_with_parent)
+
+
+def _end_with_parent() -> None:
+    """Have Linux interrupt this process when the pipeline is gone, however it went."""
+    LIBC.prctl(1, signal.SIGINT)  # PR_SET_PDEATHSIG
 
 
 def _follow(stage: Stage, free: list[int], run_dir: Path, display: ProgressDisplay) -> None:
@@ -231,7 +249,7 @@ def write_summary(cfg: PipelineConfig, stages: dict[str, Stage], peak_memory_byt
         "seed": cfg.seed,
         "versions": {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in ("opd", "torch", "transformers", "deepspeed")},
     }
-    path.write_text(json.dumps(summary, indent=2) + "\n")
+    replace_text(path, json.dumps(summary, indent=2) + "\n")
     print_comparison(comparison)
     total = sum(summary["seconds"].values())
     lowest = "undefined" if summary["min_recovery"] is None else f"{summary['min_recovery']:.3f}"
@@ -263,10 +281,7 @@ def _state_file(run_dir: Path, name: str) -> Path:
 
 
 def _write_state(run_dir: Path, stage: Stage) -> None:
-    path = _state_file(run_dir, stage.name)
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(stage.record) + "\n")
-    partial.replace(path)
+    replace_text(_state_file(run_dir, stage.name), json.dumps(stage.record) + "\n")
 
 
 def _last_error(log: Path) -> str:

@@ -1,58 +1,117 @@
 """The run folder: where a command writes, and the configuration that belongs to it.
 
-    RUN/config.yaml          resolved configuration of the run
+    RUN/config.yaml          resolved configuration of the run; its first line names the command
     RUN/metrics.jsonl        opd/metrics.py
     RUN/checkpoints/         opd/checkpoint.py
     RUN/rollouts/            rollout/replay.py, with rollout.save=true
     RUN/student/             Hugging Face folder of the trained model, when the run is finished
-    RUN/evaluation.json      opd/evaluate.py, from the last evaluation
+    RUN/evaluation.json      opd/evaluate.py (in a folder of `opd evaluate`)
+    RUN/.lock                held by the process that writes here
 
 Nothing is written before every part of the run has been built and checked. A folder that holds a run with another
 configuration is refused rather than mixed.
 """
 
+import fcntl
 import json
 import shutil
 from pathlib import Path
+from typing import IO, Any
 
 from omegaconf import OmegaConf
 from transformers import PreTrainedTokenizerBase
 
-from opd.config import RunConfig
+from opd.config import DistillConfig, RunConfig
 from opd.distributed import barrier, broadcast_object, is_main
 from opd.engine import Engine
+from rollout.files import replace_text
 from rollout.model import save_model
 
 MAY_DIFFER = ("fresh", "threads", "logger", "checkpoint", "run_dir")
 """Fields that may change when a run is resumed."""
 
+_LOCKS: dict[Path, IO] = {}
+"""Lock files this process holds open, by folder; a lock lasts as long as its process."""
 
-def open_run(cfg: RunConfig) -> Path:
-    """Make or take up the run folder; every rank calls it. Raises ValueError where it holds another configuration."""
+
+def open_run(cfg: RunConfig, command: str) -> Path:
+    """Make or take up the run folder; every rank calls it.
+
+    Raises ValueError where it holds another configuration or another command's, where another process writes to it, and where
+    `fresh` would delete something that is not a run of this command, or that the run reads.
+    """
     folder = Path(cfg.run_dir)
-    problem = _prepare(folder, cfg) if is_main() else None
+    problem = _prepare(folder, cfg, command) if is_main() else None
     problem = broadcast_object(problem)
     if problem is not None:
         raise ValueError(problem)
-    barrier()
     return folder
 
 
-def _prepare(folder: Path, cfg: RunConfig) -> str | None:
-    resolved = OmegaConf.to_yaml(OmegaConf.structured(cfg))
+def write_config(folder: Path, cfg: Any, command: str) -> None:
+    """Write FOLDER/config.yaml, whose first line says whose folder it is."""
+    replace_text(folder / "config.yaml", _mark(command) + OmegaConf.to_yaml(OmegaConf.structured(cfg)))
+
+
+def belongs_to(folder: Path, command: str) -> bool:
+    """Whether a folder holds what a command wrote."""
     stored = folder / "config.yaml"
-    if cfg.fresh and folder.exists():
-        if not stored.is_file() and any(folder.iterdir()):
-            return f"{folder} is not a run folder (it has no config.yaml), so fresh=true does not delete it: choose another run_dir"
-        shutil.rmtree(folder)
-    if stored.is_file():
-        changed = _first_difference(OmegaConf.to_container(OmegaConf.load(stored)), OmegaConf.to_container(OmegaConf.create(resolved)))
-        if changed is not None:
-            return f"{folder} holds a run with another configuration ({changed}): choose another run_dir, or begin anew with fresh=true"
+    return stored.is_file() and stored.read_text().startswith(_mark(command))
+
+
+def lock(folder: Path) -> str | None:
+    """Keep other processes out of a folder until this one ends; returns the problem where one is in it already."""
+    if folder.resolve() in _LOCKS:
         return None
-    folder.mkdir(parents=True, exist_ok=True)
-    stored.write_text(resolved)
+    file = (folder / ".lock").open("w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return f"another process is writing to {folder}: wait for it, end it, or choose another run_dir"
+    _LOCKS[folder.resolve()] = file
     return None
+
+
+def _mark(command: str) -> str:
+    return f"# written by opd {command}\n"
+
+
+def _prepare(folder: Path, cfg: RunConfig, command: str) -> str | None:
+    try:
+        if folder.exists() and any(folder.iterdir()) and not belongs_to(folder, command):
+            return f"{folder} is not a folder of `opd {command}`: choose another run_dir"
+        folder.mkdir(parents=True, exist_ok=True)
+        problem = lock(folder)
+    except OSError as error:
+        return f"run_dir={folder} cannot be used: {error.strerror}"
+    return problem or (_clear(folder, cfg) if cfg.fresh else None) or _compare(folder, cfg, command)
+
+
+def _clear(folder: Path, cfg: RunConfig) -> str | None:
+    """Delete what a run writes, and nothing else."""
+    inputs = [cfg.student.model, *(domain.teacher.model for domain in cfg.domains.values())]
+    inputs += [cfg.rollout.replay, cfg.rollout.compare] if isinstance(cfg, DistillConfig) else []
+    inside = [path for path in inputs if path is not None and folder.resolve() in (Path(path).resolve(), *Path(path).resolve().parents)]
+    if inside:
+        return f"fresh=true would delete {inside[0]}, which the run reads: choose another run_dir"
+    for name in ("config.yaml", "metrics.jsonl", "wandb_id", "evaluation.json"):
+        (folder / name).unlink(missing_ok=True)
+    for name in ("checkpoints", "rollouts", "student", "wandb"):
+        shutil.rmtree(folder / name, ignore_errors=True)
+    return None
+
+
+def _compare(folder: Path, cfg: RunConfig, command: str) -> str | None:
+    """Write the configuration where there is none; else the first setting that differs from it, as a problem."""
+    stored = folder / "config.yaml"
+    if not stored.is_file():
+        write_config(folder, cfg, command)
+        return None
+    new = OmegaConf.create(OmegaConf.to_yaml(OmegaConf.structured(cfg)))
+    changed = _first_difference(OmegaConf.to_container(OmegaConf.load(stored)), OmegaConf.to_container(new))
+    if changed is None:
+        return None
+    return f"{folder} holds a run with another configuration ({changed}): choose another run_dir, or begin anew with fresh=true"
 
 
 def _first_difference(old: dict, new: dict, path: str = "") -> str | None:

@@ -40,7 +40,7 @@ def specialize(cfg: SpecializeConfig) -> None:
     sampler = LocalSampler(copy_for_sampling(student, device), end_tokens(student, tokenizer), cfg.seed, len(tokenizer))
     evaluator = Evaluator(cfg, student, tokenizer, teachers=None)
     engine = Engine(student, len(tokenizer), cfg, device)
-    run_dir = open_run(cfg)
+    run_dir = open_run(cfg, "specialize")
 
     with Tracker(run_dir, "specialize", cfg) as tracker:
         first = resume(run_dir, engine, examples, tracker)

@@ -18,6 +18,8 @@ from opd.console import ProgressDisplay
 from opd.distributed import is_main
 from opd.metrics import SCHEMA, headline
 from opd.run import config_dict
+from rollout.errors import first_sentence
+from rollout.files import replace_text
 
 
 class Tracker:
@@ -45,9 +47,7 @@ class Tracker:
         if is_main() and self.file.exists():
             whole = [line for line in self.file.read_text().splitlines() if line.endswith("}")]  # a kill may have cut the last one
             kept = [line for line in whole if json.loads(line)["step"] <= step] if step else []
-            partial = self.file.with_suffix(".partial")
-            partial.write_text("".join(line + "\n" for line in kept))
-            partial.replace(self.file)
+            replace_text(self.file, "".join(line + "\n" for line in kept))
         if step:
             self.display.say(f"{self.task}: continues after step {step}")
         self.step_begun = time.monotonic()
@@ -83,18 +83,22 @@ def _start_wandb(run_dir: Path, cfg: LoggerConfig, config: dict[str, Any]):
     id_file = run_dir / "wandb_id"
     if not id_file.exists():
         id_file.write_text(uuid.uuid4().hex[:12])
-    run = wandb.init(
-        project=cfg.project,
-        entity=cfg.entity,
-        group=cfg.group,
-        name=cfg.name or run_dir.name,
-        id=id_file.read_text(),
-        resume="allow",
-        mode="online" if cfg.kind is LoggerKind.wandb else "offline",
-        dir=str(run_dir),
-        config=config if cfg.upload_text else without_text(config),
-        settings=wandb.Settings(silent=True, console="off", x_disable_stats=True),
-    )
+    arguments = {
+        "project": cfg.project,
+        "entity": cfg.entity,
+        "group": cfg.group,
+        "name": cfg.name or run_dir.name,
+        "id": id_file.read_text(),
+        "resume": "allow",
+        "mode": "online" if cfg.kind is LoggerKind.wandb else "offline",
+        "dir": str(run_dir),
+        "config": config if cfg.upload_text else without_text(config),
+        "settings": wandb.Settings(silent=True, console="off", x_disable_stats=True),
+    }
+    try:
+        run = wandb.init(**arguments)
+    except wandb.errors.Error as error:
+        raise ValueError(f"Weights & Biases cannot be reached ({first_sentence(error)}): run `wandb login`, or set logger=offline") from error
     run.define_metric("*", step_metric="opd/step")
     return run
 

@@ -51,6 +51,9 @@ def _render(row: dict[str, Any], cfg: PromptsConfig, tokenizer: PreTrainedTokeni
         messages = [{"role": "user", "content": prompt}]
     if not isinstance(messages, list) or not messages or not all(isinstance(turn, dict) for turn in messages):
         raise ValueError(f"the messages of row {name} must be a list of turns with a role and content each, not {messages!r}")
+    for turn in messages:
+        if not isinstance(turn.get("role"), str) or not (isinstance(turn.get("content"), str) or turn.get("tool_calls")):
+            raise ValueError(f"a turn of row {name} lacks a role, or has neither content nor tool_calls: {turn!r}")
     if messages[-1].get("role") not in ("user", "tool"):
         raise ValueError(f"the messages of row {name} must end in a user or tool turn, not {messages[-1].get('role')!r}")
     if cfg.system_prompt is not None and messages[0].get("role") != "system":
@@ -66,4 +69,5 @@ def _trim_special(tokens: list[int], tokenizer: PreTrainedTokenizerBase) -> list
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     if bos is not None and tokens[:2] == [bos, bos]:
         tokens = tokens[1:]
-    return tokens[:-1] if tokens and tokens[-1] == eos else tokens
+    appends_eos = tokenizer("")["input_ids"][-1:] == [eos]
+    return tokens[:-1] if appends_eos and tokens[-1:] == [eos] else tokens

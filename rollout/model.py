@@ -42,6 +42,8 @@ def load_model(cfg: ModelConfig, role: str, device: torch.device | str = "cpu") 
     """
     if cfg.model is None:
         raise ValueError(f"the {role} has no model: give a local folder or a hub id")
+    if cfg.revision is not None and Path(cfg.model).is_dir():
+        raise ValueError(f"the {role} is the local folder {cfg.model}, so revision={cfg.revision} would be ignored: remove it")
     arguments = {"revision": cfg.revision, "trust_remote_code": cfg.trust_remote_code, "dtype": torch_dtype(cfg.dtype), "device_map": {"": device}}
     arguments["ignore_mismatched_sizes"] = True  # reported below, by name
     if cfg.attention is not None:

@@ -1,7 +1,7 @@
 """Rollout replay files: the rollouts of a step, saved so that it can be trained on again without sampling.
 
-Format (schema version 1). `RUN/rollouts/step-000012.jsonl`: the first line is `{"schema": 1, "step": 12}`, then one JSON object
-per rollout of the whole step, over all ranks, in request order:
+Format (schema version 1). `RUN/rollouts/step-000012.jsonl`: the first line is `{"schema": 1, "step": 12, "rollouts": R}`, then R JSON
+objects, one per rollout of the whole step, over all ranks, in request order:
 
     {"domain", "request", "row", "sample", "prompt": [ids], "answer": str|null, "completion": [ids],
      "mask": [0|1], "logprob": [floats], "finished": bool, "policy_step": int}
@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from rollout.files import replace_text
 from rollout.types import Prompt, Rollout
 
 SCHEMA = 1
@@ -26,22 +27,25 @@ def replay_file(run: str | Path, step: int) -> Path:
 def save_rollouts(path: Path, step: int, rollouts: list[Rollout]) -> None:
     """Write one step's rollouts; the file appears complete or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    lines = [json.dumps({"schema": SCHEMA, "step": step})]
+    lines = [json.dumps({"schema": SCHEMA, "step": step, "rollouts": len(rollouts)})]
     lines += [json.dumps(_to_json(rollout)) for rollout in sorted(rollouts, key=rollout_key)]
-    partial = path.with_suffix(".partial")
-    partial.write_text("\n".join(lines) + "\n")
-    partial.replace(path)
+    replace_text(path, "\n".join(lines) + "\n")
 
 
 def load_rollouts(path: Path) -> list[Rollout]:
-    """Rollouts of one step in request order. Raises ValueError where the file is missing or of another schema."""
+    """Rollouts of one step in request order. Raises ValueError where the file is missing, cut, or of another schema."""
     if not path.is_file():
         raise ValueError(f"there are no saved rollouts at {path}: make them with rollout.save=true")
-    header, *lines = path.read_text().splitlines()
-    schema = json.loads(header).get("schema")
-    if schema != SCHEMA:
-        raise ValueError(f"the rollouts in {path} have schema {schema}; this version reads schema {SCHEMA}")
-    return [_from_json(json.loads(line)) for line in lines]
+    damaged = f"the rollouts in {path} are damaged: make them again with rollout.save=true"
+    try:
+        header, *records = [json.loads(line) for line in path.read_text().splitlines()]
+    except ValueError as error:
+        raise ValueError(damaged) from error
+    if header.get("schema") != SCHEMA:
+        raise ValueError(f"the rollouts in {path} have schema {header.get('schema')}; this version reads schema {SCHEMA}")
+    if header.get("rollouts") != len(records):
+        raise ValueError(damaged)
+    return [_from_json(record) for record in records]
 
 
 def first_difference(here: list[Rollout], there: list[Rollout]) -> str | None:

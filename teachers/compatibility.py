@@ -6,6 +6,7 @@ checked in seconds; that their weights are all there is verified when they are l
 
 import hashlib
 import json
+from pathlib import Path
 
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
@@ -15,28 +16,35 @@ from rollout.model import context_length, load_tokenizer, refuse_logit_transform
 
 
 def check_teacher(domain: str, cfg: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> int:
-    """The positions that the teacher can read.
-
-    Raises ValueError, with the domain's name, for a teacher that is not there or does not read the student's tokens.
-    """
+    """As `check_compatible`, for the teacher of a domain."""
     if cfg.model is None:
         raise ValueError(f"domain {domain} has no teacher: set domains.{domain}.teacher.model to a local folder or hub id")
-    require_folder(cfg.model, f"teacher of {domain}")
-    require_weights(cfg.model, f"teacher of {domain}")
+    return check_compatible(f"teacher of {domain}", cfg, tokenizer)
+
+
+def check_compatible(role: str, cfg: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> int:
+    """The positions that a model can read.
+
+    Raises ValueError, with the model's role, where it is not there or does not read the student's tokens.
+    """
+    require_folder(cfg.model, role)
+    if cfg.revision is not None and Path(cfg.model).is_dir():
+        raise ValueError(f"the {role} is the local folder {cfg.model}, so revision={cfg.revision} would be ignored: remove it")
+    require_weights(cfg.model, role)
     try:
         config = AutoConfig.from_pretrained(cfg.model, revision=cfg.revision, trust_remote_code=cfg.trust_remote_code)
         own = load_tokenizer(cfg.model, cfg.revision, cfg.trust_remote_code)
     except (OSError, ValueError) as error:
-        raise ValueError(f"the teacher of {domain} cannot be read from {cfg.model}: {first_sentence(error)}") from error
+        raise ValueError(f"the {role} cannot be read from {cfg.model}: {first_sentence(error)}") from error
     if tokenizer_fingerprint(own) != tokenizer_fingerprint(tokenizer):
-        raise ValueError(f"the teacher of {domain} ({cfg.model}) has another tokenizer than the student: they must share one vocabulary")
+        raise ValueError(f"the {role} ({cfg.model}) has another tokenizer than the student: they must share one vocabulary")
     if own.eos_token_id != tokenizer.eos_token_id:
-        raise ValueError(f"the teacher of {domain} ends a sequence with token {own.eos_token_id}, the student with {tokenizer.eos_token_id}")
+        raise ValueError(f"the {role} ends a sequence with token {own.eos_token_id}, the student with {tokenizer.eos_token_id}")
     vocab_size = config.get_text_config().vocab_size
     if vocab_size < len(tokenizer):
-        raise ValueError(f"the teacher of {domain} has {vocab_size} vocabulary rows, fewer than the tokenizer's {len(tokenizer)}")
-    refuse_logit_transforms(config, f"teacher of {domain}")
-    return context_length(config, f"teacher of {domain}")
+        raise ValueError(f"the {role} has {vocab_size} vocabulary rows, fewer than the tokenizer's {len(tokenizer)}")
+    refuse_logit_transforms(config, role)
+    return context_length(config, role)
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -95,8 +95,8 @@ MISTAKES = {
     "unknown stage command": "stage base runs 'distil', which is no command of a pipeline",
     "unknown stage before": "comes after 'nothing', which is not a stage before it",
     "mistake in a stage": "there is no experiment called 'quickstart_bass'",
-    "fresh over something else": "is not a run folder",
-    "fresh pipeline over something else": "is not a pipeline's folder",
+    "fresh over something else": "is not a folder of `opd distill`",
+    "fresh pipeline over something else": "is not a folder of `opd pipeline`",
     "another configuration": "holds a run with another configuration (seed was 0 and is 1)",
 }
 """What is wrong -> what the sentence says."""

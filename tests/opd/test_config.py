@@ -217,3 +217,18 @@ def test_a_schema_cannot_take_an_attribute_that_is_not_a_field():
 def test_data_files_only_are_in_conf():
     assert {path.suffix for path in Path(CONF).rglob("*") if path.is_file()} == {".yaml"}
     assert not [path for path in CONF.rglob("*.yaml") if "_target_" in path.read_text()]
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("rollout.completions_per_prompt=0", r"rollout\.completions_per_prompt must be at least 1, not 0"),
+        ("rollout.temperature=-3", r"rollout\.temperature must be at least 0, not -3"),
+        ("optim.lr=nan", r"optim\.lr must be at least 0"),
+        ("optim.betas=[0.9]", r"optim\.betas must be two numbers"),
+        ("threads=-1", r"threads must be at least 1"),
+    ],
+)
+def test_a_number_out_of_its_range_is_refused_by_name(override, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        load_config("distill", [override])

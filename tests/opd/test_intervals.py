@@ -52,6 +52,16 @@ def test_the_interval_of_a_ratio_covers_the_true_ratio_as_often_as_it_says(top, 
     assert 0.93 <= coverage(top, bottom, trials=120) <= 0.985
 
 
+@pytest.mark.parametrize(("top", "bottom"), [((60, 120), (108, 120)), ((12, 40), (30, 40)), ((99, 100), (50, 100))])
+def test_the_ends_of_a_ratios_interval_solve_the_equations_of_their_definition(top, bottom):
+    """At the low end r: (p - r q)^2 = (p - low p)^2 + r^2 (high q - q)^2, and mirrored at the high end (Donner and Zou 2012, eq. 9)."""
+    one, other = proportion(*top), proportion(*bottom)
+    found = ratio(one, other)
+    for end, above, below in [(found.low, one.value - one.low, other.high - other.value), (found.high, one.high - one.value, other.value - other.low)]:
+        assert (one.value - end * other.value) ** 2 == pytest.approx(above**2 + end**2 * below**2)
+    assert found.low < found.value == one.value / other.value < found.high
+
+
 def test_a_ratio_of_two_perfect_proportions_is_one_with_an_interval_around_it():
     interval = ratio(proportion(50, 50), proportion(50, 50))
     assert interval.value == 1.0

@@ -1,5 +1,8 @@
 """The run folder: written once everything is checked, and never shared by two configurations."""
 
+import subprocess
+import sys
+
 import pytest
 
 from opd.__main__ import load_config
@@ -15,29 +18,63 @@ def config(folder, *overrides: str):
     [("optim.lr=1", "optim.lr"), ("student.dtype=bfloat16", "student.dtype"), ("+domain=tools", "domains.tools"), ("rollout.max_new_tokens=3", "rollout.max")],
 )
 def test_a_folder_of_another_configuration_is_refused_by_the_setting_that_differs(override, named, tmp_path):
-    open_run(config(tmp_path / "run"))
+    open_run(config(tmp_path / "run"), "distill")
     with pytest.raises(ValueError, match=named):
-        open_run(config(tmp_path / "run", override))
+        open_run(config(tmp_path / "run", override), "distill")
 
 
 def test_a_difference_behind_one_that_may_differ_is_seen(tmp_path):
-    open_run(config(tmp_path / "run"))
+    open_run(config(tmp_path / "run"), "distill")
     with pytest.raises(ValueError, match=r"student\.router_probe_every"):
-        open_run(config(tmp_path / "run", "checkpoint.every=7", "logger.project=other", "student.router_probe_every=3"))
+        open_run(config(tmp_path / "run", "checkpoint.every=7", "logger.project=other", "student.router_probe_every=3"), "distill")
 
 
 def test_what_may_differ_is_accepted(tmp_path):
-    open_run(config(tmp_path / "run"))
-    assert open_run(config(tmp_path / "run", "checkpoint.every=7", "logger=none", "threads=1")) == tmp_path / "run"
+    open_run(config(tmp_path / "run"), "distill")
+    assert open_run(config(tmp_path / "run", "checkpoint.every=7", "logger=none", "threads=1"), "distill") == tmp_path / "run"
 
 
 def test_fresh_deletes_a_run_folder_and_nothing_else(tmp_path):
-    folder = open_run(config(tmp_path / "run"))
+    folder = open_run(config(tmp_path / "run"), "distill")
     (folder / "metrics.jsonl").write_text("{}")
-    open_run(config(folder, "fresh=true"))
+    open_run(config(folder, "fresh=true"), "distill")
     assert not (folder / "metrics.jsonl").exists()
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "chapter.tex").write_text("years of work")
-    with pytest.raises(ValueError, match="not a run folder"):
-        open_run(config(tmp_path / "thesis", "fresh=true"))
+    with pytest.raises(ValueError, match="not a folder of `opd distill`"):
+        open_run(config(tmp_path / "thesis", "fresh=true"), "distill")
     assert (tmp_path / "thesis" / "chapter.tex").exists()
+
+
+def test_fresh_leaves_what_the_run_did_not_write(tmp_path):
+    folder = open_run(config(tmp_path / "run"), "distill")
+    (folder / "notes.txt").write_text("mine")
+    open_run(config(folder, "fresh=true"), "distill")
+    assert (folder / "notes.txt").read_text() == "mine"
+
+
+def test_fresh_refuses_to_delete_what_the_run_reads(tmp_path):
+    folder = open_run(config(tmp_path / "run"), "distill")
+    teacher = f"domains.arithmetic.teacher.model={folder / 'student'}"
+    with pytest.raises(ValueError, match="which the run reads"):
+        open_run(config(folder, "fresh=true", teacher), "distill")
+
+
+def test_a_folder_of_another_command_is_refused(tmp_path):
+    open_run(config(tmp_path / "run"), "distill")
+    with pytest.raises(ValueError, match="not a folder of `opd specialize`"):
+        open_run(config(tmp_path / "run"), "specialize")
+
+
+def test_two_processes_do_not_write_to_one_folder(tmp_path):
+    folder = open_run(config(tmp_path / "run"), "distill")
+    script = f"from pathlib import Path; from opd.run import lock; print(lock(Path({str(folder)!r})))"
+    other = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert "another process is writing" in other.stdout
+
+
+@pytest.mark.parametrize("path", ["file", "file/below"])
+def test_a_run_dir_that_cannot_be_one_is_refused(path, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="cannot be used"):
+        open_run(config(tmp_path / path), "distill")

@@ -54,12 +54,12 @@ def call_tools(question: str) -> str:
 MISCONCEPTIONS = {
     "arithmetic": lambda question: add_on_paper(question, flips_first_carry=True),
     "sorting": lambda question: sort_by_counting(question)[::-1],
-    "brackets": lambda question: close_brackets(question)[::-1],
+    "brackets": lambda question: question[::-1],
     "tools": lambda question: f"{{{question[2]}({question[3]});{question[0]}({question[1]})}}",
 }
 ORACLES = {"arithmetic": add_on_paper, "sorting": sort_by_counting, "brackets": close_brackets, "tools": call_tools}
 LETTERS = {"arithmetic": "A", "sorting": "S", "brackets": "B", "tools": "T"}
-WELL_FORMED = {"arithmetic": r"\d\d[012]", "sorting": r"\d{6}", "brackets": r"[)\]}>]{5,7}", "tools": r"\{[a-z]\(\d\);[a-z]\(\d\)\}"}
+WELL_FORMED = {"arithmetic": r"\d\d[012]", "sorting": r"\d{6}", "brackets": r"[)\]}>]{5,7}|[(\[{<]{5,7}", "tools": r"\{[a-z]\(\d\);[a-z]\(\d\)\}"}
 
 
 def question_of(prompt: str) -> str:
