@@ -70,7 +70,8 @@ def run_pipeline(cfg: PipelineConfig) -> None:
     run_dir = Path(cfg.run_dir)
     if run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())) and not belongs_to(run_dir, "pipeline"):
         raise ValueError(f"{run_dir} is not a folder of `opd pipeline`: choose another run_dir")
-    stages = plan(cfg)
+    stages, free = plan(cfg), _slots(cfg)
+    threads = max(1, num_cores() // len(free))
     (run_dir / "stages").mkdir(parents=True, exist_ok=True)
     problem = lock(run_dir)
     if problem is not None:
@@ -80,8 +81,6 @@ def run_pipeline(cfg: PipelineConfig) -> None:
             shutil.rmtree(stage.folder, ignore_errors=True)
             stage.record = {}
     write_config(run_dir, cfg, "pipeline")
-    free = _slots(cfg)
-    threads = max(1, num_cores() // len(free))
     peak_memory = _Peak()
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))  # end the stages too
     with ProgressDisplay() as display:
