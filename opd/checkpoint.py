@@ -3,7 +3,7 @@
 Tree (schema version 1): `RUN/checkpoints/latest.json` is {"schema": 1, "step": S, "tag": "step-SSSSSS"}; the folder `step-SSSSSS` holds
 DeepSpeed's files (weights, optimizer, routing) and `opd.json`, {"schema": 1, "step": S, "ranks": R, "stream": prompt positions}. A folder is
 written under the name `partial` and renamed when it is complete, then the pointer is replaced; a kill leaves the older checkpoint
-in force. A pointer to nothing, or checkpoints without a pointer, refuse: training silently from step 0 is worse than not training.
+in force. A pointer to nothing, or several checkpoints without a pointer, refuse: training silently from step 0 is worse than not training.
 """
 
 import json
@@ -65,22 +65,34 @@ def resume(run_dir: Path, engine: Engine, stream: Resumable, tracker: Tracker) -
     Raises ValueError where checkpoints are there but none can be taken up.
     """
     folder = run_dir / "checkpoints"
-    pointer = folder / "latest.json"
-    if not pointer.exists():
-        if any(folder.glob("step-*")):
-            raise ValueError(f"{folder} holds checkpoints but no latest.json: restore it, or begin anew with fresh=true")
+    tag = _newest(folder)
+    if tag is None:
         tracker.resume(0)
         return 0
+    state_file = folder / tag / "opd.json"
+    if not state_file.is_file():
+        raise ValueError(f"the checkpoint {folder / tag} is missing or incomplete: begin anew with fresh=true")
+    state = read_json(state_file)
+    if state["ranks"] != num_ranks(Group.data):
+        raise ValueError(f"{folder / tag} was saved by {state['ranks']} ranks and this run has {num_ranks(Group.data)}: start as many")
+    engine.load(folder, tag)
+    stream.restore(state["stream"])
+    tracker.resume(state["step"])
+    return state["step"]
+
+
+def _newest(folder: Path) -> str | None:
+    """The checkpoint to take up; None where there is none.
+
+    One folder without a pointer is a first save that was cut between the two: it is complete, since it has its name.
+    Raises ValueError where a pointer is of another schema, or missing beside several folders.
+    """
+    pointer, saved = folder / "latest.json", sorted(path.name for path in folder.glob("step-*"))
+    if not pointer.exists():
+        if len(saved) > 1:
+            raise ValueError(f"{folder} holds checkpoints but no latest.json: restore it, or begin anew with fresh=true")
+        return saved[0] if saved else None
     record = read_json(pointer)
     if record.get("schema") != SCHEMA:
         raise ValueError(f"{pointer} has schema {record.get('schema')}; this version reads schema {SCHEMA}")
-    state_file = folder / record["tag"] / "opd.json"
-    if not state_file.is_file():
-        raise ValueError(f"the checkpoint {folder / record['tag']} is missing or incomplete: begin anew with fresh=true")
-    state = read_json(state_file)
-    if state["ranks"] != num_ranks(Group.data):
-        raise ValueError(f"{folder / record['tag']} was saved by {state['ranks']} ranks and this run has {num_ranks(Group.data)}: start as many")
-    engine.load(folder, record["tag"])
-    stream.restore(state["stream"])
-    tracker.resume(record["step"])
-    return record["step"]
+    return record["tag"]

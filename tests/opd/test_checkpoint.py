@@ -128,8 +128,15 @@ def test_the_pointer_is_written_after_the_folder_is_complete(engine, tmp_path, m
     assert order == ["step-000001", "latest.json"]
 
 
-def test_checkpoints_without_a_pointer_are_refused(engine, tracker, tmp_path):
+def test_a_first_checkpoint_cut_before_its_pointer_is_taken_up(engine, tracker, tmp_path):
     save(tmp_path, 1, engine, Counter(), CheckpointConfig())
+    (tmp_path / "checkpoints" / "latest.json").unlink()
+    assert resume(tmp_path, engine, Counter(), tracker) == 1
+
+
+def test_several_checkpoints_without_a_pointer_are_refused(engine, tracker, tmp_path):
+    save(tmp_path, 1, engine, Counter(), CheckpointConfig(keep=2))
+    save(tmp_path, 2, engine, Counter(), CheckpointConfig(keep=2))
     (tmp_path / "checkpoints" / "latest.json").unlink()
     with pytest.raises(ValueError, match=r"no latest\.json: restore it, or begin anew with fresh=true"):
         resume(tmp_path, engine, Counter(), tracker)
