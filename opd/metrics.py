@@ -10,12 +10,13 @@ Step 0 holds what was measured before training. Names:
     domain/D/accuracy                         mean score of the step's rollouts, where the domain has a grader
     domain/D/prompt_share, token_share, loss_share          realised in this step
     domain/D/prompt_share_asked, loss_weight_asked, loss_weight    asked for; and w_d after division by those present
-    step/loss, step/completion_tokens, step/rollouts, step/teacher_loads (from disk, in this step)
+    step/loss, step/completion_tokens, step/rollouts
     step/differs      1 from the first step on whose rollouts differ from the compared run's (rollout.compare)
     data/D/rows, data/D/dropped               rows in use, and left out for their length (record of step 0)
     optim/lr, grad_norm, clipped, update_to_weight (muon: muon_lr in place of grad_norm and clipped)
     router/layer_LL/load_entropy, load_entropy_change, dead_experts, routed_as_at_start
-    seconds/PHASE, seconds/step, throughput/completion_tokens_per_second
+    seconds/PHASE, seconds/step (evaluation included), throughput/completion_tokens_per_second
+    system/teacher_loads                      teachers read from disk in this step; like seconds, not the same after a resume
     evaluation/D/truncated, accuracy, accuracy_low, accuracy_high, greedy, kl_per_token, kl_per_sequence (with _low, _high)
 
 Means are always sums over the whole step divided by counts over the whole step, never means of means.

@@ -25,7 +25,7 @@ def update(engine: Engine, teachers: TeacherPool, scored: list[ScoredRollout], c
     """Distil one step's scored rollouts (this rank's) into the student; returns the step's metrics."""
     weights, metrics = domain_weights([item.rollout for item in scored], cfg, engine.policy_step)
     batches = distillation_batches(scored, weights, cfg.batch)
-    metrics["step/teacher_loads"] = teachers.loads_since_asked()
+    metrics["system/teacher_loads"] = teachers.loads_since_asked()
     return metrics | _train(engine, batches, cfg, lambda teacher: teachers.head(teacher), is_distillation=True)
 
 

@@ -36,7 +36,7 @@ def records(run_dir) -> list[dict]:
 
 
 def numbers(record: dict) -> dict:
-    return {name: value for name, value in record.items() if not name.startswith(("seconds/", "throughput/"))}
+    return {name: value for name, value in record.items() if not name.startswith(("seconds/", "throughput/", "system/"))}
 
 
 @pytest.fixture(scope="module")

@@ -137,7 +137,7 @@ def test_two_domains_with_one_checkpoint_give_the_divergence_of_one_domain(v4_mo
     assert per_token == pytest.approx(single["domain/all/kl_per_token"], rel=1e-6)
     assert metrics["step/loss"] == pytest.approx(single["step/loss"], rel=1e-6)
     assert_same_changes(changes, other_changes)
-    assert metrics["step/teacher_loads"] == 1
+    assert metrics["system/teacher_loads"] == 1
 
 
 def test_swapping_two_teachers_changes_exactly_their_rows(make_pool, random_rollouts):
