@@ -37,6 +37,21 @@ def opd(workspace, *arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, "-m", "opd", *arguments], cwd=workspace, capture_output=True, text=True, timeout=400, env=environment)
 
 
+def shape(value):
+    """A JSON value with each leaf replaced by the name of its type."""
+    if isinstance(value, dict):
+        return {name: shape(inner) for name, inner in value.items()}
+    return [shape(inner) for inner in value] if isinstance(value, list) else "number" if isinstance(value, int | float) else type(value).__name__
+
+
+def formats(run_dir) -> dict:
+    """What a pipeline's files look like: the JSON records by shape, the folder of its distillation by the names of our files."""
+    records = {name: shape(json.loads((run_dir / name).read_text())) for name in ("summary.json", "evaluate/evaluation.json", "stages/distill.json")}
+    files = sorted(str(path.relative_to(run_dir)) for path in run_dir.rglob("*") if path.is_file())
+    of_deepspeed = ("zero_", "mp_rank_")  # its own files, one per rank
+    return {"records": records, "distill": [name for name in files if name.startswith("distill/") and not name.split("/")[-1].startswith(of_deepspeed)]}
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """A working directory in which the small pipeline has run once, with that run's output."""
@@ -60,6 +75,12 @@ def test_the_summary_has_every_figure(finished):
     assert set(summary["seconds"]) == {"base", "teacher", "distill", "evaluate"}
     assert summary["peak_memory_bytes"] > 1e8
     assert "arithmetic" in output
+
+
+@pytest.mark.multi
+def test_records_and_run_folder_have_the_format_on_file(finished, golden_dir):
+    workspace, _ = finished
+    assert formats(workspace / "runs/small") == json.loads((golden_dir / "pipeline.json").read_text())
 
 
 @pytest.mark.multi
