@@ -26,7 +26,7 @@ def update(engine: Engine, teachers: TeacherPool, scored: list[ScoredRollout], c
     weights, metrics = domain_weights([item.rollout for item in scored], cfg, engine.policy_step)
     batches = distillation_batches(scored, weights, cfg.batch)
     metrics["system/teacher_loads"] = teachers.loads_since_asked()
-    return metrics | _train(engine, batches, cfg, lambda teacher: teachers.head(teacher), is_distillation=True)
+    return metrics | _train(engine, batches, cfg, teachers.head, is_distillation=True)
 
 
 def supervised_update(engine: Engine, examples: list[Rollout], cfg: RunConfig) -> dict[str, float]:

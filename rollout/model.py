@@ -6,6 +6,7 @@ soft-capped or scaled logits, a setting that the family ignores, weights that th
 """
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -111,8 +112,6 @@ def save_model(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokeni
 
 def replace_folder(new: Path, folder: Path) -> None:
     """Rename `new` to `folder`, moving an older one out of the way first."""
-    import shutil
-
     if folder.exists():
         old = folder.with_name(folder.name + ".old")
         shutil.rmtree(old, ignore_errors=True)
