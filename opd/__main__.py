@@ -1,4 +1,4 @@
-"""`opd <command> [hydra overrides]`.
+"""`opd <command> [hydra overrides]`, and `opd bench SUBJECT [hydra overrides]`.
 
 Without a command the quickstart pipeline runs. Configs are composed by Hydra from conf/ (and from ./conf of the working directory,
 so that a domain can be added beside an installed package), checked against the dataclasses of opd/config.py, and only then
@@ -28,6 +28,7 @@ COMMANDS = {
     "specialize": "fine-tune a model on a domain's reference answers: makes a teacher",
     "distill": "distil all domains' teachers into one student",
     "evaluate": "accuracy and recovery on held-out prompts",
+    "bench": "time and memory beside other libraries; the word after it says of what: divergence",
 }
 USER_ERROR, INTERRUPTED = 2, 130
 
@@ -56,7 +57,21 @@ def split_command(arguments: list[str]) -> tuple[str, list[str]]:
         return "pipeline", arguments
     if arguments[0] not in COMMANDS:
         raise ValueError(f"there is no command {arguments[0]!r}{nearest(arguments[0], list(COMMANDS))}; the commands are {', '.join(COMMANDS)}")
+    if arguments[0] == "bench":
+        return "bench", _subject_as_setting(arguments[1:])
     return arguments[0], arguments[1:]
+
+
+def _subject_as_setting(arguments: list[str]) -> list[str]:
+    """`divergence setting=value` as settings alone."""
+    from opd.config import Subject
+
+    subjects = [subject.value for subject in Subject]
+    if not arguments or "=" in arguments[0]:
+        raise ValueError(f"bench needs a subject, as in `opd bench {subjects[0]}`; the subjects are {', '.join(subjects)}")
+    if arguments[0] not in subjects:
+        raise ValueError(f"bench has no subject {arguments[0]!r}{nearest(arguments[0], subjects)}; the subjects are {', '.join(subjects)}")
+    return [f"subject={arguments[0]}", *arguments[1:]]
 
 
 def load_config(command: str, overrides: list[str]):
@@ -118,6 +133,10 @@ def _run(command: str, cfg) -> None:
         from opd.specialize import specialize
 
         return specialize(cfg)
+    if command == "bench":
+        from opd.bench import bench
+
+        return bench(cfg)
     from opd.evaluate import evaluate
 
     return evaluate(cfg)

@@ -8,10 +8,11 @@ lengths, never from token ids, since the padding id may equal the end-of-sequenc
 Every rank runs the same number of forwards, because a partitioned model communicates in each: ranks that have fewer
 micro-batches repeat their last one with weight 0.
 
-B: rows. L: padded positions. N: completion tokens of the micro-batch, flattened. D: teacher's hidden size.
+B: rows. L: padded positions. N: completion tokens of the micro-batch, flattened. D: teacher's hidden size. K: tokens named per position.
 """
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -19,7 +20,8 @@ from opd.config import BatchConfig
 from opd.distributed import Group, reduce_max
 from rollout.padding import completion_span, group_by_length, pad_right, sequence_length
 from rollout.types import Rollout
-from teachers.types import ScoredRollout
+from teachers.config import SignalKind
+from teachers.types import ScoredRollout, TeacherSignal
 
 PACKING_FAMILIES = ("qwen3", "qwen3_moe")
 """Model types for which tests/opd/test_packing.py shows equal logits, packed and alone."""
@@ -35,7 +37,8 @@ class MicroBatch:
     target_N: the completion tokens. mask_N: whether a token enters the loss.
     weight_N: float32, w_d / N_d on tokens of the loss and 0 elsewhere, so that the step's loss is sum(weight * divergence).
     rollout_N: index into `rollouts` of each token.
-    teacher: whose head belongs to teacher_hidden_ND; None (both) for supervised examples.
+    teacher, signal: who scored and what was given; None for supervised examples.
+    teacher_hidden_ND, teacher_token_NK, teacher_logprob_NK: what was given (teachers/types.py); the others are None.
     """
 
     rollouts: tuple[Rollout, ...]
@@ -48,7 +51,10 @@ class MicroBatch:
     rollout_N: torch.Tensor
     position_ids_BL: torch.Tensor | None = None
     teacher: str | None = None
+    signal: SignalKind | None = None
     teacher_hidden_ND: torch.Tensor | None = None
+    teacher_token_NK: torch.Tensor | None = None
+    teacher_logprob_NK: torch.Tensor | None = None
     is_filler: bool = False
 
     def to(self, device: torch.device) -> "MicroBatch":
@@ -56,7 +62,10 @@ class MicroBatch:
         return replace(self, **moved)
 
 
-_TENSORS = ("tokens_BL", "real_BL", "position_ids_BL", "position_N", "target_N", "mask_N", "weight_N", "rollout_N", "teacher_hidden_ND")
+_TENSORS = (
+    "tokens_BL", "real_BL", "position_ids_BL", "position_N", "target_N", "mask_N", "weight_N", "rollout_N",
+    "teacher_hidden_ND", "teacher_token_NK", "teacher_logprob_NK",
+)  # fmt: skip
 
 
 def require_packing(family: str) -> None:
@@ -82,9 +91,17 @@ def teacher_batches(scored: list[ScoredRollout], token_weight: dict[str, float],
     for teacher, items in by_teacher.items():
         for group in _groups([item.rollout for item in items], cfg):
             batch = _micro_batch([items[i].rollout for i in group], token_weight, cfg.packing)
-            hidden_ND = torch.cat([items[i].signal.hidden_TD for i in group])
-            batches.append(replace(batch, teacher=teacher, teacher_hidden_ND=hidden_ND))
+            batches.append(replace(batch, teacher=teacher, **_signals([items[i].signal for i in group])))
     return batches
+
+
+def _signals(signals: list[TeacherSignal]) -> dict[str, Any]:
+    """The teacher's fields of a micro-batch, from those of its rollouts."""
+    (kind,) = {signal.kind for signal in signals}
+    if kind is SignalKind.hidden_states:
+        return {"signal": kind, "teacher_hidden_ND": torch.cat([signal.hidden_TD for signal in signals])}
+    tokens, logprobs = torch.cat([signal.token_TK for signal in signals]), torch.cat([signal.logprob_TK for signal in signals])
+    return {"signal": kind, "teacher_token_NK": tokens, "teacher_logprob_NK": logprobs}
 
 
 def supervised_batches(examples: list[Rollout], token_weight: dict[str, float], cfg: BatchConfig) -> list[MicroBatch]:

@@ -3,16 +3,18 @@
 `parse` turns a composed Hydra config into the dataclass of its command. Units: seconds, tokens, optimizer steps.
 """
 
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from rollout.config import ModelConfig, RolloutConfig, schedule_value
+from opd.loss_config import DivergenceKind, LossConfig
+from opd.ranges import check_loss, check_ranges, check_schedules
+from rollout.config import Dtype, ModelConfig, RolloutConfig
 from rollout.errors import first_sentence
-from teachers.config import DomainConfig, TeachersConfig
+from teachers.config import DomainConfig, SignalKind, TeachersConfig
 
 
 class Router(Enum):
@@ -179,10 +181,12 @@ class DistillConfig(RunConfig):
     """`opd distill`: all domains' teachers into one student, on the student's own rollouts.
 
     rollout: how the student is sampled, and how much per step.
-    teachers: how the teachers are held.
+    teachers: how the teachers are held, and what they give.
+    loss: how the student's distance from a teacher is measured.
     """
 
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
     teachers: TeachersConfig = field(default_factory=TeachersConfig)
 
 
@@ -254,11 +258,50 @@ class PipelineConfig:
     stages: dict[str, StageConfig] = field(default_factory=dict)
 
 
+class Subject(Enum):
+    """What `opd bench` measures."""
+
+    divergence = "divergence"
+
+
+@dataclass(slots=True)
+class BenchConfig:
+    """`opd bench SUBJECT`: time and memory of a loss, forward and backward, beside other ways and other libraries.
+
+    run_dir: folder for SUBJECT.csv and the resolved configuration.
+    subject: the word after `bench`.
+    num_tokens, vocab_sizes: sizes to measure, each with each.
+    hidden, teacher_hidden: width of the student's and the teacher's hidden states; null takes the student's.
+    dtype: of hidden states and heads.
+    kind: the divergence; jsd stands half-way (beta 0.5).
+    contenders: who takes part; null takes everyone who is installed and fits.
+    repeats: measured rounds, after one that is not counted.
+    memory: also the peak memory, each in a process of its own.
+    threads: CPU threads; null chooses.
+    seed: key of the random inputs.
+    """
+
+    run_dir: str = "runs/bench"
+    subject: Subject = Subject.divergence
+    num_tokens: list[int] = field(default_factory=lambda: [512])
+    vocab_sizes: list[int] = field(default_factory=lambda: [32768, 151936])
+    hidden: int = 256
+    teacher_hidden: int | None = None
+    dtype: Dtype = Dtype.float32
+    kind: DivergenceKind = DivergenceKind.reverse_kl
+    contenders: list[str] | None = None
+    repeats: int = 7
+    memory: bool = True
+    threads: int | None = None
+    seed: int = 0
+
+
 SCHEMAS: dict[str, type] = {
     "distill": DistillConfig,
     "specialize": SpecializeConfig,
     "evaluate": EvaluateConfig,
     "pipeline": PipelineConfig,
+    "bench": BenchConfig,
 }
 
 
@@ -268,36 +311,10 @@ def parse(config: DictConfig, schema: type) -> Any:
         parsed = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), config))
     except OmegaConfBaseException as error:
         raise ValueError(f"{error.full_key}: {first_sentence(error)}") from error
-    _check_ranges(parsed, "")
-    _check_schedules(parsed)
+    check_ranges(parsed)
+    check_schedules(parsed)
+    if isinstance(parsed, DistillConfig):
+        check_loss(parsed.loss, parsed.teachers, parsed.rollout)
+    if isinstance(parsed, EvaluateConfig) and parsed.teachers.signal is not SignalKind.hidden_states:
+        raise ValueError("opd evaluate always compares whole distributions, so teachers.signal would be ignored: remove it")
     return parsed
-
-
-AT_LEAST_ONE = (
-    "prompts_per_step", "completions_per_prompt", "max_new_tokens", "decode_width", "examples_per_step", "max_tokens",
-    "max_tokens_per_micro_batch", "max_tokens_per_forward", "max_resident", "keep", "threads", "processes",
-)  # fmt: skip
-NOT_NEGATIVE = ("num_steps", "temperature", "lr", "muon_lr", "eps", "weight_decay", "warmup_steps", "every", "router_probe_every", "update_ratio_every")
-
-
-def _check_ranges(cfg: Any, path: str) -> None:
-    """Raises ValueError for a number that is out of its range, anywhere in a config."""
-    for field_ in fields(cfg):
-        name, value = path + field_.name, getattr(cfg, field_.name)
-        least = 1 if field_.name in AT_LEAST_ONE else 0 if field_.name in NOT_NEGATIVE else None
-        if least is not None and value is not None and not value >= least:
-            raise ValueError(f"{name} must be at least {least}, not {value}")
-        for key, member in value.items() if isinstance(value, dict) else [("", value)]:
-            if is_dataclass(member):
-                _check_ranges(member, f"{name}.{key}." if key else f"{name}.")
-    if isinstance(cfg, OptimConfig) and not (len(cfg.betas) == 2 and all(0 <= beta < 1 for beta in cfg.betas)):
-        raise ValueError(f"{path}betas must be two numbers from 0 to below 1, not {cfg.betas}")
-
-
-def _check_schedules(cfg: Any) -> None:
-    """Raises ValueError for a number or schedule that is neither; OmegaConf has no type for them."""
-    for name, domain in () if isinstance(cfg, PipelineConfig) else cfg.domains.items():
-        schedule_value(domain.prompts.share, 0, f"domains.{name}.prompts.share")
-        schedule_value(domain.loss_weight, 0, f"domains.{name}.loss_weight")
-    if isinstance(cfg, SpecializeConfig):
-        schedule_value(cfg.slip_rate, 0, "slip_rate")

@@ -1,113 +1,189 @@
-"""Exact losses over the whole vocabulary from hidden states and heads, without a [tokens, vocabulary] matrix.
+"""The exact divergence between student and teacher over the whole vocabulary, from hidden states and heads.
 
-Reverse KL per token, with student logits z = W h, teacher logits z' = W' h', p = softmax(z), q = softmax(z'):
+With student logits z = W h, teacher logits z' = W' h', p = softmax(z), q = softmax(z'), per token and in nats:
 
-    kl = sum_v p_v (log p_v - log q_v)            d kl / d z_v = p_v (log p_v - log q_v - kl)
+    reverse KL   sum_v p_v (log p_v - log q_v)      DeepSeek-V4's choice (arXiv:2606.19348, 5.1.2)
+    forward KL   sum_v q_v (log q_v - log p_v)
+    jsd          (1 - beta) KL(p || m) + beta KL(q || m),   m = (1 - beta) p + beta q
 
-The tokens are walked in tiles of C rows, C times V under a fixed budget. The caller's weights are known in the forward, so
-each tile's gradient with respect to hidden states and head is formed there and then, from logits that are in hand, and the
-backward only scales it: no tile is computed twice, and nothing is needed from the weights later, which is what lets a
-partitioned head (ZeRO-3) be released after the forward. Autograd over chunks was rejected: it keeps every tile or recomputes it.
+beta goes from forward (0) to reverse (1), the convention of TRL, Liger and DeepSpeed, which give the plain divergences at its ends, where
+the formula itself is 0. A temperature divides both models' logits; no factor T^2 is put in its place.
 
-N: tokens. D: hidden size. V: vocabulary. C: tokens of a tile. S: statistics per token. Statistics are in float32.
+Neither [tokens, vocabulary] matrix exists: opd/tiles.py walks both models' products tile by tile, opd/divergence_passes.py (torch) and
+opd/divergence_triton.py (CUDA) hold the element-wise part. Row statistics of the blocks are joined in float64, so that the difference of two
+large normalisers costs no digits; what is left is the rounding of the blocks' float32 sums, about 1e-7 nats a token of either sign (0 if the logits
+are equal). Terms that cannot cancel would need one more pass for plain reverse KL, for digits that no mean over tokens shows.
+
+The k1 estimate as a loss and partial top-k sums are refused by construction: opd/estimators.py says why and has what stands in their place.
+
+N: tokens. C: tokens of a tile. D: hidden size. V: vocabulary, of a block: its columns. S: statistics, or scalars, of a row. B: blocks.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 
 import torch
 
-TILE_ELEMENTS = 1 << 23
-"""Logits of one tile: 8 M elements, 32 MiB in float32."""
-
-TileLoss = Callable[[torch.Tensor, slice], tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
-"""(student logits of a tile [C, V] in float32, which rows) -> (loss_C, its gradient by the logits [C, V], statistics_CS)."""
-
-
-@dataclass(frozen=True, slots=True)
-class TokenLosses:
-    """Per-token results, detached, float32.
-
-    loss_N: the divergence (or negative log-likelihood) of each token, in nats.
-    student_entropy_N, teacher_entropy_N: nats; the teacher's is None where there is no teacher.
-    """
-
-    loss_N: torch.Tensor
-    student_entropy_N: torch.Tensor
-    teacher_entropy_N: torch.Tensor | None
+from opd.divergence_passes import SCALARS, Formula, Passes, choose_passes
+from opd.loss_config import Backend, DivergenceKind
+from opd.tiles import TokenLosses, blocks_of, join_blocks, new_buffers, tile_rows, tiled_loss
+from rollout.logits import product_into
+from rollout.types import PLAIN_LOGITS, LogitTransform
 
 
-def reverse_kl(
+def divergence(
     student_hidden_ND: torch.Tensor,
     student_head_VD: torch.Tensor,
     teacher_hidden_ND: torch.Tensor,
     teacher_head_VD: torch.Tensor,
     weight_N: torch.Tensor,
-    vocab_size: int,
-) -> tuple[torch.Tensor, TokenLosses]:
-    """KL(student || teacher) of every token over the whole vocabulary (arXiv:2606.19348, 5.1.2).
+    *,
+    kind: DivergenceKind | str = DivergenceKind.reverse_kl,
+    temperature: float = 1.0,
+    beta: float = 0.5,
+    smoothing: float = 0.0,
+    cap: float | None = None,
+    vocab_size: int | None = None,
+    student_logits: LogitTransform = PLAIN_LOGITS,
+    teacher_logits: LogitTransform = PLAIN_LOGITS,
+    backend: Backend | str = Backend.auto,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(loss, kl_N): loss = sum(weight_N * kl_N) carries gradients to the student's hidden states and head; kl_N, in nats, is detached.
 
-    vocab_size: real vocabulary; rows of a head beyond it are padding and never count.
-    Returns (sum(weight_N * kl_N), which carries gradients to the student's hidden states and head; per-token losses).
+    Hidden sizes and dtypes of student and teacher may differ; statistics and kl_N are float32.
+
+    kind, beta: which divergence (module docstring); beta is jsd's.
+    temperature: divides the logits of both.
+    smoothing: the teacher is (1 - smoothing) q + smoothing p, so that reverse KL is at most -log(smoothing).
+    cap: kl_N is at most this; a token beyond it gives no gradient.
+    vocab_size: real vocabulary; rows of a head beyond it are padding and never count. None: both heads have it exactly.
+    student_logits, teacher_logits: scale and soft cap of families that have them.
+    backend: see opd.config.Backend.
+
+    Raises ValueError for shapes that do not fit and settings out of their range.
     """
-
-    def tile_loss(logits_CV: torch.Tensor, rows: slice) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        teacher_logits_CV = (teacher_hidden_ND[rows] @ teacher_head_VD[:vocab_size].T).float()
-        log_p_CV = torch.log_softmax(logits_CV, dim=-1)
-        log_q_CV = torch.log_softmax(teacher_logits_CV, dim=-1)
-        p_CV, q_CV = log_p_CV.exp(), log_q_CV.exp()
-        student_entropy_C, teacher_entropy_C = -(p_CV * log_p_CV).sum(-1), -(q_CV * log_q_CV).sum(-1)
-        ratio_CV = log_p_CV - log_q_CV
-        kl_C = (p_CV * ratio_CV).sum(-1)
-        return kl_C, p_CV * (ratio_CV - kl_C[:, None]), torch.stack([student_entropy_C, teacher_entropy_C], dim=1)
-
-    loss, loss_N, statistics_NS = _TiledLoss.apply(student_hidden_ND, student_head_VD, weight_N, vocab_size, tile_loss, torch.is_grad_enabled())
-    return loss, TokenLosses(loss_N, statistics_NS[:, 0], statistics_NS[:, 1])
+    if vocab_size is None and len(student_head_VD) != len(teacher_head_VD):
+        raise ValueError(f"the heads have {len(student_head_VD)} and {len(teacher_head_VD)} rows: give vocab_size")
+    student = ModelStates(student_hidden_ND, student_head_VD, student_logits)
+    teacher = ModelStates(teacher_hidden_ND, teacher_head_VD, teacher_logits)
+    formula = make_formula(kind, beta, smoothing, temperature, student_logits, teacher_logits)
+    size = len(student_head_VD) if vocab_size is None else vocab_size
+    loss, losses = full_divergence(student, teacher, weight_N, formula, size, cap=cap, backend=Backend(backend))
+    return loss, losses.loss_N
 
 
-def cross_entropy(
-    student_hidden_ND: torch.Tensor, student_head_VD: torch.Tensor, target_N: torch.Tensor, weight_N: torch.Tensor, vocab_size: int
+@dataclass(frozen=True, slots=True)
+class ModelStates:
+    """What a model's distributions are made of: last hidden states [N, D], head [V, D], and what is done to their product."""
+
+    hidden_ND: torch.Tensor
+    head_VD: torch.Tensor
+    logits: LogitTransform = PLAIN_LOGITS
+
+
+def make_formula(kind: DivergenceKind | str, beta: float, smoothing: float, temperature: float, student: LogitTransform, teacher: LogitTransform) -> Formula:
+    """What to compute. Raises ValueError for an unknown kind or a setting out of its range."""
+    if not isinstance(kind, DivergenceKind) and kind not in {known.value for known in DivergenceKind}:
+        raise ValueError(f"there is no divergence {kind!r}; there are {', '.join(known.value for known in DivergenceKind)}")
+    kind = DivergenceKind(kind)
+    if not temperature > 0 or not math.isfinite(temperature):
+        raise ValueError(f"the temperature of the divergence must be above 0, not {temperature}")
+    if not 0 <= smoothing < 1:
+        raise ValueError(f"smoothing must be from 0 to below 1, not {smoothing}")
+    if not 0 <= beta <= 1:
+        raise ValueError(f"beta must be from 0 (forward KL) to 1 (reverse KL), not {beta}")
+    if kind is DivergenceKind.jsd and beta in (0, 1):
+        kind = DivergenceKind.reverse_kl if beta == 1 else DivergenceKind.forward_kl
+    beta = beta if kind is DivergenceKind.jsd else 0.5
+    return Formula(kind, float(beta), float(smoothing), _cooled(student, temperature), _cooled(teacher, temperature))
+
+
+def full_divergence(
+    student: ModelStates,
+    teacher: ModelStates,
+    weight_N: torch.Tensor,
+    formula: Formula,
+    vocab_size: int,
+    *,
+    cap: float | None,
+    backend: Backend,
 ) -> tuple[torch.Tensor, TokenLosses]:
-    """Negative log-likelihood of the target tokens (supervised fine-tuning); returns as `reverse_kl` does."""
+    """As `divergence`, with the entropies of both distributions beside the divergence of each token."""
+    num_tokens = len(student.hidden_ND)
+    if len(teacher.hidden_ND) != num_tokens or weight_N.shape != (num_tokens,):
+        raise ValueError(f"{num_tokens} hidden states of the student, {len(teacher.hidden_ND)} of the teacher and {len(weight_N)} weights do not fit")
+    for role, model in (("student", student), ("teacher", teacher)):
+        if len(model.head_VD) < vocab_size:
+            raise ValueError(f"the {role}'s head has {len(model.head_VD)} rows, fewer than the vocabulary's {vocab_size}")
+    if cap is not None and not cap > 0:
+        raise ValueError(f"the cap of a token's divergence must be above 0, not {cap}")
+    passes = choose_passes(backend, student.hidden_ND.device, vocab_size, formula)
+    objective = _Divergence(teacher, formula, passes, cap, vocab_size)
+    return tiled_loss(student.hidden_ND, student.head_VD, weight_N, vocab_size, objective)
 
-    def tile_loss(logits_CV: torch.Tensor, rows: slice) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        log_p_CV = torch.log_softmax(logits_CV, dim=-1)
-        target_C1 = target_N[rows, None]
-        gradient_CV = log_p_CV.exp()
-        entropy_C1 = -(gradient_CV * log_p_CV).sum(-1, keepdim=True)
-        gradient_CV.scatter_add_(1, target_C1, torch.full_like(target_C1, -1, dtype=gradient_CV.dtype))
-        return -log_p_CV.gather(1, target_C1)[:, 0], gradient_CV, entropy_C1
 
-    loss, loss_N, statistics_NS = _TiledLoss.apply(student_hidden_ND, student_head_VD, weight_N, vocab_size, tile_loss, torch.is_grad_enabled())
-    return loss, TokenLosses(loss_N, statistics_NS[:, 0], None)
+class _Divergence:
+    """The Objective of opd/tiles.py: a teacher's products beside the student's."""
+
+    def __init__(self, teacher: ModelStates, formula: Formula, passes: Passes, cap: float | None, vocab_size: int):
+        self.teacher, self.formula, self.passes, self.cap = teacher, formula, passes, cap
+        device = teacher.hidden_ND.device
+        columns = blocks_of(device, vocab_size)
+        buffers = new_buffers(min(len(teacher.hidden_ND), tile_rows(device, vocab_size)), columns, device)
+        self.buffers = {block.start: buffer for block, buffer in zip(columns, buffers, strict=True)}
+
+    def start(self, rows: slice) -> None:
+        self.hidden_CD = self.teacher.hidden_ND[rows]
+        self.statistics: list[torch.Tensor] = []
+        self.blocks: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def measure(self, columns: slice, logits_CV: torch.Tensor) -> None:
+        teacher_CV = self._teacher(columns)
+        product_into(teacher_CV, self.hidden_CD, self.teacher.head_VD[columns])
+        self.statistics.append(self.passes.normalise(logits_CV, teacher_CV))
+        self.blocks.append((logits_CV, teacher_CV))
+
+    def finish(self) -> TokenLosses:
+        joined = _Joined(torch.stack(self.statistics).double())
+        self.scalars_SC = joined.scalars()
+        if self.formula.is_plain_reverse:
+            loss_C = expectation_C = joined.reverse_kl_C
+        else:
+            sums = [self.passes.integrate(student_CV, teacher_CV, self.scalars_SC) for student_CV, teacher_CV in self.blocks]
+            loss_C, expectation_C = torch.stack(sums).double().sum(0)
+        self.scalars_SC[SCALARS.index("expectation")] = expectation_C
+        self.is_capped_C = None if self.cap is None else loss_C > self.cap
+        loss_C = loss_C if self.cap is None else loss_C.clamp(max=self.cap)
+        return TokenLosses(loss_C, joined.student_entropy_C, joined.teacher_entropy_C, capped_N=self.is_capped_C)
+
+    def gradient(self, columns: slice, logits_CV: torch.Tensor, weight_C: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        weight_C = weight_C if self.is_capped_C is None else weight_C * ~self.is_capped_C
+        self.scalars_SC[SCALARS.index("weight")] = weight_C
+        return self.passes.differentiate(logits_CV, self._teacher(columns), self.scalars_SC, dtype)
+
+    def _teacher(self, columns: slice) -> torch.Tensor:
+        return self.buffers[columns.start][: len(self.hidden_CD)]
 
 
-class _TiledLoss(torch.autograd.Function):
-    """sum(weight_N * loss_N) with its gradients formed tile by tile in the forward."""
+class _Joined:
+    """Statistics of a tile's rows over the whole vocabulary, from those of its blocks; float64."""
 
-    @staticmethod
-    def forward(ctx, hidden_ND, head_VD, weight_N, vocab_size: int, tile_loss: TileLoss, with_gradients: bool):
-        rows_per_tile = max(1, TILE_ELEMENTS // vocab_size)
-        head_gradient_VD = torch.zeros_like(head_VD, dtype=torch.float32) if with_gradients else None
-        hidden_gradient_ND = torch.zeros_like(hidden_ND) if with_gradients else None
-        losses, statistics = [], []
-        for start in range(0, len(hidden_ND), rows_per_tile):
-            rows = slice(start, start + rows_per_tile)
-            logits_CV = (hidden_ND[rows] @ head_VD[:vocab_size].T).float()
-            loss_C, gradient_CV, statistics_CS = tile_loss(logits_CV, rows)
-            if with_gradients:
-                gradient_CV = (gradient_CV * weight_N[rows, None]).to(hidden_ND.dtype)
-                hidden_gradient_ND[rows] = gradient_CV @ head_VD[:vocab_size]
-                head_gradient_VD[:vocab_size] += gradient_CV.T @ hidden_ND[rows]
-            losses.append(loss_C)
-            statistics.append(statistics_CS)
-        loss_N, statistics_NS = torch.cat(losses), torch.cat(statistics)
-        if with_gradients:
-            ctx.save_for_backward(hidden_gradient_ND, head_gradient_VD.to(head_VD.dtype))
-        ctx.mark_non_differentiable(loss_N, statistics_NS)
-        return (weight_N * loss_N).sum(), loss_N, statistics_NS
+    def __init__(self, statistics_BSC: torch.Tensor):
+        maximum, total, moment, difference, teacher_maximum, teacher_total, teacher_moment = statistics_BSC.unbind(1)
+        self.maximum_C, self.total_C, moment_C, factor = join_blocks(maximum, total, moment)
+        self.teacher_maximum_C, self.teacher_total_C, teacher_moment_C, _ = join_blocks(teacher_maximum, teacher_total, teacher_moment)
+        self.log_ratio_C = (self.maximum_C - self.teacher_maximum_C) + (self.total_C / self.teacher_total_C).log()
+        self.reverse_kl_C = (difference * factor).sum(0) / self.total_C - self.log_ratio_C
+        self.student_entropy_C = self.total_C.log() - moment_C / self.total_C
+        self.teacher_entropy_C = self.teacher_total_C.log() - teacher_moment_C / self.teacher_total_C
 
-    @staticmethod
-    def backward(ctx, scale, _loss_N, _statistics_NS):
-        hidden_gradient_ND, head_gradient_VD = ctx.saved_tensors
-        return hidden_gradient_ND * scale, head_gradient_VD * scale, None, None, None, None
+    def scalars(self) -> torch.Tensor:
+        """SCALARS, [S, C], float32, without expectation and weight."""
+        rows = [self.maximum_C, 1 / self.total_C, self.teacher_maximum_C, 1 / self.teacher_total_C, self.log_ratio_C]
+        rows += [torch.zeros_like(self.maximum_C)] * (len(SCALARS) - len(rows))
+        return torch.stack(rows).float()
+
+
+def _cooled(transform: LogitTransform, temperature: float) -> LogitTransform:
+    softcap = transform.softcap
+    return replace(transform, scale=transform.scale / temperature, softcap=softcap and softcap / temperature)

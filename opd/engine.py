@@ -13,7 +13,6 @@ B: rows. L: positions. N: completion tokens of the micro-batch, flattened. D: hi
 import math
 import os
 import pickle
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -29,13 +28,18 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from opd.batch import MicroBatch, require_packing
-from opd.config import OptimConfig, OptimizerKind, Router, RunConfig
+from opd.config import DistillConfig, OptimConfig, OptimizerKind, Router, RunConfig
 from opd.distributed import Group, num_ranks, reduce_sum
-from opd.divergence import TokenLosses, cross_entropy, reverse_kl
+from opd.divergence import ModelStates
+from opd.divergence_passes import has_compiler, require_backend
+from opd.estimators import cross_entropy, distillation_loss, evidence_of
+from opd.loss_config import LossConfig
 from opd.optim import learning_rate_factor, parameter_groups
 from opd.routing import RoutingRecorder
+from opd.tiles import TokenLosses
 from rollout.errors import first_sentence
-from rollout.model import backbone_of, head_of
+from rollout.model import backbone_of, head_of, logit_transform
+from teachers.types import OutputHead
 
 OWNED_KEYS = {
     "train_batch_size": "rollout.prompts_per_step",
@@ -52,19 +56,21 @@ OWNED_KEYS = {
 class TrainedModel(nn.Module):
     """Student and loss in one module: micro-batch (and teacher head) -> weighted loss, per-token losses."""
 
-    def __init__(self, model: PreTrainedModel, vocab_size: int, balance_loss: float):
+    def __init__(self, model: PreTrainedModel, vocab_size: int, balance_loss: float, loss: LossConfig):
         super().__init__()
-        self.model, self.vocab_size, self.balance_loss = model, vocab_size, balance_loss
+        self.model, self.vocab_size, self.balance_loss, self.loss = model, vocab_size, balance_loss, loss
+        self.logits = logit_transform(model.config, "student")
         self.recorder = RoutingRecorder(model)
 
-    def forward(self, batch: MicroBatch, teacher_head_VD: torch.Tensor | None, balance_scale: float) -> tuple[torch.Tensor, TokenLosses]:
+    def forward(self, batch: MicroBatch, teacher_head: OutputHead | None, balance_scale: float) -> tuple[torch.Tensor, TokenLosses]:
         hidden_BLD = backbone_of(self.model)(input_ids=batch.tokens_BL, position_ids=batch.position_ids_BL, use_cache=False)[0]
         hidden_ND = hidden_BLD.flatten(0, 1)[batch.position_N]
-        head_VD = head_of(self.model).weight
-        if teacher_head_VD is None:
-            loss, losses = cross_entropy(hidden_ND, head_VD, batch.target_N, batch.weight_N, self.vocab_size)
+        student = ModelStates(hidden_ND, head_of(self.model).weight, self.logits)
+        evidence = evidence_of(batch, teacher_head)
+        if evidence is None:
+            loss, losses = cross_entropy(student, batch.target_N, batch.weight_N, self.vocab_size)
         else:
-            loss, losses = reverse_kl(hidden_ND, head_VD, batch.teacher_hidden_ND, teacher_head_VD, batch.weight_N, self.vocab_size)
+            loss, losses = distillation_loss(student, evidence, batch.target_N, batch.weight_N, self.loss, self.vocab_size)
         if not batch.is_filler:
             self.recorder.count(batch.real_BL)
         if self.balance_loss:
@@ -78,7 +84,9 @@ class Engine:
     def __init__(self, student: PreTrainedModel, vocab_size: int, cfg: RunConfig, device: torch.device):
         self.cfg, self.device = cfg, device
         self.model = student.to(device)
-        self.trained = TrainedModel(self.model, vocab_size, cfg.student.router_balance_loss)
+        loss = cfg.loss if isinstance(cfg, DistillConfig) else LossConfig()
+        require_backend(loss.backend, device)
+        self.trained = TrainedModel(self.model, vocab_size, cfg.student.router_balance_loss, loss)
         self.recorder = self.trained.recorder
         if cfg.batch.packing:
             require_packing(student.config.model_type)
@@ -90,21 +98,19 @@ class Engine:
         self.peak_rates = [cfg.optim.muon_lr if group.use_muon else cfg.optim.lr for group in groups]
         deepspeed_logger.setLevel("WARNING")
         _leave_out_shared_memory_op()
-        self.engine, *_ = deepspeed.initialize(
-            model=self.trained, optimizer=_optimizer(groups, cfg.optim), config=settings, dist_init_required=False
-        )
+        self.engine, *_ = deepspeed.initialize(model=self.trained, optimizer=_optimizer(groups, cfg.optim), config=settings, dist_init_required=False)
         if self.zero_stage == 3:
             deepspeed.zero.register_external_parameter(self.trained, head_of(self.model).weight)
         self.policy_step = 0
 
-    def loss(self, batch: MicroBatch, teacher_head_VD: torch.Tensor | None, is_last: bool, balance_scale: float = 0.0) -> tuple[torch.Tensor, TokenLosses]:
+    def loss(self, batch: MicroBatch, teacher_head: OutputHead | None, is_last: bool, balance_scale: float = 0.0) -> tuple[torch.Tensor, TokenLosses]:
         """Weighted loss of one micro-batch (a scalar that carries gradients) and its per-token losses.
 
         is_last: this is the step's last micro-batch on this rank, whose backward reduces the gradients.
         balance_scale: 1 / (sequences of the step over all ranks), for the balance loss.
         """
         self.engine.set_gradient_accumulation_boundary(is_last)
-        return self.engine(batch, teacher_head_VD, balance_scale)
+        return self.engine(batch, teacher_head, balance_scale)
 
     def backward(self, loss: torch.Tensor) -> None:
         self.engine.backward(loss * num_ranks(Group.data), scale_wrt_gas=False)
@@ -208,7 +214,7 @@ def deepspeed_settings(cfg: RunConfig, dtype: torch.dtype) -> dict[str, Any]:
     if cfg.optim.kind is OptimizerKind.muon:
         if cfg.optim.clip_norm is not None:
             raise ValueError("optim.clip_norm must be null with optim.kind=muon: DeepSpeed would clip the orthogonalised update, not the gradient")
-        if not any(shutil.which(compiler) for compiler in (os.environ.get("CXX", "c++"), "g++", "clang++")):
+        if not has_compiler():
             raise ValueError("optim.kind=muon needs a C++ compiler for torch.compile: install g++ (or set CXX), or use optim=adamw")
         if bf16 and stage < 2:
             raise ValueError("optim.kind=muon in bfloat16 needs ZeRO 2 or 3 (deepspeed=zero2): DeepSpeed does not orthogonalise at lower stages")

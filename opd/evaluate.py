@@ -25,18 +25,21 @@ from opd.batch import teacher_batches
 from opd.config import BatchConfig, DistillConfig, EvaluateConfig, RunConfig
 from opd.console import print_table
 from opd.distributed import Group, is_main, num_ranks, rank, reduce_sum, start_processes
-from opd.divergence import reverse_kl
+from opd.divergence import ModelStates
+from opd.estimators import distillation_loss, evidence_of
 from opd.intervals import Interval, mean, proportion, ratio
+from opd.loss_config import LossConfig
 from opd.run import belongs_to, write_config
 from rollout.chat import decode_completion
 from rollout.config import SamplingConfig
 from rollout.files import replace_text
 from rollout.grading import grade
-from rollout.model import backbone_of, context_length, end_tokens, head_of, load_model, load_tokenizer
+from rollout.model import backbone_of, context_length, end_tokens, head_of, load_model, load_tokenizer, logit_transform
 from rollout.prompts import DomainPrompts, load_held_out, require_answers
 from rollout.sampler import LocalSampler, WeightSource
 from rollout.types import Prompt, Rollout
 from teachers.compatibility import check_compatible
+from teachers.config import SignalKind
 from teachers.pool import TeacherPool
 
 FIRST_REQUEST = 1 << 40
@@ -117,12 +120,13 @@ class Evaluator:
         sums = torch.zeros(6, dtype=torch.float64)
         if rollouts:
             whole = BatchConfig(max_tokens_per_micro_batch=self.teachers.cfg.max_tokens_per_forward)
-            batches = teacher_batches(self.teachers.score(rollouts), dict.fromkeys(self.domains, 1.0), whole)
+            batches = teacher_batches(self.teachers.score(rollouts, SignalKind.hidden_states), dict.fromkeys(self.domains, 1.0), whole)
             for batch in batches:
                 batch = batch.to(model.device)
                 hidden_ND = backbone_of(model)(input_ids=batch.tokens_BL, use_cache=False)[0].flatten(0, 1)[batch.position_N]
-                head_VD, teacher_head_VD = head_of(model).weight, self.teachers.head(batch.teacher)
-                _, losses = reverse_kl(hidden_ND, head_VD, batch.teacher_hidden_ND, teacher_head_VD, batch.weight_N, len(self.tokenizer))
+                student = ModelStates(hidden_ND, head_of(model).weight, logit_transform(model.config, "student"))
+                evidence = evidence_of(batch, self.teachers.head(batch.teacher))
+                _, losses = distillation_loss(student, evidence, batch.target_N, batch.weight_N, LossConfig(), len(self.tokenizer))
                 kl_B = torch.zeros(len(batch.rollouts), dtype=torch.float64).index_add_(0, batch.rollout_N.cpu(), (losses.loss_N * batch.mask_N).double().cpu())
                 tokens_B = torch.tensor([rollout.num_loss_tokens for rollout in batch.rollouts], dtype=torch.float64)
                 ones_B = torch.ones_like(kl_B)
@@ -147,9 +151,7 @@ def evaluation_metrics(results: dict[str, DomainResult]) -> dict[str, float]:
     return metrics
 
 
-def comparison(
-    base: dict[str, DomainResult], teacher: dict[str, DomainResult], student: dict[str, DomainResult], dropped: dict[str, int]
-) -> dict:
+def comparison(base: dict[str, DomainResult], teacher: dict[str, DomainResult], student: dict[str, DomainResult], dropped: dict[str, int]) -> dict:
     """The record that `opd evaluate` writes (module docstring); `base` may be empty. dropped: held-out prompts too long to be used."""
     domains, recoveries = {}, {}
     for name, result in student.items():

@@ -5,7 +5,9 @@ Step 0 holds what was measured before training. Names:
 
     domain/D/kl_per_token, kl_per_sequence    nats; sums over tokens (sequences) of the step, divided by their number
     domain/D/loss_per_token                   the same place in supervised training: negative log-likelihood
-    domain/D/student_entropy, teacher_entropy nats per token
+    domain/D/student_entropy, teacher_entropy nats per token; the teacher's where it gives its whole distribution
+    domain/D/student_tail, teacher_tail       probability outside the teacher's top-k (teachers.signal=top_k), mean per token
+    domain/D/capped                           share of tokens on which loss.cap acts, where there is one
     domain/D/completion_length, truncated     tokens per completion; share that hit the limit
     domain/D/accuracy                         mean score of the step's rollouts, where the domain has a grader
     domain/D/prompt_share, token_share, loss_share          realised in this step
@@ -30,7 +32,7 @@ from transformers import PreTrainedTokenizerBase
 from opd.batch import MicroBatch
 from opd.config import DistillConfig
 from opd.distributed import Group, reduce_sum
-from opd.divergence import TokenLosses
+from opd.tiles import TokenLosses
 from rollout.chat import decode_completion
 from rollout.grading import grade
 from rollout.prompts import PromptMixture
@@ -52,6 +54,10 @@ class DomainTotals:
         for name, value in values.items():
             sums[name] = sums.get(name, 0.0) + float(value)
 
+    def names(self) -> set[str]:
+        """What this rank has added for any domain; a rank that only had fillers has added nothing."""
+        return {name for sums in self.totals.values() for name in sums}
+
     def reduced(self, names: tuple[str, ...]) -> dict[str, dict[str, float]]:
         """Sums over all ranks of the given names; every rank passes the same names."""
         own = [[sums.get(name, 0.0) for name in names] for sums in self.totals.values()]
@@ -60,7 +66,8 @@ class DomainTotals:
 
 
 ROLLOUT_SUMS = ("rollouts", "completion_tokens", "truncated", "graded", "score")
-LOSS_SUMS = ("tokens", "sequences", "loss", "weighted_loss", "student_entropy", "teacher_entropy")
+OPTIONAL_SUMS = ("student_entropy", "teacher_entropy", "student_tail", "teacher_tail", "capped")
+LOSS_SUMS = ("tokens", "sequences", "loss", "weighted_loss", *OPTIONAL_SUMS)
 
 
 def rollout_totals(rollouts: list[Rollout], domains: dict[str, DomainConfig], tokenizer: PreTrainedTokenizerBase) -> dict[str, dict[str, float]]:
@@ -76,19 +83,22 @@ def rollout_totals(rollouts: list[Rollout], domains: dict[str, DomainConfig], to
 
 
 def add_losses(totals: DomainTotals, batch: MicroBatch, losses: TokenLosses) -> None:
-    """Add one micro-batch's per-token losses to its domains' sums. Fillers count for nothing."""
+    """Add one micro-batch's per-token losses to its domains' sums. Fillers count for nothing.
+
+    A figure that a loss does not have is not added, and `loss_metrics` leaves it out.
+    """
     if batch.is_filler:
         return
     mask_N = batch.mask_N.double()
-    columns = [mask_N, losses.loss_N * mask_N, losses.loss_N * batch.weight_N, losses.student_entropy_N * mask_N]
-    columns.append(mask_N * 0 if losses.teacher_entropy_N is None else losses.teacher_entropy_N * mask_N)
-    per_token_NS = torch.stack([column.double() for column in columns], dim=1)
-    per_rollout = torch.zeros(len(batch.rollouts), 5, dtype=torch.float64, device=mask_N.device).index_add_(0, batch.rollout_N, per_token_NS)
-    for rollout, (tokens, loss, weighted, student_entropy, teacher_entropy) in zip(batch.rollouts, per_rollout.tolist(), strict=True):
-        totals.add(
-            rollout.prompt.domain, tokens=tokens, sequences=1, loss=loss, weighted_loss=weighted,
-            student_entropy=student_entropy, teacher_entropy=teacher_entropy,
-        )  # fmt: skip
+    columns = {"tokens": mask_N, "loss": losses.loss_N * mask_N, "weighted_loss": losses.loss_N * batch.weight_N}
+    for name in OPTIONAL_SUMS:
+        figure_N = getattr(losses, f"{name}_N")
+        if figure_N is not None:
+            columns[name] = figure_N * mask_N
+    per_token_NS = torch.stack([column.double() for column in columns.values()], dim=1)
+    per_rollout = torch.zeros(len(batch.rollouts), len(columns), dtype=torch.float64, device=mask_N.device).index_add_(0, batch.rollout_N, per_token_NS)
+    for rollout, sums in zip(batch.rollouts, per_rollout.tolist(), strict=True):
+        totals.add(rollout.prompt.domain, sequences=1, **dict(zip(columns, sums, strict=True)))
 
 
 def data_metrics(prompts: PromptMixture) -> dict[str, float]:
@@ -123,17 +133,19 @@ def rollout_metrics(rollouts: list[Rollout], stream: RolloutStream, cfg: Distill
 def loss_metrics(totals: DomainTotals, is_distillation: bool) -> dict[str, float]:
     """Metrics of the losses added with `add_losses`, over all ranks."""
     sums_of = totals.reduced(LOSS_SUMS)
+    names = totals.names()
     loss = sum(sums["weighted_loss"] for sums in sums_of.values())
     result = {"step/loss": loss}
     for domain, sums in sums_of.items():
         if not sums["tokens"]:
             continue
-        result[f"domain/{domain}/student_entropy"] = sums["student_entropy"] / sums["tokens"]
         result[f"domain/{domain}/loss_share"] = sums["weighted_loss"] / loss if loss else 0.0
+        for name in OPTIONAL_SUMS:
+            if name in names:
+                result[f"domain/{domain}/{name}"] = sums[name] / sums["tokens"]
         if is_distillation:
             result[f"domain/{domain}/kl_per_token"] = sums["loss"] / sums["tokens"]
             result[f"domain/{domain}/kl_per_sequence"] = sums["loss"] / sums["sequences"]
-            result[f"domain/{domain}/teacher_entropy"] = sums["teacher_entropy"] / sums["tokens"]
         else:
             result[f"domain/{domain}/loss_per_token"] = sums["loss"] / sums["tokens"]
     return result

@@ -40,6 +40,7 @@ from opd.run import belongs_to, lock, write_config
 from rollout.files import read_json, replace_text
 
 SCHEMA = 1
+STAGE_COMMANDS = ("distill", "specialize", "evaluate")
 POLL_SECONDS = 0.5
 LIBC = ctypes.CDLL(None)
 
@@ -102,12 +103,12 @@ def run_pipeline(cfg: PipelineConfig) -> None:
 
 def plan(cfg: PipelineConfig) -> dict[str, Stage]:
     """The stages with their hashes, in order. Raises ValueError for an unknown command or dependency, or a bad configuration."""
-    from opd.__main__ import COMMANDS, load_config
+    from opd.__main__ import load_config
 
     stages: dict[str, Stage] = {}
     for name, stage in cfg.stages.items():
         unknown = [before for before in stage.after if before not in stages]
-        if stage.command not in COMMANDS or stage.command == "pipeline":
+        if stage.command not in STAGE_COMMANDS:
             raise ValueError(f"stage {name} runs {stage.command!r}, which is no command of a pipeline")
         if unknown:
             raise ValueError(f"stage {name} comes after {unknown[0]!r}, which is not a stage before it")

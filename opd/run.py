@@ -6,6 +6,7 @@
     RUN/rollouts/            rollout/replay.py, with rollout.save=true
     RUN/student/             Hugging Face folder of the trained model, when the run is finished
     RUN/evaluation.json      opd/evaluate.py (in a folder of `opd evaluate`)
+    RUN/divergence.csv       opd/bench.py (in a folder of `opd bench`)
     RUN/.lock                held by the process that writes here
 
 Nothing is written before every part of the run has been built and checked. A folder that holds a run with another

@@ -5,6 +5,8 @@
 N_d counts the tokens of domain d in the whole step over all ranks, and the weights of the domains present are divided by
 their sum, so that neither micro-batching nor grouping by teacher nor the number of ranks changes the loss. Token-share weights are a
 different normalisation (a domain's length would enter its weight) and are never mixed with this one.
+
+N: completion tokens of a micro-batch.
 """
 
 import torch
@@ -12,11 +14,11 @@ import torch
 from opd.batch import MicroBatch, distillation_batches, supervised_batches
 from opd.config import RunConfig
 from opd.distributed import Group, reduce_sum
-from opd.divergence import TokenLosses
 from opd.engine import Engine
 from opd.metrics import DomainTotals, add_losses, loss_metrics
 from rollout.config import schedule_value
 from rollout.types import Rollout
+from teachers.config import SignalKind
 from teachers.pool import TeacherPool
 from teachers.types import ScoredRollout
 
@@ -26,14 +28,15 @@ def update(engine: Engine, teachers: TeacherPool, scored: list[ScoredRollout], c
     weights, metrics = domain_weights([item.rollout for item in scored], cfg, engine.policy_step)
     batches = distillation_batches(scored, weights, cfg.batch)
     metrics["system/teacher_loads"] = teachers.loads_since_asked()
-    return metrics | _train(engine, batches, cfg, teachers.head, is_distillation=True)
+    head_of = teachers.head if cfg.teachers.signal is SignalKind.hidden_states else _no_head
+    return metrics | _train(engine, batches, cfg, head_of, is_distillation=True)
 
 
 def supervised_update(engine: Engine, examples: list[Rollout], cfg: RunConfig) -> dict[str, float]:
     """Train on the examples' completions (this rank's); returns the step's metrics."""
     weights, metrics = domain_weights(examples, cfg, engine.policy_step)
     batches = supervised_batches(examples, weights, cfg.batch)
-    return metrics | _train(engine, batches, cfg, lambda _teacher: None, is_distillation=False)
+    return metrics | _train(engine, batches, cfg, _no_head, is_distillation=False)
 
 
 def domain_weights(rollouts: list[Rollout], cfg: RunConfig, step: int) -> tuple[dict[str, float], dict[str, float]]:
@@ -62,13 +65,15 @@ def _train(engine: Engine, batches: list[MicroBatch], cfg: RunConfig, head_of, i
     engine.recorder.start_step()
     own_sequences = sum(len(batch.rollouts) for batch in batches if not batch.is_filler)
     balance_scale = 1.0 / float(reduce_sum(torch.tensor(float(own_sequences)), Group.data))
+    finite: list[torch.Tensor] = []
     for number, batch in enumerate(batches):
         batch = batch.to(engine.device)
         scale = 0.0 if batch.is_filler else balance_scale
         loss, losses = engine.loss(batch, head_of(batch.teacher), number == len(batches) - 1, scale)
-        _require_finite(batch, losses)
         engine.backward(loss)
+        finite.append(losses.loss_N.isfinite())
         add_losses(totals, batch, losses)
+    _require_finite(batches, finite)
     metrics |= engine.step()
     engine.recorder.sum_ranks()
     if cfg.student.router_bias_speed:
@@ -76,8 +81,15 @@ def _train(engine: Engine, batches: list[MicroBatch], cfg: RunConfig, head_of, i
     return metrics | engine.recorder.metrics() | loss_metrics(totals, is_distillation)
 
 
-def _require_finite(batch: MicroBatch, losses: TokenLosses) -> None:
-    bad = (~losses.loss_N.isfinite()).nonzero()
-    if len(bad):
-        prompt = batch.rollouts[int(batch.rollout_N[bad[0, 0]])].prompt
-        raise ValueError(f"the loss is not finite on request {prompt.request} of domain {prompt.domain} (row {prompt.row})")
+def _require_finite(batches: list[MicroBatch], finite: list[torch.Tensor]) -> None:
+    """Raises ValueError with domain and request of the step's first loss that is not finite; one look at the device a step."""
+    if torch.stack([finite_N.all() for finite_N in finite]).all():
+        return
+    number = next(number for number, finite_N in enumerate(finite) if not finite_N.all())
+    token = int((~finite[number]).nonzero()[0, 0])
+    prompt = batches[number].rollouts[int(batches[number].rollout_N[token])].prompt
+    raise ValueError(f"the loss is not finite on request {prompt.request} of domain {prompt.domain} (row {prompt.row})")
+
+
+def _no_head(_teacher: str | None) -> None:
+    return None

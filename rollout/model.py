@@ -1,11 +1,16 @@
 """Loading of models and tokenizers, and the two halves of a causal language model: backbone and head.
 
-Everything else of the project sees a model as `backbone(tokens) -> last hidden states` and a head matrix, because that is
-all that exact full-vocabulary distillation needs. What would break that view is refused here, by name: a head with a bias,
-soft-capped or scaled logits, a setting that the family ignores, weights that the checkpoint does not hold.
+Everything else of the project sees a model as `backbone(tokens) -> last hidden states`, a head matrix, and a scale and soft-cap
+of their product, because that is all that exact full-vocabulary distillation needs. What would break that view is refused here,
+by name: a head with a bias, cropped logits, a setting that the family ignores, weights that the checkpoint does not hold. Scale and
+soft-cap are read from the settings, and measured on every model that is loaded: a family that is not known here cannot be wrong
+in silence.
+
+B: rows. L: positions. D: hidden size. V: vocabulary.
 """
 
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -16,21 +21,31 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from rollout.config import Dtype, ModelConfig
+from rollout.config import Attention, Dtype, ModelConfig
 from rollout.errors import first_sentence
+from rollout.types import LogitTransform
 
 transformers.utils.logging.disable_progress_bar()
 
-LOGIT_TRANSFORMS = (
-    "final_logit_softcapping",
-    "logits_soft_cap",
-    "output_logit_soft_cap",
-    "logit_scale",
-    "logits_scaling",
-    "lm_head_multiplier",
-    "logits_mup_width_multiplier",
-)
-"""Settings of model families whose logits are not simply head times hidden state."""
+SCALES = {
+    "logit_scale": 1,  # Cohere
+    "lm_head_multiplier": 1,  # Falcon-H1
+    "logits_scaling": -1,  # Granite
+    "logits_mup_width_multiplier": -1,  # Inkling, on the hidden state
+}
+"""Settings of model families that scale the logits: 1 multiplies, -1 divides."""
+
+SCALES_OF_FAMILY = {("hyperclovax", "logits_scaling"): 1}
+"""Families in which a setting works the other way."""
+
+SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+"""Settings that bound the logits: of Gemma and others, RecurrentGemma, xLSTM."""
+
+IGNORED = {("mpt", "logit_scale"), ("gemma3", "final_logit_softcapping")}
+"""Settings that transformers' model of a family does not read (gemma3 is the one with images, gemma3_text reads it)."""
+
+PROBE_SIZE = 128.0
+"""Size of the logits at which a model's transform is measured: far above every soft-cap in use."""
 
 
 def load_model(cfg: ModelConfig, role: str, device: torch.device | str = "cpu") -> PreTrainedModel:
@@ -76,8 +91,10 @@ def build_model(architecture: dict[str, Any], vocab_size: int, cfg: ModelConfig,
 
 
 def prepare_model(model: PreTrainedModel, cfg: ModelConfig, role: str) -> PreTrainedModel:
-    """Apply the settings that are made after loading, and refuse a model whose logits are not head times hidden state."""
-    refuse_logit_transforms(model.config, role)
+    """Apply the settings that are made after loading, and refuse a model whose logits are not what `logit_transform` says."""
+    transform = logit_transform(model.config, role)
+    if not isinstance(head_of(model), nn.Linear):
+        raise ValueError(f"the {role} ({model.config.model_type}) has no single linear head, which the full-vocabulary divergence needs")
     if head_of(model).bias is not None:
         raise ValueError(f"the {role} ({model.config.model_type}) has a bias in its head, which the full-vocabulary divergence does not support")
     if cfg.experts is not None:
@@ -85,7 +102,14 @@ def prepare_model(model: PreTrainedModel, cfg: ModelConfig, role: str) -> PreTra
             raise ValueError(f"the {role} has no routed experts, so `experts: {cfg.experts.value}` would be ignored: remove it")
         model.set_experts_implementation(cfg.experts.value)
     _unify_dtypes(model, torch_dtype(cfg.dtype))
-    return model.eval()
+    model.eval()
+    if cfg.attention is Attention.flash_attention_2:  # a student is still on the CPU, where that does not run
+        model.set_attn_implementation(Attention.eager.value)
+        _verify_transform(model, transform, role)
+        model.set_attn_implementation(cfg.attention.value)
+    else:
+        _verify_transform(model, transform, role)
+    return model
 
 
 def load_tokenizer(path: str, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
@@ -140,12 +164,16 @@ def context_length(config: PretrainedConfig, role: str) -> int:
     return positions
 
 
-def refuse_logit_transforms(config: PretrainedConfig, role: str) -> None:
-    """Raises ValueError for a family whose logits are not simply head times hidden state."""
-    settings = config.get_text_config().to_dict()
-    transforms = [name for name in LOGIT_TRANSFORMS if settings.get(name) not in (None, 1, 1.0)]
-    if transforms:
-        raise ValueError(f"the {role} ({config.model_type}) has {transforms[0]}, which the full-vocabulary divergence does not support")
+def logit_transform(config: PretrainedConfig, role: str) -> LogitTransform:
+    """What a family does to the product of head and hidden state. Raises ValueError where that is more than a scale and a soft-cap."""
+    text_config = config.get_text_config()
+    settings = {name: value for name, value in text_config.to_dict().items() if value is not None and (config.model_type, name) not in IGNORED}
+    if settings.get("unpadded_vocab_size", text_config.vocab_size) < text_config.vocab_size:
+        raise ValueError(f"the {role} ({config.model_type}) crops its logits to unpadded_vocab_size, which the full-vocabulary divergence does not support")
+    scale = math.prod(settings[name] ** SCALES_OF_FAMILY.get((config.model_type, name), power) for name, power in SCALES.items() if name in settings)
+    if "dim_model_base" in settings:  # MiniCPM divides the hidden state by its width over the width that the settings were tuned at
+        scale *= settings["dim_model_base"] / settings["hidden_size"]
+    return LogitTransform(float(scale), next((settings[name] for name in SOFTCAPS if name in settings), None))
 
 
 def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
@@ -169,6 +197,38 @@ def _unify_dtypes(model: nn.Module, dtype: torch.dtype) -> None:
     for buffer in model.buffers():
         if buffer.is_floating_point():
             buffer.data = buffer.data.float()
+
+
+@torch.no_grad()
+def _verify_transform(model: PreTrainedModel, transform: LogitTransform, role: str) -> None:
+    """Raises ValueError where the model's own logits are not `transform` of head times hidden state.
+
+    Two equal rows are run. In the second, what the head gives is made as large as PROBE_SIZE: a soft-cap of 30 moves the small logits
+    of a new model by less than rounding does. In the first it is left, so that a term added to the logits is seen as well.
+    A model that gives zeros or NaN passes; the latter is reported where it is used.
+    """
+    head, tokens_BL = head_of(model), torch.arange(4, device=model.device).expand(2, 4)
+    unknown = ValueError(f"the {role} ({model.config.model_type}) computes its logits in a way the full-vocabulary divergence does not know")
+    hidden_BLD = backbone_of(model)(input_ids=tokens_BL, use_cache=False)[0]
+    if hidden_BLD.shape != (*tokens_BL.shape, head.in_features):
+        raise unknown
+    product_BLV = head(hidden_BLD.to(head.weight.dtype))
+    gain = torch.exp2((PROBE_SIZE / product_BLV.abs().max()).log2().round())  # a power of two rounds nothing
+    gain_B11 = torch.stack([torch.ones_like(gain), gain])[:, None, None]
+    hook = head.register_forward_hook(lambda module, inputs, product_BLV: product_BLV * gain_B11)
+    try:
+        logits_BLV = model(input_ids=tokens_BL, use_cache=False).logits.float()
+    finally:
+        hook.remove()
+    expected_BLV = transform.scale * (product_BLV * gain_B11).float()
+    if transform.softcap is not None:
+        expected_BLV = transform.softcap * torch.tanh(expected_BLV / transform.softcap)
+    if logits_BLV.shape != expected_BLV.shape:
+        raise unknown
+    error_B, size_B = (logits_BLV - expected_BLV).abs().amax((1, 2)), expected_BLV.abs().amax((1, 2))
+    tolerance = 2e-2 if head.weight.dtype == torch.bfloat16 else 1e-3  # of the largest logit; room for TF32
+    if (error_B > tolerance * size_B).any():
+        raise unknown
 
 
 def _is_experts(module: nn.Module) -> bool:

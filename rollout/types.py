@@ -49,3 +49,22 @@ class Rollout:
     @property
     def num_loss_tokens(self) -> int:
         return int(self.completion_mask_T.sum())
+
+
+@dataclass(frozen=True, slots=True)
+class LogitTransform:
+    """From products to logits: softcap * tanh(scale * product / softcap), or scale * product where there is no soft cap.
+
+    product: head times last hidden state.
+    """
+
+    scale: float = 1.0
+    softcap: float | None = None
+
+    @property
+    def is_identity(self) -> bool:
+        return self.scale == 1 and self.softcap is None
+
+
+PLAIN_LOGITS = LogitTransform()
+"""Of most families: logits are head times hidden state."""

@@ -12,7 +12,7 @@ from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from rollout.config import ModelConfig
 from rollout.errors import first_sentence
-from rollout.model import context_length, load_tokenizer, refuse_logit_transforms, require_folder, require_weights
+from rollout.model import context_length, load_tokenizer, logit_transform, require_folder, require_weights
 
 
 def check_teacher(domain: str, cfg: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> int:
@@ -43,7 +43,7 @@ def check_compatible(role: str, cfg: ModelConfig, tokenizer: PreTrainedTokenizer
     vocab_size = config.get_text_config().vocab_size
     if vocab_size < len(tokenizer):
         raise ValueError(f"the {role} has {vocab_size} vocabulary rows, fewer than the tokenizer's {len(tokenizer)}")
-    refuse_logit_transforms(config, role)
+    logit_transform(config, role)  # raises where the divergence does not know it
     return context_length(config, role)
 
 

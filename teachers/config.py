@@ -1,9 +1,23 @@
 """Typed settings of a domain and of how teachers are held. A domain is prompts, a teacher, a weight and perhaps a grader."""
 
 from dataclasses import dataclass, field
+from enum import Enum
 from typing import Any
 
 from rollout.config import GraderKind, HeldOutConfig, ModelConfig, PromptsConfig
+
+
+class SignalKind(Enum):
+    """What a teacher gives for each completion token.
+
+    hidden_states: its whole distribution, as the states that its head turns into logits.
+    top_k: its likeliest tokens with their log-probabilities; all others count as one outcome, the tail.
+    sampled_token: the log-probability of the token that was sampled.
+    """
+
+    hidden_states = "hidden_states"
+    top_k = "top_k"
+    sampled_token = "sampled_token"
 
 
 @dataclass(slots=True)
@@ -26,11 +40,15 @@ class DomainConfig:
 
 @dataclass(slots=True)
 class TeachersConfig:
-    """How the pool holds teachers.
+    """How the pool holds teachers, and what they give.
 
     max_resident: teachers kept in memory; the least recently used one makes room.
     max_tokens_per_forward: padded tokens of one scoring forward.
+    signal: what a teacher gives for each token; what is less than hidden_states is for comparison, and for teachers that have no more.
+    top_k: number of tokens of signal=top_k.
     """
 
     max_resident: int = 1
     max_tokens_per_forward: int = 16384
+    signal: SignalKind = SignalKind.hidden_states
+    top_k: int = 64

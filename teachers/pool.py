@@ -6,6 +6,7 @@ loads the others from disk in turn, once each, since their heads stay in host me
 """
 
 from collections import OrderedDict
+from dataclasses import replace
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -14,9 +15,9 @@ from rollout.config import ModelConfig
 from rollout.model import load_model
 from rollout.types import Rollout
 from teachers.compatibility import check_teacher
-from teachers.config import DomainConfig, TeachersConfig
+from teachers.config import DomainConfig, SignalKind, TeachersConfig
 from teachers.teacher import Teacher
-from teachers.types import ScoredRollout, TeacherSignal
+from teachers.types import OutputHead, ScoredRollout
 
 
 class TeacherPool:
@@ -24,14 +25,14 @@ class TeacherPool:
 
     def __init__(self, domains: dict[str, DomainConfig], cfg: TeachersConfig, tokenizer: PreTrainedTokenizerBase, device: torch.device):
         """Checks every teacher (teachers/compatibility.py). Raises ValueError with the domain's name where one does not fit."""
-        self.cfg, self.device = cfg, device
+        self.cfg, self.device, self.vocab_size = cfg, device, len(tokenizer)
         self.teacher_of = {name: _identity(domain.teacher) for name, domain in domains.items()}
         self.configs: dict[str, tuple[str, ModelConfig]] = {}
         for name, domain in domains.items():
             self.configs.setdefault(self.teacher_of[name], (name, domain.teacher))
         self.resident: OrderedDict[str, Teacher] = OrderedDict()
-        self.host_heads: dict[str, torch.Tensor] = {}
-        self.device_head: tuple[str, torch.Tensor] | None = None
+        self.host_heads: dict[str, OutputHead] = {}
+        self.device_head: tuple[str, OutputHead] | None = None
         self.num_loads = self.loads_told = 0
         self.context = {teacher: check_teacher(name, teacher_cfg, tokenizer) for teacher, (name, teacher_cfg) in self.configs.items()}
 
@@ -45,8 +46,8 @@ class TeacherPool:
                     "lower rollout.max_new_tokens, or drop long prompts"
                 )
 
-    def score(self, rollouts: list[Rollout]) -> list[ScoredRollout]:
-        """The rollouts with their teachers' signals, in the same order.
+    def score(self, rollouts: list[Rollout], kind: SignalKind | None = None) -> list[ScoredRollout]:
+        """The rollouts with their teachers' signals (None: teachers.signal of the config), in the same order.
 
         Raises ValueError for a rollout of an unknown domain, and for a teacher whose signal is not finite.
         """
@@ -57,11 +58,13 @@ class TeacherPool:
             by_teacher.setdefault(self.teacher_of[rollout.prompt.domain], []).append(index)
         scored: list[ScoredRollout | None] = [None] * len(rollouts)
         for teacher, indices in sorted(by_teacher.items(), key=lambda item: item[0] not in self.resident):
-            hidden = self.get(teacher).hidden([rollouts[i] for i in indices], self.cfg.max_tokens_per_forward)
+            scorer = self.get(teacher)
+            hidden = scorer.hidden([rollouts[i] for i in indices], self.cfg.max_tokens_per_forward)
             for index, hidden_TD in zip(indices, hidden, strict=True):
                 if not hidden_TD.isfinite().all():
                     raise ValueError(f"the teacher of {rollouts[index].prompt.domain} gave NaN or infinity on request {rollouts[index].prompt.request}")
-                scored[index] = ScoredRollout(rollout=rollouts[index], signal=TeacherSignal(teacher=teacher, hidden_TD=hidden_TD))
+                signal = scorer.signal(rollouts[index], hidden_TD, kind or self.cfg.signal, self.cfg.top_k, self.vocab_size)
+                scored[index] = ScoredRollout(rollout=rollouts[index], signal=signal)
         return scored
 
     def loads_since_asked(self) -> int:
@@ -69,12 +72,13 @@ class TeacherPool:
         loads, self.loads_told = self.num_loads - self.loads_told, self.num_loads
         return loads
 
-    def head(self, teacher: str) -> torch.Tensor:
-        """The head [V, D] of a teacher, on the device; one is there at a time, so ask for them teacher by teacher."""
+    def head(self, teacher: str) -> OutputHead:
+        """The head of a teacher, on the device; one is there at a time, so ask for them teacher by teacher."""
         if self.device_head is None or self.device_head[0] != teacher:
             if teacher not in self.host_heads:
                 self.get(teacher)
-            self.device_head = (teacher, self.host_heads[teacher].to(self.device))
+            head = self.host_heads[teacher]
+            self.device_head = (teacher, replace(head, weight_VD=head.weight_VD.to(self.device)))
         return self.device_head[1]
 
     def get(self, teacher: str) -> Teacher:
@@ -86,7 +90,8 @@ class TeacherPool:
             self.resident.popitem(last=False)
         domain, cfg = self.configs[teacher]
         self.resident[teacher] = Teacher(teacher, load_model(cfg, f"teacher of {domain}", self.device))
-        self.host_heads[teacher] = self.resident[teacher].head_VD.cpu()
+        head = self.resident[teacher].head
+        self.host_heads[teacher] = replace(head, weight_VD=head.weight_VD.cpu())
         self.num_loads += 1
         return self.resident[teacher]
 

@@ -3,15 +3,23 @@
 Hidden states, not logits, are what is kept: for DeepSeek-V4 they are eighteen to thirty times smaller than the distribution they
 stand for (arXiv:2606.19348, 5.2.2), and the teacher's head gives the logits back exactly, tile by tile, inside the loss.
 
-D: hidden size. V: vocabulary. T: completion tokens.
+A teacher may give less, for comparison with systems that have no more: its top-k, or the sampled token's log-probability.
+
+D: hidden size. V: vocabulary. T: completion tokens. C: some of them. K: tokens named per position.
 """
 
 import torch
 from transformers import PreTrainedModel
 
-from rollout.model import backbone_of, head_of
+from rollout.logits import product_into, transform_
+from rollout.model import backbone_of, head_of, logit_transform
 from rollout.padding import completion_span, group_by_length, pad_right, sequence_length
 from rollout.types import Rollout
+from teachers.config import SignalKind
+from teachers.types import OutputHead, TeacherSignal
+
+LOGITS_AT_A_TIME = 1 << 24
+"""Logits of one piece when log-probabilities are taken: 64 MiB of float32."""
 
 
 class Teacher:
@@ -22,9 +30,9 @@ class Teacher:
         self.model = model.eval().requires_grad_(False)
 
     @property
-    def head_VD(self) -> torch.Tensor:
-        """The output projection, [V, D]."""
-        return head_of(self.model).weight
+    def head(self) -> OutputHead:
+        """The output projection, and what the family does to its product."""
+        return OutputHead(weight_VD=head_of(self.model).weight, logits=logit_transform(self.model.config, f"teacher {self.name}"))
 
     @torch.no_grad()
     def hidden(self, rollouts: list[Rollout], max_tokens: int) -> list[torch.Tensor]:
@@ -36,3 +44,29 @@ class Teacher:
                 start, stop = completion_span(rollouts[index])
                 result[index] = hidden_BLD[row, start:stop].clone()
         return result
+
+    @torch.no_grad()
+    def signal(self, rollout: Rollout, hidden_TD: torch.Tensor, kind: SignalKind, top_k: int, vocab_size: int) -> TeacherSignal:
+        """What this teacher gives for one rollout, from its hidden states; padding beyond the vocabulary never counts."""
+        if kind is SignalKind.hidden_states:
+            return TeacherSignal(teacher=self.name, hidden_TD=hidden_TD)
+        sampled_T1 = rollout.completion_T.to(hidden_TD.device)[:, None]
+        tokens, logprobs = [], []
+        rows = max(1, LOGITS_AT_A_TIME // vocab_size)
+        for start in range(0, len(hidden_TD), rows):
+            logprob_CV = self._logprobs(hidden_TD[start : start + rows], vocab_size)
+            if kind is SignalKind.top_k:
+                found = logprob_CV.topk(min(top_k, vocab_size - 1), dim=1)
+                tokens.append(found.indices)
+                logprobs.append(found.values)
+            else:
+                tokens.append(sampled_T1[start : start + rows])
+                logprobs.append(logprob_CV.gather(1, tokens[-1]))
+        return TeacherSignal(teacher=self.name, kind=kind, token_TK=torch.cat(tokens), logprob_TK=torch.cat(logprobs))
+
+    def _logprobs(self, hidden_CD: torch.Tensor, vocab_size: int) -> torch.Tensor:
+        head = self.head
+        logits_CV = torch.empty(len(hidden_CD), vocab_size, device=hidden_CD.device)
+        product_into(logits_CV, hidden_CD, head.weight_VD[:vocab_size])
+        transform_(logits_CV, head.logits)
+        return logits_CV.log_softmax(-1)

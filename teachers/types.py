@@ -1,25 +1,39 @@
 """What scoring returns.
 
-T: completion tokens of one rollout. D: the teacher's hidden size.
+T: completion tokens of one rollout. D: the teacher's hidden size. V: vocabulary. K: tokens named per position.
 """
 
 from dataclasses import dataclass
 
 import torch
 
-from rollout.types import Rollout
+from rollout.types import PLAIN_LOGITS, LogitTransform, Rollout
+from teachers.config import SignalKind
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TeacherSignal:
-    """A teacher's whole distribution at every completion token, as the hidden states its head turns into logits.
+    """What a teacher gives for every completion token; row t is about completion token t.
 
-    teacher: name in the pool, whose head belongs to these states.
-    hidden_TD: last hidden states after the final norm, in the teacher's dtype; row t predicts completion token t.
+    teacher: name in the pool.
+    kind: what is given; the other fields are None.
+    hidden_TD: last hidden states after the final norm, in the teacher's dtype; the teacher's head belongs to them.
+    token_TK, logprob_TK: tokens and their float32 log-probabilities at temperature 1: the K likeliest, or (K = 1) the sampled one.
     """
 
     teacher: str
-    hidden_TD: torch.Tensor
+    kind: SignalKind = SignalKind.hidden_states
+    hidden_TD: torch.Tensor | None = None
+    token_TK: torch.Tensor | None = None
+    logprob_TK: torch.Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OutputHead:
+    """What turns hidden states into logits: the head's weight, and the family's scale and soft cap."""
+
+    weight_VD: torch.Tensor
+    logits: LogitTransform = PLAIN_LOGITS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

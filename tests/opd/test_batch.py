@@ -8,9 +8,10 @@ import torch
 
 from opd.batch import MicroBatch, distillation_batches, supervised_batches
 from opd.config import BatchConfig
-from opd.divergence import TokenLosses
 from opd.metrics import DomainTotals, add_losses
+from opd.tiles import TokenLosses
 from rollout.types import Rollout
+from teachers.config import SignalKind
 from teachers.types import ScoredRollout, TeacherSignal
 
 WEIGHTS = {"law": 0.5, "code": 0.25, "tools": 2.0}
@@ -109,6 +110,21 @@ def test_each_micro_batch_has_one_teacher_and_its_domains_signals(random_rollout
         assert {teacher_of[rollout.prompt.domain] for rollout in batch.rollouts} == {batch.teacher}
         expected = [[float(rollout.prompt.request), float(index)] for rollout, index in token_rows(batch)]
         assert batch.teacher_hidden_ND.tolist() == expected
+
+
+@pytest.mark.parametrize("kind", [SignalKind.top_k, SignalKind.sampled_token])
+def test_tokens_and_log_probabilities_of_a_signal_stay_with_their_completion_token(kind, random_rollouts):
+    items = []
+    for item in scored(random_rollouts(SHAPES), dict.fromkeys(WEIGHTS, "a")):
+        named_TK = item.signal.hidden_TD
+        items.append(replace(item, signal=TeacherSignal(teacher="a", kind=kind, token_TK=named_TK.long(), logprob_TK=-named_TK)))
+    batches = distillation_batches(items, WEIGHTS, sizes(30))
+    assert len(batches) > 1
+    for batch in batches:
+        expected = [[rollout.prompt.request, index] for rollout, index in token_rows(batch)]
+        assert batch.teacher_token_NK.tolist() == expected
+        assert (-batch.teacher_logprob_NK).tolist() == expected
+        assert (batch.signal, batch.teacher_hidden_ND) == (kind, None)
 
 
 def test_micro_batches_of_one_teacher_follow_each_other(random_rollouts):

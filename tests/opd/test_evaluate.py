@@ -9,10 +9,11 @@ import torch
 from opd.config import DistillConfig, EvaluationConfig
 from opd.evaluate import FIRST_REQUEST, DomainResult, Evaluator, comparison, evaluation_metrics
 from opd.intervals import proportion
+from opd.loss_config import DivergenceKind, LossConfig
 from rollout.config import GraderKind, HeldOutConfig, ModelConfig, PromptsConfig, SamplingConfig
 from rollout.sampler import LocalSampler
 from rollout.types import Rollout
-from teachers.config import DomainConfig, TeachersConfig
+from teachers.config import DomainConfig, SignalKind, TeachersConfig
 from teachers.pool import TeacherPool
 
 ROWS = 12
@@ -88,6 +89,16 @@ def test_a_domain_without_a_grader_has_no_accuracy_and_one_without_teachers_no_d
 def test_evaluating_twice_gives_the_same_figures_and_random_numbers_apart_from_trainings(evaluator, sampler):
     assert evaluator.evaluate(sampler) == evaluator.evaluate(sampler)
     assert min(prompt.request for prompts in evaluator.prompts.values() for prompt in prompts) == FIRST_REQUEST > 1 << 32
+
+
+def test_the_divergence_does_not_depend_on_the_runs_loss_and_signal(evaluator, sampler, cfg, session_v4_model, tokenizer, device):
+    """So that runs with different losses can be compared."""
+    cfg.loss = LossConfig(kind=DivergenceKind.jsd, temperature=2.0, smoothing=0.1, cap=0.01)
+    cfg.teachers = TeachersConfig(max_resident=2, signal=SignalKind.top_k, top_k=3)
+    other = Evaluator(cfg, session_v4_model, tokenizer, TeacherPool(cfg.domains, cfg.teachers, tokenizer, device))
+    found = evaluator.evaluate(sampler)
+    assert other.evaluate(sampler) == found
+    assert found["law"].kl_per_token.value > 0.01
 
 
 def test_so_many_prompts_are_taken_and_none_where_evaluation_is_off(cfg, session_v4_model, tokenizer):

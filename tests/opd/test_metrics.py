@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,8 +10,8 @@ import torch
 import opd.metrics
 from opd.batch import supervised_batches
 from opd.config import BatchConfig, DistillConfig
-from opd.divergence import TokenLosses
 from opd.metrics import DomainTotals, add_losses, data_metrics, loss_metrics, rollout_metrics
+from opd.tiles import TokenLosses
 from rollout.config import GraderKind, PromptsConfig, RolloutConfig
 from rollout.prompts import PromptMixture, load_prompts
 from rollout.sampler import LocalSampler
@@ -53,6 +54,40 @@ def test_divergences_and_entropies_are_sums_over_tokens_by_their_number(max_toke
         assert metrics[f"domain/{domain}/teacher_entropy"] == pytest.approx(average([token["teacher"] for token in own]))
         sequences = len({token["request"] for token in own})
         assert metrics[f"domain/{domain}/kl_per_sequence"] == pytest.approx(sum(token["loss"] for token in own) / sequences)
+
+
+@pytest.mark.parametrize("max_tokens", [10, 1000])
+def test_tails_and_the_capped_share_are_averages_over_the_tokens_of_a_domain(max_tokens, random_rollouts):
+    rollouts, generator, cap = random_rollouts(SHAPES), torch.Generator().manual_seed(1), 0.7
+    rollouts[0].completion_mask_T[2:5] = False
+    totals, tokens = DomainTotals(DOMAINS), []
+    for batch in supervised_batches(rollouts, WEIGHT, BatchConfig(max_tokens_per_micro_batch=max_tokens)):
+        loss_N, entropy_N, student_N, teacher_N = torch.rand(4, len(batch.target_N), generator=generator)
+        loss_N = loss_N.clamp(max=cap)
+        add_losses(totals, batch, TokenLosses(loss_N, entropy_N, None, student_N, teacher_N, loss_N == cap))
+        owners = [rollout.prompt.domain for rollout in batch.rollouts for _ in rollout.completion_T]
+        rows = zip(owners, batch.mask_N.tolist(), loss_N.tolist(), student_N.tolist(), teacher_N.tolist(), strict=True)
+        tokens += [row for row in rows if row[1]]
+    metrics = loss_metrics(totals, True)
+    for domain in ("law", "code"):
+        own = [token for token in tokens if token[0] == domain]
+        assert metrics[f"domain/{domain}/student_tail"] == pytest.approx(average([token[3] for token in own]))
+        assert metrics[f"domain/{domain}/teacher_tail"] == pytest.approx(average([token[4] for token in own]))
+        assert metrics[f"domain/{domain}/capped"] == pytest.approx(average([float(token[2] == max(row[2] for row in own)) for token in own]))
+        assert 0 < metrics[f"domain/{domain}/capped"] < 1
+    assert not [name for name in metrics if name.endswith("teacher_entropy")], "a top-k has no entropy"
+
+
+def test_tails_and_the_capped_share_are_left_out_where_there_are_none(random_rollouts):
+    metrics, _ = losses_of(random_rollouts(SHAPES), 1000)
+    assert not [name for name in metrics if name.endswith(("_tail", "/capped"))]
+
+
+def test_a_rank_that_only_had_fillers_reports_no_figure_of_its_own(random_rollouts):
+    [batch] = supervised_batches(random_rollouts(SHAPES), WEIGHT, BatchConfig())
+    totals, ones_N = DomainTotals(DOMAINS), torch.ones(len(batch.target_N))
+    add_losses(totals, replace(batch, is_filler=True), TokenLosses(ones_N, ones_N, None, ones_N, ones_N, ones_N))
+    assert totals.names() == set()
 
 
 def test_a_long_rollout_counts_by_its_tokens_and_not_as_one_of_two_means(make_rollout):

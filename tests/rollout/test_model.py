@@ -146,37 +146,12 @@ def test_an_experts_setting_on_a_dense_model_is_refused(saved_dense, tokenizer, 
         build("llama", tokenizer, ModelConfig(experts=experts), **DENSE)
 
 
-# Refused families: their logits are not the head times the hidden state
+# Refused families
 
 
 def test_a_head_with_a_bias_is_refused(tokenizer):
     with pytest.raises(ValueError, match=r"student \(phi\) has a bias in its head"):
         build("phi", tokenizer, **DENSE)
-
-
-TRANSFORMED = {
-    "final_logit_softcapping": ("gemma2", {**DENSE, "head_dim": 16}),
-    "logits_soft_cap": ("recurrent_gemma", {**DENSE, "num_hidden_layers": 2, "lru_width": 32, "attention_window_size": 8}),
-    "output_logit_soft_cap": ("xlstm", {"hidden_size": 64, "num_hidden_layers": 1, "num_blocks": 1, "num_heads": 2}),
-    "logit_scale": ("cohere", {**DENSE, "eos_token_id": 2, "bos_token_id": 1}),
-    "logits_scaling": ("granite", {**DENSE, "logits_scaling": 4.0}),
-    "lm_head_multiplier": ("falcon_h1", {**DENSE, "lm_head_multiplier": 0.5, "mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8}),
-}
-
-
-@pytest.mark.parametrize("setting", TRANSFORMED)
-def test_soft_capped_and_scaled_logits_are_refused_by_the_settings_name(tokenizer, setting):
-    family, settings = TRANSFORMED[setting]
-    with pytest.raises(ValueError, match=rf"student \({family}\) has {setting}, which the full-vocabulary divergence does not support"):
-        build(family, tokenizer, **settings)
-
-
-@pytest.mark.parametrize(("family", "off"), [("gemma2", {"final_logit_softcapping": None}), ("granite", {"logits_scaling": 1.0})])
-def test_a_family_whose_transform_is_off_is_accepted(tokenizer, family, off):
-    model = build(family, tokenizer, **DENSE, head_dim=16, **off)
-    with torch.no_grad():
-        hidden = backbone_of(model)(TOKENS)[0]
-    assert torch.allclose(logits_of(model), hidden @ head_of(model).weight.T, atol=1e-6)
 
 
 def test_an_architecture_without_family_is_refused(tokenizer):

@@ -63,7 +63,7 @@ def test_a_signals_teacher_names_the_head_that_belongs_to_it(new_pool, rollouts,
     pool = new_pool(THREE)
     for item in pool.score(rollouts):
         head = pool.head(item.signal.teacher)
-        assert torch.equal(head, load_model(ModelConfig(model=folders[THREE[item.rollout.prompt.domain]]), "teacher").lm_head.weight)
+        assert torch.equal(head.weight_VD, load_model(ModelConfig(model=folders[THREE[item.rollout.prompt.domain]]), "teacher").lm_head.weight)
 
 
 def test_every_teacher_is_loaded_once_however_its_rollouts_are_mixed(new_pool, rollouts):
@@ -122,7 +122,7 @@ def test_one_resident_teacher_gives_the_same_signals_and_heads_as_all(new_pool, 
         one, three = few.score(rollouts), all_of_them.score(rollouts)
         assert all(torch.equal(a, b) for a, b in zip(hidden_of(one), hidden_of(three), strict=True))
         for a, b in zip(one, three, strict=True):
-            assert torch.equal(few.head(a.signal.teacher), all_of_them.head(b.signal.teacher))
+            assert torch.equal(few.head(a.signal.teacher).weight_VD, all_of_them.head(b.signal.teacher).weight_VD)
         assert len(few.resident) == 1
     assert all_of_them.num_loads == 3
 

@@ -5,8 +5,10 @@ import itertools
 import pytest
 import torch
 
-from rollout.model import backbone_of, head_of
+from rollout.config import ModelConfig
+from rollout.model import backbone_of, build_model, head_of
 from rollout.padding import completion_span, group_by_length, pad_right, sequence_length
+from teachers.config import SignalKind
 from teachers.teacher import Teacher
 
 SHAPES = [("law", 9, 20), ("law", 3, 1), ("law", 1, 7), ("law", 20, 12), ("law", 14, 25), ("law", 9, 20)]
@@ -55,7 +57,7 @@ def test_the_head_on_row_t_gives_the_distribution_of_completion_token_t(model, r
             logprobs = model(torch.tensor([all_tokens(rollout)])).logits[0].log_softmax(-1)
         start = len(rollout.prompt.tokens)
         expected = [logprobs[start + t - 1, token].item() for t, token in enumerate(rollout.completion_T.tolist())]
-        ours = (hidden @ teacher.head_VD.T).log_softmax(-1)
+        ours = (hidden @ teacher.head.weight_VD.T).log_softmax(-1)
         assert ours.gather(1, rollout.completion_T[:, None])[:, 0].tolist() == pytest.approx(expected, abs=1e-5)
 
 
@@ -83,7 +85,7 @@ def test_a_signal_does_not_keep_the_padded_forward_in_memory(model, rollouts):
 
 
 def test_the_head_is_the_output_matrix(model):
-    assert Teacher("law", model).head_VD is head_of(model).weight
+    assert Teacher("law", model).head.weight_VD is head_of(model).weight
 
 
 def test_the_completion_span_begins_at_the_prompts_last_token_and_has_a_position_per_completion_token(make_rollout):
@@ -117,3 +119,94 @@ def test_groups_are_filled_in_order_of_length():
 
 def test_one_forward_takes_everything_that_fits():
     assert len(group_by_length(LENGTHS, 90 * len(LENGTHS))) == 1
+
+
+# What a teacher gives beside hidden states
+
+VOCAB_PADDING = 28
+"""Rows of the padded heads beyond the tokenizer's vocabulary; they are made to win every position if they were looked at."""
+
+
+def padded_teacher(name: str, new_student, vocab_size: int) -> Teacher:
+    """A tiny teacher whose head has rows beyond the vocabulary with large logits; gemma2's logits reach its soft cap."""
+    torch.manual_seed(3)
+    if name == "gemma2":
+        settings = {"hidden_size": 48, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 24}
+        model = build_model({"model_type": "gemma2", "final_logit_softcapping": 5.0, "tie_word_embeddings": False, **settings}, vocab_size, ModelConfig(), name)
+        with torch.no_grad():
+            model.get_output_embeddings().weight.mul_(40)
+    else:
+        model = new_student(name, seed=3)
+    model.resize_token_embeddings(vocab_size + VOCAB_PADDING, mean_resizing=False)
+    with torch.no_grad():
+        head_of(model).weight[vocab_size:] = 20 * head_of(model).weight[:1]
+        head_of(model).weight[vocab_size + 1 :] *= -1
+    return Teacher("law", model)
+
+
+@pytest.fixture(params=["deepseek_v4_tiny", "qwen3_moe_tiny", "gemma2"], scope="module")
+def padded(request, new_student, tokenizer) -> Teacher:
+    return padded_teacher(request.param, new_student, len(tokenizer))
+
+
+@torch.no_grad()
+def own_logprobs(teacher: Teacher, rollout, vocab_size: int) -> torch.Tensor:
+    """log_softmax of the model's own logits over the real vocabulary, at the positions before each completion token."""
+    logits = teacher.model(torch.tensor([all_tokens(rollout)])).logits[0]
+    return logits[len(rollout.prompt.tokens) - 1 : -1, :vocab_size].double().log_softmax(-1)
+
+
+def signals(teacher: Teacher, rollouts, kind: SignalKind, top_k: int, vocab_size: int):
+    hidden = teacher.hidden(rollouts, 10000)
+    return [teacher.signal(rollout, hidden_TD, kind, top_k, vocab_size) for rollout, hidden_TD in zip(rollouts, hidden, strict=True)]
+
+
+@pytest.mark.parametrize("top_k", [1, 5])
+def test_a_top_k_signal_is_the_likeliest_tokens_of_the_models_own_logits(top_k, padded, rollouts, tokenizer):
+    for rollout, signal in zip(rollouts, signals(padded, rollouts, SignalKind.top_k, top_k, len(tokenizer)), strict=True):
+        expected = own_logprobs(padded, rollout, len(tokenizer)).topk(top_k, dim=1)
+        assert signal.token_TK.tolist() == expected.indices.tolist()
+        torch.testing.assert_close(signal.logprob_TK.double(), expected.values, rtol=0, atol=2e-5)
+        assert (signal.kind, signal.hidden_TD, signal.logprob_TK.dtype) == (SignalKind.top_k, None, torch.float32)
+
+
+def test_a_sampled_token_signal_is_the_models_log_probability_of_each_completion_token(padded, rollouts, tokenizer):
+    for rollout, signal in zip(rollouts, signals(padded, rollouts, SignalKind.sampled_token, 5, len(tokenizer)), strict=True):
+        expected = own_logprobs(padded, rollout, len(tokenizer)).gather(1, rollout.completion_T[:, None])
+        assert signal.token_TK.tolist() == rollout.completion_T[:, None].tolist()
+        torch.testing.assert_close(signal.logprob_TK.double(), expected, rtol=0, atol=2e-5)
+
+
+def test_a_hidden_states_signal_is_the_hidden_states(padded, rollouts, tokenizer):
+    hidden = padded.hidden(rollouts, 10000)
+    for rollout, hidden_TD in zip(rollouts, hidden, strict=True):
+        signal = padded.signal(rollout, hidden_TD, SignalKind.hidden_states, 5, len(tokenizer))
+        assert signal.hidden_TD is hidden_TD
+        assert signal.token_TK is signal.logprob_TK is None
+
+
+def test_rows_of_the_head_beyond_the_vocabulary_never_appear(padded, rollouts, tokenizer):
+    vocab_size = len(tokenizer)
+    with torch.no_grad():
+        logits = torch.cat([padded.model(torch.tensor([all_tokens(rollout)])).logits[0] for rollout in rollouts])
+    assert (logits.argmax(-1) >= vocab_size).float().mean() > 0.5, "the padding has to win, or the test shows nothing"
+    for signal in signals(padded, rollouts, SignalKind.top_k, 1000, vocab_size):
+        assert signal.token_TK.max() < vocab_size
+
+
+def test_a_top_k_beyond_the_vocabulary_gives_all_tokens_but_one_so_that_there_is_a_tail(padded, rollouts, tokenizer):
+    vocab_size = len(tokenizer)
+    for rollout, signal in zip(rollouts, signals(padded, rollouts, SignalKind.top_k, 10 * vocab_size, vocab_size), strict=True):
+        assert signal.token_TK.shape == (len(rollout.completion_T), vocab_size - 1)
+        least = own_logprobs(padded, rollout, vocab_size).min(dim=1).values.exp()
+        torch.testing.assert_close(1 - signal.logprob_TK.double().exp().sum(1), least, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", [SignalKind.top_k, SignalKind.sampled_token])
+@pytest.mark.parametrize("logits_at_a_time", [1, 3 * 97])
+def test_logits_in_pieces_give_the_signal_of_all_at_once(logits_at_a_time, kind, padded, rollouts, tokenizer, monkeypatch):
+    whole = signals(padded, rollouts, kind, 4, len(tokenizer))
+    monkeypatch.setattr("teachers.teacher.LOGITS_AT_A_TIME", logits_at_a_time)
+    for one, other in zip(signals(padded, rollouts, kind, 4, len(tokenizer)), whole, strict=True):
+        assert torch.equal(one.token_TK, other.token_TK)
+        torch.testing.assert_close(one.logprob_TK, other.logprob_TK, rtol=0, atol=1e-5)

@@ -1,0 +1,82 @@
+"""What the numbers of a config may be. Types alone are OmegaConf's: opd/config.py declares them, `parse` there calls this.
+
+A field is known by its name, whichever dataclass it stands in: a word means one thing in all settings.
+"""
+
+import math
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+from rollout.config import schedule_value
+
+AT_LEAST_ONE = (
+    "prompts_per_step", "completions_per_prompt", "max_new_tokens", "decode_width", "examples_per_step", "max_tokens",
+    "max_tokens_per_micro_batch", "max_tokens_per_forward", "max_resident", "keep", "threads", "processes",
+    "top_k", "num_tokens", "vocab_sizes", "hidden", "teacher_hidden", "repeats",
+)  # fmt: skip
+"""Whole numbers from 1; of a list, each of its members, and there is one."""
+
+NOT_NEGATIVE = ("num_steps", "temperature", "lr", "muon_lr", "eps", "weight_decay", "warmup_steps", "every", "router_probe_every", "update_ratio_every")
+
+
+def check_ranges(cfg: Any, path: str = "") -> None:
+    """Raises ValueError for a number that is out of its range, anywhere in a config."""
+    for field in fields(cfg):
+        name, value = path + field.name, getattr(cfg, field.name)
+        least = 1 if field.name in AT_LEAST_ONE else 0 if field.name in NOT_NEGATIVE else None
+        if least is not None and value == []:
+            raise ValueError(f"{name} must not be empty: write {name}=[N]")
+        for number in value if isinstance(value, list) else [value]:
+            if least is not None and number is not None and not number >= least:
+                raise ValueError(f"{name} must be at least {least}, not {number}")
+        if field.name == "betas" and not (len(value) == 2 and all(0 <= beta < 1 for beta in value)):
+            raise ValueError(f"{name} must be two numbers from 0 to below 1, not {value}")
+        for key, member in value.items() if isinstance(value, dict) else [("", value)]:
+            if is_dataclass(member):
+                check_ranges(member, f"{name}.{key}." if key else f"{name}.")
+
+
+def check_schedules(cfg: Any) -> None:
+    """Raises ValueError for a number or schedule that is neither; OmegaConf has no type for them."""
+    names = {field.name for field in fields(cfg)}
+    for name, domain in cfg.domains.items() if "domains" in names else ():
+        schedule_value(domain.prompts.share, 0, f"domains.{name}.prompts.share")
+        schedule_value(domain.loss_weight, 0, f"domains.{name}.loss_weight")
+    if "slip_rate" in names:
+        schedule_value(cfg.slip_rate, 0, "slip_rate")
+
+
+def check_loss(loss: Any, teachers: Any, rollout: Any) -> None:
+    """Raises ValueError for settings of the loss that are out of range, do not fit what the teachers give, or would be ignored."""
+    if not 0 <= loss.smoothing < 1:
+        raise ValueError(f"loss.smoothing must be from 0 to below 1, not {loss.smoothing}")
+    if not 0 <= loss.beta <= 1:
+        raise ValueError(f"loss.beta must be from 0 (forward KL) to 1 (reverse KL), not {loss.beta}")
+    if not 0 < loss.temperature < math.inf:
+        raise ValueError(f"loss.temperature must be above 0 and finite, not {loss.temperature}")
+    if loss.cap is not None and not loss.cap > 0:
+        raise ValueError(f"loss.cap must be above 0, not {loss.cap}: null has no cap")
+    if loss.kind.value != "jsd" and loss.beta != type(loss)().beta:
+        raise ValueError(f"loss.beta belongs to loss.kind=jsd and would be ignored with {loss.kind.value}: remove it")
+    if teachers.signal.value != "top_k" and teachers.top_k != type(teachers)().top_k:
+        raise ValueError(f"teachers.top_k belongs to teachers.signal=top_k and would be ignored with {teachers.signal.value}: remove it")
+    _check_estimator(loss, teachers.signal.value, rollout)
+
+
+def _check_estimator(loss: Any, signal: str, rollout: Any) -> None:
+    if signal != "hidden_states":
+        if loss.policy_gradient:
+            raise ValueError(f"loss.policy_gradient=true takes its baseline from whole distributions, and teachers.signal={signal} gives less: remove one")
+        if loss.temperature != 1:
+            raise ValueError(f"loss.temperature={loss.temperature} needs whole distributions: use teachers.signal=hidden_states")
+        if loss.backend.value != "auto":
+            raise ValueError(f"loss.backend={loss.backend.value} would be ignored with teachers.signal={signal}: remove it")
+    if signal != "sampled_token" and not loss.policy_gradient:
+        return
+    cause = "teachers.signal=sampled_token" if signal == "sampled_token" else "loss.policy_gradient=true"
+    if loss.temperature != 1 or loss.kind.value != "reverse_kl" or loss.smoothing:
+        raise ValueError(f"{cause} estimates reverse KL at temperature 1: remove loss.kind, loss.smoothing and loss.temperature, or {cause}")
+    if rollout.temperature != 1:
+        raise ValueError(f"rollout.temperature={rollout.temperature} would bias {cause}: use rollout.temperature=1")
+    if rollout.replay is not None:
+        raise ValueError(f"rollout.replay would bias {cause}, since saved rollouts are another policy's samples: use teachers.signal=hidden_states")
