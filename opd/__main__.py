@@ -45,7 +45,7 @@ def main(arguments: list[str] | None = None) -> int:
     except ValueError as error:
         return _fail(f"opd: {' '.join(str(error).split())}", USER_ERROR)
     except KeyboardInterrupt:
-        return _fail("opd: interrupted; the same command, without fresh=true, continues from the last checkpoint", INTERRUPTED)
+        return _fail("opd: interrupted; a training command, given again without fresh=true, continues from its last checkpoint", INTERRUPTED)
     finally:
         _stop()
     return 0

@@ -84,8 +84,10 @@ def choose(asked: list[str] | None, device: str) -> tuple[dict[str, Contender], 
         try:
             known[name].prepare(smallest)
             chosen[name] = known[name]
-        except ImportError as error:
-            line = f"{name} cannot be imported ({str(error).splitlines()[0]}): pip install 'opd[bench]'"
+        except Exception as error:  # a package that is broken raises anything while it is imported
+            if name in OWN:
+                raise
+            line = f"{name} cannot be imported ({' '.join(str(error).split())[:200] or type(error).__name__}): pip install 'opd[bench]'"
             if asked is not None:
                 raise ValueError(line) from error
             missing.append(line)

@@ -11,8 +11,8 @@ the formula itself is 0. A temperature divides both models' logits; no factor T^
 
 Neither [tokens, vocabulary] matrix exists: opd/tiles.py walks both models' products tile by tile, opd/divergence_passes.py (torch) and
 opd/divergence_triton.py (CUDA) hold the element-wise part. Row statistics of the blocks are joined in float64, so that the difference of two
-large normalisers costs no digits; what is left is the rounding of the blocks' float32 sums, about 1e-7 nats a token of either sign (0 if the logits
-are equal). Terms that cannot cancel would need one more pass for plain reverse KL, for digits that no mean over tokens shows.
+large normalisers costs no digits; what is left is the rounding of the blocks' float32 sums, about 1e-7 of the logits' differences and of either sign
+(0 if the logits are equal). Terms that cannot cancel would need one more pass for plain reverse KL, for digits that no mean over tokens shows.
 
 The k1 estimate as a loss and partial top-k sums are refused by construction: opd/estimators.py says why and has what stands in their place.
 
@@ -24,11 +24,11 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from opd.divergence_passes import SCALARS, Formula, Passes, choose_passes
+from opd.divergence_passes import EXPECTATION, NUM_SCALARS, WEIGHT, Formula, Passes, choose_passes
 from opd.loss_config import Backend, DivergenceKind
-from opd.tiles import TokenLosses, blocks_of, join_blocks, new_buffers, tile_rows, tiled_loss
+from opd.tiles import TokenLosses, join_blocks, tiled_loss
 from rollout.logits import product_into
-from rollout.types import PLAIN_LOGITS, LogitTransform
+from rollout.types import IDENTITY, LogitTransform
 
 
 def divergence(
@@ -44,8 +44,8 @@ def divergence(
     smoothing: float = 0.0,
     cap: float | None = None,
     vocab_size: int | None = None,
-    student_logits: LogitTransform = PLAIN_LOGITS,
-    teacher_logits: LogitTransform = PLAIN_LOGITS,
+    student_transform: LogitTransform = IDENTITY,
+    teacher_transform: LogitTransform = IDENTITY,
     backend: Backend | str = Backend.auto,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(loss, kl_N): loss = sum(weight_N * kl_N) carries gradients to the student's hidden states and head; kl_N, in nats, is detached.
@@ -57,16 +57,16 @@ def divergence(
     smoothing: the teacher is (1 - smoothing) q + smoothing p, so that reverse KL is at most -log(smoothing).
     cap: kl_N is at most this; a token beyond it gives no gradient.
     vocab_size: real vocabulary; rows of a head beyond it are padding and never count. None: both heads have it exactly.
-    student_logits, teacher_logits: scale and soft cap of families that have them.
-    backend: see opd.config.Backend.
+    student_transform, teacher_transform: scale and soft cap of families that have them.
+    backend: see opd.loss_config.Backend.
 
     Raises ValueError for shapes that do not fit and settings out of their range.
     """
     if vocab_size is None and len(student_head_VD) != len(teacher_head_VD):
         raise ValueError(f"the heads have {len(student_head_VD)} and {len(teacher_head_VD)} rows: give vocab_size")
-    student = ModelStates(student_hidden_ND, student_head_VD, student_logits)
-    teacher = ModelStates(teacher_hidden_ND, teacher_head_VD, teacher_logits)
-    formula = make_formula(kind, beta, smoothing, temperature, student_logits, teacher_logits)
+    student = ModelStates(student_hidden_ND, student_head_VD, student_transform)
+    teacher = ModelStates(teacher_hidden_ND, teacher_head_VD, teacher_transform)
+    formula = make_formula(kind, beta, smoothing, temperature, student_transform, teacher_transform)
     size = len(student_head_VD) if vocab_size is None else vocab_size
     loss, losses = full_divergence(student, teacher, weight_N, formula, size, cap=cap, backend=Backend(backend))
     return loss, losses.loss_N
@@ -78,7 +78,7 @@ class ModelStates:
 
     hidden_ND: torch.Tensor
     head_VD: torch.Tensor
-    logits: LogitTransform = PLAIN_LOGITS
+    transform: LogitTransform = IDENTITY
 
 
 def make_formula(kind: DivergenceKind | str, beta: float, smoothing: float, temperature: float, student: LogitTransform, teacher: LogitTransform) -> Formula:
@@ -95,7 +95,7 @@ def make_formula(kind: DivergenceKind | str, beta: float, smoothing: float, temp
     if kind is DivergenceKind.jsd and beta in (0, 1):
         kind = DivergenceKind.reverse_kl if beta == 1 else DivergenceKind.forward_kl
     beta = beta if kind is DivergenceKind.jsd else 0.5
-    return Formula(kind, float(beta), float(smoothing), _cooled(student, temperature), _cooled(teacher, temperature))
+    return Formula(kind, float(beta), float(smoothing), _with_temperature(student, temperature), _with_temperature(teacher, temperature))
 
 
 def full_divergence(
@@ -109,28 +109,23 @@ def full_divergence(
     backend: Backend,
 ) -> tuple[torch.Tensor, TokenLosses]:
     """As `divergence`, with the entropies of both distributions beside the divergence of each token."""
-    num_tokens = len(student.hidden_ND)
-    if len(teacher.hidden_ND) != num_tokens or weight_N.shape != (num_tokens,):
-        raise ValueError(f"{num_tokens} hidden states of the student, {len(teacher.hidden_ND)} of the teacher and {len(weight_N)} weights do not fit")
-    for role, model in (("student", student), ("teacher", teacher)):
-        if len(model.head_VD) < vocab_size:
-            raise ValueError(f"the {role}'s head has {len(model.head_VD)} rows, fewer than the vocabulary's {vocab_size}")
+    shape, head_shape = list(teacher.hidden_ND.shape), list(teacher.head_VD.shape)
+    if len(shape) != 2 or len(head_shape) != 2 or shape != [len(student.hidden_ND), head_shape[1]] or head_shape[0] < vocab_size:
+        wanted = f"{len(student.hidden_ND)} tokens and a vocabulary of {vocab_size}"
+        raise ValueError(f"the teacher's hidden states {shape} and head {head_shape} do not fit {wanted}")
     if cap is not None and not cap > 0:
         raise ValueError(f"the cap of a token's divergence must be above 0, not {cap}")
     passes = choose_passes(backend, student.hidden_ND.device, vocab_size, formula)
-    objective = _Divergence(teacher, formula, passes, cap, vocab_size)
+    objective = _Divergence(teacher, formula, passes, cap)
     return tiled_loss(student.hidden_ND, student.head_VD, weight_N, vocab_size, objective)
 
 
 class _Divergence:
     """The Objective of opd/tiles.py: a teacher's products beside the student's."""
 
-    def __init__(self, teacher: ModelStates, formula: Formula, passes: Passes, cap: float | None, vocab_size: int):
+    def __init__(self, teacher: ModelStates, formula: Formula, passes: Passes, cap: float | None):
         self.teacher, self.formula, self.passes, self.cap = teacher, formula, passes, cap
-        device = teacher.hidden_ND.device
-        columns = blocks_of(device, vocab_size)
-        buffers = new_buffers(min(len(teacher.hidden_ND), tile_rows(device, vocab_size)), columns, device)
-        self.buffers = {block.start: buffer for block, buffer in zip(columns, buffers, strict=True)}
+        self.buffers: dict[int, torch.Tensor] = {}
 
     def start(self, rows: slice) -> None:
         self.hidden_CD = self.teacher.hidden_ND[rows]
@@ -138,6 +133,8 @@ class _Divergence:
         self.blocks: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     def measure(self, columns: slice, logits_CV: torch.Tensor) -> None:
+        if columns.start not in self.buffers:
+            self.buffers[columns.start] = torch.empty_like(logits_CV)  # no later tile has more rows
         teacher_CV = self._teacher(columns)
         product_into(teacher_CV, self.hidden_CD, self.teacher.head_VD[columns])
         self.statistics.append(self.passes.normalise(logits_CV, teacher_CV))
@@ -151,14 +148,14 @@ class _Divergence:
         else:
             sums = [self.passes.integrate(student_CV, teacher_CV, self.scalars_SC) for student_CV, teacher_CV in self.blocks]
             loss_C, expectation_C = torch.stack(sums).double().sum(0)
-        self.scalars_SC[SCALARS.index("expectation")] = expectation_C
+        self.scalars_SC[EXPECTATION] = expectation_C
         self.is_capped_C = None if self.cap is None else loss_C > self.cap
         loss_C = loss_C if self.cap is None else loss_C.clamp(max=self.cap)
         return TokenLosses(loss_C, joined.student_entropy_C, joined.teacher_entropy_C, capped_N=self.is_capped_C)
 
     def gradient(self, columns: slice, logits_CV: torch.Tensor, weight_C: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         weight_C = weight_C if self.is_capped_C is None else weight_C * ~self.is_capped_C
-        self.scalars_SC[SCALARS.index("weight")] = weight_C
+        self.scalars_SC[WEIGHT] = weight_C
         return self.passes.differentiate(logits_CV, self._teacher(columns), self.scalars_SC, dtype)
 
     def _teacher(self, columns: slice) -> torch.Tensor:
@@ -178,12 +175,12 @@ class _Joined:
         self.teacher_entropy_C = self.teacher_total_C.log() - teacher_moment_C / self.teacher_total_C
 
     def scalars(self) -> torch.Tensor:
-        """SCALARS, [S, C], float32, without expectation and weight."""
+        """What the later passes need, [S, C], float32, in the order of opd/divergence_passes.py; expectation and weight are still 0."""
         rows = [self.maximum_C, 1 / self.total_C, self.teacher_maximum_C, 1 / self.teacher_total_C, self.log_ratio_C]
-        rows += [torch.zeros_like(self.maximum_C)] * (len(SCALARS) - len(rows))
+        rows += [torch.zeros_like(self.maximum_C)] * (NUM_SCALARS - len(rows))
         return torch.stack(rows).float()
 
 
-def _cooled(transform: LogitTransform, temperature: float) -> LogitTransform:
+def _with_temperature(transform: LogitTransform, temperature: float) -> LogitTransform:
     softcap = transform.softcap
     return replace(transform, scale=transform.scale / temperature, softcap=softcap and softcap / temperature)

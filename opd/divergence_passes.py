@@ -18,6 +18,7 @@ C: tokens of a tile. V: columns of a block. S: statistics, or scalars, of a row.
 import math
 import os
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -36,8 +37,10 @@ COMPILE_FROM = 16384
 STATISTICS = ("maximum", "total", "moment", "difference", "teacher_maximum", "teacher_total", "teacher_moment")
 """Rows of `normalise`: with e = exp(z - maximum), `total` = sum e, `moment` = sum e (z - maximum), `difference` = sum e (z - z')."""
 
-SCALARS = ("maximum", "inverse", "teacher_maximum", "teacher_inverse", "log_ratio", "expectation", "weight")
-"""Rows that the later passes need: p = inverse exp(z - maximum); log_ratio = log Z - log Z'; expectation = E; weight of the token."""
+MAXIMUM, INVERSE, TEACHER_MAXIMUM, TEACHER_INVERSE, LOG_RATIO, EXPECTATION, WEIGHT = range(7)
+"""Rows of the scalars that the later passes need: p = inverse exp(z - maximum); log_ratio = log Z - log Z'; expectation = E; weight of the token."""
+
+NUM_SCALARS = 7
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,8 +102,17 @@ def automatic(device: torch.device, vocab_size: int) -> Backend:
 
 
 def has_compiler() -> bool:
-    """Whether torch.compile finds a C++ compiler: it looks for CXX, else for one name alone."""
-    return shutil.which(os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")) is not None
+    """Whether torch.compile finds a C++ compiler that runs: it looks for CXX, else for one name alone."""
+    compiler = shutil.which(os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++"))
+    return compiler is not None and _runs(compiler)
+
+
+@lru_cache
+def _runs(compiler: str) -> bool:
+    try:
+        return subprocess.run([compiler, "--version"], capture_output=True).returncode == 0
+    except OSError:
+        return False
 
 
 def eager_passes(formula: Formula) -> Passes:
@@ -109,7 +121,11 @@ def eager_passes(formula: Formula) -> Passes:
 
 @lru_cache
 def compiled_passes(formula: Formula) -> Passes:
-    """The same functions through torch.compile; the first call takes seconds (kept on disk by torch's own cache)."""
+    """The same functions through torch.compile; the first call takes seconds (kept on disk by torch's own cache).
+
+    Formulas share the functions' code, on which torch counts compilations, and beyond its limit (8) it would run them eagerly.
+    """
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 128)
 
     def compiled_normalise(student_CV: torch.Tensor, teacher_CV: torch.Tensor) -> torch.Tensor:
         return normalise(formula, student_CV, teacher_CV)
@@ -147,7 +163,7 @@ def integrate(formula: Formula, student_CV: torch.Tensor, teacher_CV: torch.Tens
 
 def differentiate(formula: Formula, student_CV: torch.Tensor, teacher_CV: torch.Tensor, scalars_SC: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """weight times the derivative of the divergence by the products; float32 is written into student_CV."""
-    expectation_C1, weight_C1 = scalars_SC[5][:, None], scalars_SC[6][:, None]
+    expectation_C1, weight_C1 = scalars_SC[EXPECTATION][:, None], scalars_SC[WEIGHT][:, None]
     p_CV, ratio_CV = _student(student_CV, scalars_SC), _log_ratio(student_CV, teacher_CV, scalars_SC)
     if formula.is_plain_reverse:
         gradient_CV = p_CV.mul_(ratio_CV.sub_(expectation_C1)).mul_(weight_C1)
@@ -170,7 +186,7 @@ def divergence_terms(p: torch.Tensor, q: torch.Tensor, ratio: torch.Tensor, form
         q = (1 - smoothing) * q + smoothing * p
     if formula.kind is DivergenceKind.reverse_kl:
         value = p * ratio
-        return value, value - smoothing * p * ratio.exp() if smoothing else value
+        return value, value - p * (ratio + math.log(smoothing)).exp() if smoothing else value
     if formula.kind is DivergenceKind.forward_kl:
         return -q * ratio, -q - smoothing * p * ratio if smoothing else -q
     from_student = -log_add(math.log1p(-beta), math.log(beta) - ratio)  # log p - log m, m = (1 - beta) p + beta q
@@ -192,12 +208,12 @@ def transform_slope(logits: torch.Tensor, transform: LogitTransform) -> torch.Te
 
 
 def _student(student_CV: torch.Tensor, scalars_SC: torch.Tensor) -> torch.Tensor:
-    return (student_CV - scalars_SC[0][:, None]).exp_().mul_(scalars_SC[1][:, None])
+    return (student_CV - scalars_SC[MAXIMUM][:, None]).exp_().mul_(scalars_SC[INVERSE][:, None])
 
 
 def _teacher(teacher_CV: torch.Tensor, scalars_SC: torch.Tensor) -> torch.Tensor:
-    return (teacher_CV - scalars_SC[2][:, None]).exp_().mul_(scalars_SC[3][:, None])
+    return (teacher_CV - scalars_SC[TEACHER_MAXIMUM][:, None]).exp_().mul_(scalars_SC[TEACHER_INVERSE][:, None])
 
 
 def _log_ratio(student_CV: torch.Tensor, teacher_CV: torch.Tensor, scalars_SC: torch.Tensor) -> torch.Tensor:
-    return (student_CV - teacher_CV).sub_(scalars_SC[4][:, None])
+    return (student_CV - teacher_CV).sub_(scalars_SC[LOG_RATIO][:, None])

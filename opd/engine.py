@@ -32,7 +32,7 @@ from opd.config import DistillConfig, OptimConfig, OptimizerKind, Router, RunCon
 from opd.distributed import Group, num_ranks, reduce_sum
 from opd.divergence import ModelStates
 from opd.divergence_passes import has_compiler, require_backend
-from opd.estimators import cross_entropy, distillation_loss, evidence_of
+from opd.estimators import cross_entropy, distillation_loss, signal_of
 from opd.loss_config import LossConfig
 from opd.optim import learning_rate_factor, parameter_groups
 from opd.routing import RoutingRecorder
@@ -59,18 +59,18 @@ class TrainedModel(nn.Module):
     def __init__(self, model: PreTrainedModel, vocab_size: int, balance_loss: float, loss: LossConfig):
         super().__init__()
         self.model, self.vocab_size, self.balance_loss, self.loss = model, vocab_size, balance_loss, loss
-        self.logits = logit_transform(model.config, "student")
+        self.transform = logit_transform(model.config, "student")
         self.recorder = RoutingRecorder(model)
 
     def forward(self, batch: MicroBatch, teacher_head: OutputHead | None, balance_scale: float) -> tuple[torch.Tensor, TokenLosses]:
         hidden_BLD = backbone_of(self.model)(input_ids=batch.tokens_BL, position_ids=batch.position_ids_BL, use_cache=False)[0]
         hidden_ND = hidden_BLD.flatten(0, 1)[batch.position_N]
-        student = ModelStates(hidden_ND, head_of(self.model).weight, self.logits)
-        evidence = evidence_of(batch, teacher_head)
-        if evidence is None:
+        student = ModelStates(hidden_ND, head_of(self.model).weight, self.transform)
+        signal = signal_of(batch, teacher_head)
+        if signal is None:
             loss, losses = cross_entropy(student, batch.target_N, batch.weight_N, self.vocab_size)
         else:
-            loss, losses = distillation_loss(student, evidence, batch.target_N, batch.weight_N, self.loss, self.vocab_size)
+            loss, losses = distillation_loss(student, signal, batch.target_N, batch.weight_N, self.loss, self.vocab_size)
         if not batch.is_filler:
             self.recorder.count(batch.real_BL)
         if self.balance_loss:

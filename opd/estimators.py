@@ -1,15 +1,16 @@
 """The loss of a token from what its teacher gives: its whole distribution, its top-k with a tail, or one log-probability.
 
-`distillation_loss` is the one interface; what stands in `evidence` decides:
+`distillation_loss` is the one interface; what stands in `signal` decides:
 
-    ModelStates   hidden states and head: the exact divergence over the whole vocabulary (opd/divergence.py)
+    ModelStates     hidden states and head: the exact divergence over the whole vocabulary (opd/divergence.py)
     TopK            the teacher's k likeliest tokens. All others are one more outcome, the tail, for teacher and student alike: a proper
                     divergence of two coarser distributions, 0 only where they agree and never above the exact one
     SampledToken    the log-probability of the token that was sampled: policy gradient, whose mean over samples is reverse KL's gradient.
-                    With ModelStates and policy_gradient=True the exact reverse KL is the baseline, which keeps the mean and lowers the variance
+                    With ModelStates and policy_gradient=True the exact reverse KL is the baseline, which keeps the mean and
+                    usually lowers the variance
 
 Two shortcuts cannot be expressed here. A sum over the top-k alone is no divergence: it is least at p = q / e, where it pays the student to
-move 63 % of its mass out of the teacher's top-k; renormalised, it ignores what lies outside. And k1 = log p(y) - log q(y), differentiated
+move 63 % of the mass that belongs into the teacher's top-k out of it; renormalised, it ignores what lies outside. And k1 = log p(y) - log q(y), differentiated
 as a loss, has the gradient sum_v p_v grad log p_v = 0 on average, so it does not learn (tests/opd/test_estimators.py shows both).
 
 Student-only losses need one product with the head and its two gradients; all their gradients by the logits have one form, a_C p + b at K columns.
@@ -28,12 +29,16 @@ from opd.divergence_passes import Formula, divergence_terms, transform_slope
 from opd.loss_config import DivergenceKind, LossConfig
 from opd.tiles import TokenLosses, join_blocks, tiled_loss
 from rollout.logits import transform_
-from rollout.types import PLAIN_LOGITS, LogitTransform
+from rollout.types import IDENTITY, LogitTransform
 from teachers.config import SignalKind
 from teachers.types import OutputHead
 
 SMALLEST_TAIL = 2.0**-23
 """Least probability of a tail: float32 log-probabilities of a top-k do not add up to 1 more exactly."""
+
+
+SMALLEST_LOGPROB = -1e4
+"""In place of -inf, which 0 times gives NaN."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +58,7 @@ class SampledToken:
 
 def distillation_loss(
     student: ModelStates,
-    evidence: ModelStates | TopK | SampledToken,
+    signal: ModelStates | TopK | SampledToken,
     sampled_N: torch.Tensor,
     weight_N: torch.Tensor,
     cfg: LossConfig,
@@ -64,27 +69,27 @@ def distillation_loss(
     sampled_N: the student's tokens, which the policy gradient needs.
     vocab_size: real vocabulary; rows of a head beyond it never count.
 
-    Raises ValueError for settings that do not fit the evidence.
+    Raises ValueError for settings that do not fit the signal.
     """
-    if (isinstance(evidence, SampledToken) or cfg.policy_gradient) and (cfg.kind is not DivergenceKind.reverse_kl or cfg.smoothing or cfg.temperature != 1):
+    if (isinstance(signal, SampledToken) or cfg.policy_gradient) and (cfg.kind is not DivergenceKind.reverse_kl or cfg.smoothing or cfg.temperature != 1):
         raise ValueError("a sampled token estimates plain reverse KL at temperature 1 alone")
-    if isinstance(evidence, TopK) and (cfg.temperature != 1 or cfg.policy_gradient):
+    if isinstance(signal, TopK) and (cfg.temperature != 1 or cfg.policy_gradient):
         raise ValueError("a top-k has no other temperature than 1, and no baseline for a policy gradient")
-    if isinstance(evidence, SampledToken):
-        return policy_gradient(student, sampled_N, evidence.logprob_N, weight_N, vocab_size, cap=cfg.cap)
-    if isinstance(evidence, TopK):
-        return top_k_divergence(student, evidence, weight_N, cfg, vocab_size)
-    formula = make_formula(cfg.kind, cfg.beta, cfg.smoothing, cfg.temperature, student.logits, evidence.logits)
+    if isinstance(signal, SampledToken):
+        return policy_gradient(student, sampled_N, signal.logprob_N, weight_N, vocab_size, cap=cfg.cap)
+    if isinstance(signal, TopK):
+        return top_k_divergence(student, signal, weight_N, cfg, vocab_size)
+    formula = make_formula(cfg.kind, cfg.beta, cfg.smoothing, cfg.temperature, student.transform, signal.transform)
     if not cfg.policy_gradient:
-        return full_divergence(student, evidence, weight_N, formula, vocab_size, cap=cfg.cap, backend=cfg.backend)
+        return full_divergence(student, signal, weight_N, formula, vocab_size, cap=cfg.cap, backend=cfg.backend)
     with torch.no_grad():
-        _, exact = full_divergence(student, evidence, weight_N, formula, vocab_size, cap=None, backend=cfg.backend)
-        _, scored = cross_entropy(evidence, sampled_N, weight_N, vocab_size)
+        _, exact = full_divergence(student, signal, weight_N, formula, vocab_size, cap=None, backend=cfg.backend)
+        _, scored = cross_entropy(signal, sampled_N, weight_N, vocab_size)
     loss, losses = policy_gradient(student, sampled_N, -scored.loss_N, weight_N, vocab_size, baseline_N=exact.loss_N, cap=cfg.cap)
     return loss, replace(losses, teacher_entropy_N=exact.teacher_entropy_N)
 
 
-def evidence_of(batch: MicroBatch, teacher_head: OutputHead | None) -> ModelStates | TopK | SampledToken | None:
+def signal_of(batch: MicroBatch, teacher_head: OutputHead | None) -> ModelStates | TopK | SampledToken | None:
     """What the teacher of a micro-batch gave; None for supervised examples."""
     if batch.signal is None:
         return None
@@ -92,7 +97,7 @@ def evidence_of(batch: MicroBatch, teacher_head: OutputHead | None) -> ModelStat
         return TopK(batch.teacher_token_NK, batch.teacher_logprob_NK)
     if batch.signal is SignalKind.sampled_token:
         return SampledToken(batch.teacher_logprob_NK[:, 0])
-    return ModelStates(batch.teacher_hidden_ND, teacher_head.weight_VD, teacher_head.logits)
+    return ModelStates(batch.teacher_hidden_ND, teacher_head.weight_VD, teacher_head.transform)
 
 
 def cross_entropy(student: ModelStates, target_N: torch.Tensor, weight_N: torch.Tensor, vocab_size: int) -> tuple[torch.Tensor, TokenLosses]:
@@ -118,7 +123,8 @@ def policy_gradient(
     """-A log p(y) with the advantage A = log q(y) - log p(y) held constant; with the reverse KL as baseline, A + KL.
 
     The sampled token must come from the student as it is: temperature 1 and no top-p. The value of loss_N is the baseline (exact) or
-    log p(y) - log q(y), an unbiased estimate that may be negative; the gradient is that of -A log p(y). cap: |A| is at most this.
+    log p(y) - log q(y), an unbiased estimate that may be negative; the gradient is that of -A log p(y).
+    cap: A, baseline included, is clipped to this size, which biases it.
     """
 
     def coefficients(logprob_CK: torch.Tensor, rows: slice) -> "_Coefficients":
@@ -135,15 +141,17 @@ def policy_gradient(
 def top_k_divergence(student: ModelStates, teacher: TopK, weight_N: torch.Tensor, cfg: LossConfig, vocab_size: int) -> tuple[torch.Tensor, TokenLosses]:
     """The divergence of the distributions over K tokens and the tail; at most the exact one (log-sum inequality).
 
-    Raises ValueError where a row names a token twice.
+    Raises ValueError where a row names a token twice, or its probabilities add up to more than 1.
     """
-    formula = make_formula(cfg.kind, cfg.beta, cfg.smoothing, 1.0, PLAIN_LOGITS, PLAIN_LOGITS)
+    formula = make_formula(cfg.kind, cfg.beta, cfg.smoothing, 1.0, IDENTITY, IDENTITY)
     ordered_NK = teacher.token_NK.sort(dim=1).values
     if (ordered_NK[:, 1:] == ordered_NK[:, :-1]).any():
         raise ValueError("a teacher's top-k names a token twice")
+    if (teacher.logprob_NK.exp().sum(1) > 1 + 1e-3).any():
+        raise ValueError("the probabilities of a teacher's top-k add up to more than 1: they must be log-probabilities over the whole vocabulary")
 
     def coefficients(logprob_CK: torch.Tensor, rows: slice) -> "_Coefficients":
-        return _coarse_divergence(logprob_CK, teacher.logprob_NK[rows].double(), formula, cfg.cap)
+        return _coarse_divergence(logprob_CK, teacher.logprob_NK[rows].double().clamp(min=SMALLEST_LOGPROB), formula, cfg.cap)
 
     return _loss_at_columns(student, teacher.token_NK, weight_N, vocab_size, coefficients)
 
@@ -159,7 +167,8 @@ def _coarse_divergence(student_CK: torch.Tensor, teacher_CK: torch.Tensor, formu
     everywhere_C, at_CK = tail_C - expectation_C, slope_CK[:, :-1] - p_CK[:, :-1] * tail_C[:, None]
     is_capped_C = None if cap is None else loss_C > cap
     if cap is not None:
-        loss_C, everywhere_C, at_CK = loss_C.clamp(max=cap), everywhere_C * ~is_capped_C, at_CK * ~is_capped_C[:, None]
+        loss_C, everywhere_C = loss_C.clamp(max=cap), everywhere_C.masked_fill(is_capped_C, 0)
+        at_CK = at_CK.masked_fill(is_capped_C[:, None], 0)
     return _Coefficients(loss_C, everywhere_C, at_CK, student_tail_C, teacher_tail_C, is_capped_C)
 
 
@@ -188,9 +197,11 @@ CoefficientsOf = Callable[[torch.Tensor, slice], _Coefficients]
 def _loss_at_columns(
     student: ModelStates, column_NK: torch.Tensor, weight_N: torch.Tensor, vocab_size: int, coefficients: CoefficientsOf
 ) -> tuple[torch.Tensor, TokenLosses]:
+    if len(column_NK) != len(student.hidden_ND):
+        raise ValueError(f"{len(column_NK)} rows of tokens do not fit {len(student.hidden_ND)} hidden states")
     if ((column_NK < 0) | (column_NK >= vocab_size)).any():
         raise ValueError(f"a token lies outside the vocabulary of {vocab_size}: has its teacher another tokenizer?")
-    return tiled_loss(student.hidden_ND, student.head_VD, weight_N, vocab_size, _AtColumns(student.logits, column_NK, coefficients))
+    return tiled_loss(student.hidden_ND, student.head_VD, weight_N, vocab_size, _AtColumns(student.transform, column_NK, coefficients))
 
 
 class _AtColumns:
@@ -222,12 +233,12 @@ class _AtColumns:
         return TokenLosses(self.found.loss_C, entropy_C, None, self.found.student_tail_C, self.found.teacher_tail_C, self.found.capped_C)
 
     def gradient(self, columns: slice, logits_CV: torch.Tensor, weight_C: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        slope = 1.0 if self.transform.is_identity else transform_slope(logits_CV, self.transform)
+        slope = transform_slope(logits_CV, self.transform)
         scale_C = (weight_C * self.found.everywhere_C / self.total_C).float()
         gradient_CV = logits_CV.sub_(self.maximum_C.float()[:, None]).exp_().mul_(scale_C[:, None])
         inside_CK, local_CK = self._local(columns)
         gradient_CV.scatter_add_(1, local_CK, (weight_C[:, None] * self.found.at_CK * inside_CK).float())
-        return (gradient_CV if self.transform.is_identity else gradient_CV.mul_(slope)).to(dtype)
+        return gradient_CV.mul_(slope).to(dtype)
 
     def _local(self, columns: slice) -> tuple[torch.Tensor, torch.Tensor]:
         """(whether each column of interest lies in the block, its number there)."""

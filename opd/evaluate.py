@@ -26,9 +26,9 @@ from opd.config import BatchConfig, DistillConfig, EvaluateConfig, RunConfig
 from opd.console import print_table
 from opd.distributed import Group, is_main, num_ranks, rank, reduce_sum, start_processes
 from opd.divergence import ModelStates
-from opd.estimators import distillation_loss, evidence_of
+from opd.estimators import distillation_loss, signal_of
 from opd.intervals import Interval, mean, proportion, ratio
-from opd.loss_config import LossConfig
+from opd.loss_config import Backend, LossConfig
 from opd.run import belongs_to, write_config
 from rollout.chat import decode_completion
 from rollout.config import SamplingConfig
@@ -70,6 +70,7 @@ class Evaluator:
         """Reads the held-out prompts, unless evaluation.every=0. `teachers` are needed for divergences only."""
         self.domains, self.cfg, self.tokenizer, self.teachers = cfg.domains, cfg.evaluation, tokenizer, teachers
         self.sampling = _sampling(cfg)
+        self.loss = LossConfig(backend=cfg.loss.backend if isinstance(cfg, DistillConfig) else Backend.auto)  # always exact reverse KL
         longest = context_length(student.config, "student") - self.sampling.max_new_tokens
         is_wanted = isinstance(cfg, EvaluateConfig) or cfg.evaluation.every > 0
         prompts = {name: domain.prompts for name, domain in cfg.domains.items()}
@@ -125,8 +126,8 @@ class Evaluator:
                 batch = batch.to(model.device)
                 hidden_ND = backbone_of(model)(input_ids=batch.tokens_BL, use_cache=False)[0].flatten(0, 1)[batch.position_N]
                 student = ModelStates(hidden_ND, head_of(model).weight, logit_transform(model.config, "student"))
-                evidence = evidence_of(batch, self.teachers.head(batch.teacher))
-                _, losses = distillation_loss(student, evidence, batch.target_N, batch.weight_N, LossConfig(), len(self.tokenizer))
+                signal = signal_of(batch, self.teachers.head(batch.teacher))
+                _, losses = distillation_loss(student, signal, batch.target_N, batch.weight_N, self.loss, len(self.tokenizer))
                 kl_B = torch.zeros(len(batch.rollouts), dtype=torch.float64).index_add_(0, batch.rollout_N.cpu(), (losses.loss_N * batch.mask_N).double().cpu())
                 tokens_B = torch.tensor([rollout.num_loss_tokens for rollout in batch.rollouts], dtype=torch.float64)
                 ones_B = torch.ones_like(kl_B)

@@ -3,7 +3,8 @@
 `metrics.jsonl` (schema version 1): one JSON object per line, {"schema": 1, "step": number of updates done, NAME: number, ...}.
 Step 0 holds what was measured before training. Names:
 
-    domain/D/kl_per_token, kl_per_sequence    nats; sums over tokens (sequences) of the step, divided by their number
+    domain/D/kl_per_token, kl_per_sequence    nats; sums over tokens (sequences) of the step, divided by their number; the divergence that the
+                      run's loss settings name, from a sampled token an estimate; evaluation/D/kl_* is always the exact reverse KL
     domain/D/loss_per_token                   the same place in supervised training: negative log-likelihood
     domain/D/student_entropy, teacher_entropy nats per token; the teacher's where it gives its whole distribution
     domain/D/student_tail, teacher_tail       probability outside the teacher's top-k (teachers.signal=top_k), mean per token
@@ -55,7 +56,7 @@ class DomainTotals:
             sums[name] = sums.get(name, 0.0) + float(value)
 
     def names(self) -> set[str]:
-        """What this rank has added for any domain; a rank that only had fillers has added nothing."""
+        """What this rank has added for any domain."""
         return {name for sums in self.totals.values() for name in sums}
 
     def reduced(self, names: tuple[str, ...]) -> dict[str, dict[str, float]]:
@@ -139,7 +140,7 @@ def loss_metrics(totals: DomainTotals, is_distillation: bool) -> dict[str, float
     for domain, sums in sums_of.items():
         if not sums["tokens"]:
             continue
-        result[f"domain/{domain}/loss_share"] = sums["weighted_loss"] / loss if loss else 0.0
+        result[f"domain/{domain}/loss_share"] = sums["weighted_loss"] / loss if loss else 0.0  # of estimates, a share may lie outside 0 to 1
         for name in OPTIONAL_SUMS:
             if name in names:
                 result[f"domain/{domain}/{name}"] = sums[name] / sums["tokens"]

@@ -1,13 +1,15 @@
 """What the numbers of a config may be. Types alone are OmegaConf's: opd/config.py declares them, `parse` there calls this.
 
-A field is known by its name, whichever dataclass it stands in: a word means one thing in all settings.
+A field is known by its name, whichever dataclass it stands in.
 """
 
 import math
 from dataclasses import fields, is_dataclass
 from typing import Any
 
-from rollout.config import schedule_value
+from opd.loss_config import Backend, DivergenceKind, LossConfig
+from rollout.config import RolloutConfig, schedule_value
+from teachers.config import SignalKind, TeachersConfig
 
 AT_LEAST_ONE = (
     "prompts_per_step", "completions_per_prompt", "max_new_tokens", "decode_width", "examples_per_step", "max_tokens",
@@ -46,7 +48,7 @@ def check_schedules(cfg: Any) -> None:
         schedule_value(cfg.slip_rate, 0, "slip_rate")
 
 
-def check_loss(loss: Any, teachers: Any, rollout: Any) -> None:
+def check_loss(loss: LossConfig, teachers: TeachersConfig, rollout: RolloutConfig) -> None:
     """Raises ValueError for settings of the loss that are out of range, do not fit what the teachers give, or would be ignored."""
     if not 0 <= loss.smoothing < 1:
         raise ValueError(f"loss.smoothing must be from 0 to below 1, not {loss.smoothing}")
@@ -56,25 +58,25 @@ def check_loss(loss: Any, teachers: Any, rollout: Any) -> None:
         raise ValueError(f"loss.temperature must be above 0 and finite, not {loss.temperature}")
     if loss.cap is not None and not loss.cap > 0:
         raise ValueError(f"loss.cap must be above 0, not {loss.cap}: null has no cap")
-    if loss.kind.value != "jsd" and loss.beta != type(loss)().beta:
+    if loss.kind is not DivergenceKind.jsd and loss.beta != LossConfig().beta:
         raise ValueError(f"loss.beta belongs to loss.kind=jsd and would be ignored with {loss.kind.value}: remove it")
-    if teachers.signal.value != "top_k" and teachers.top_k != type(teachers)().top_k:
+    if teachers.signal is not SignalKind.top_k and teachers.top_k != TeachersConfig().top_k:
         raise ValueError(f"teachers.top_k belongs to teachers.signal=top_k and would be ignored with {teachers.signal.value}: remove it")
-    _check_estimator(loss, teachers.signal.value, rollout)
+    _check_estimator(loss, teachers.signal, rollout)
 
 
-def _check_estimator(loss: Any, signal: str, rollout: Any) -> None:
-    if signal != "hidden_states":
+def _check_estimator(loss: LossConfig, signal: SignalKind, rollout: RolloutConfig) -> None:
+    if signal is not SignalKind.hidden_states:
         if loss.policy_gradient:
-            raise ValueError(f"loss.policy_gradient=true takes its baseline from whole distributions, and teachers.signal={signal} gives less: remove one")
+            raise ValueError(f"loss.policy_gradient=true needs whole distributions, and teachers.signal={signal.value} gives less: remove one")
         if loss.temperature != 1:
             raise ValueError(f"loss.temperature={loss.temperature} needs whole distributions: use teachers.signal=hidden_states")
-        if loss.backend.value != "auto":
-            raise ValueError(f"loss.backend={loss.backend.value} would be ignored with teachers.signal={signal}: remove it")
-    if signal != "sampled_token" and not loss.policy_gradient:
+        if loss.backend is not Backend.auto:
+            raise ValueError(f"loss.backend={loss.backend.value} would be ignored with teachers.signal={signal.value}: remove it")
+    if signal is not SignalKind.sampled_token and not loss.policy_gradient:
         return
-    cause = "teachers.signal=sampled_token" if signal == "sampled_token" else "loss.policy_gradient=true"
-    if loss.temperature != 1 or loss.kind.value != "reverse_kl" or loss.smoothing:
+    cause = "teachers.signal=sampled_token" if signal is SignalKind.sampled_token else "loss.policy_gradient=true"
+    if loss.temperature != 1 or loss.kind is not DivergenceKind.reverse_kl or loss.smoothing:
         raise ValueError(f"{cause} estimates reverse KL at temperature 1: remove loss.kind, loss.smoothing and loss.temperature, or {cause}")
     if rollout.temperature != 1:
         raise ValueError(f"rollout.temperature={rollout.temperature} would bias {cause}: use rollout.temperature=1")

@@ -1,4 +1,4 @@
-"""Losses on a student's logits, tile by tile: no [tokens, vocabulary] matrix exists, and nothing is computed twice.
+"""Losses on a student's logits, tile by tile: no [tokens, vocabulary] matrix exists, and no matrix product is made twice.
 
 A tile is C tokens by the whole vocabulary, C times V under a fixed budget whatever N; within it the vocabulary is walked in blocks, so that the
 element-wise passes find their numbers in the cache. Each tile is walked twice: products and statistics, then gradient and products. The
@@ -10,16 +10,16 @@ rejected: it keeps every tile or computes it again.
 N: tokens. C: tokens of a tile. D: hidden size. V: vocabulary, of a block: its columns. B: blocks.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Protocol
 
 import torch
+from torch.autograd.function import once_differentiable
 
 from rollout.logits import enter_as_they_are, product_into
 
 TILE_ELEMENTS = {"cpu": 10_000_000, "cuda": 1 << 28}
-"""Logits of one tile of one model: 38 MiB of float32 on a CPU, 1 GiB on a GPU (2,076 tokens of DeepSeek-V4)."""
+"""Logits of one tile of one model: 38 MiB of float32 on a CPU, 1 GiB on a GPU (2,064 tokens of DeepSeek-V4)."""
 
 BLOCK_COLUMNS = 8192
 """Columns of a block on a CPU: a row of it is 32 KiB, the first cache. A GPU takes the whole vocabulary at once."""
@@ -29,8 +29,8 @@ BLOCK_COLUMNS = 8192
 class TokenLosses:
     """Per-token results [N], detached, float32, in nats; None where there is no such figure.
 
-    loss_N: the divergence of each token as it enters the loss: its negative log-likelihood in supervised training, an estimate (which may
-        be negative) from a sampled token.
+    loss_N: the divergence of each token, as it enters the loss: its negative log-likelihood in supervised training; from a sampled token an
+        estimate, which may be negative and of which a cap bounds the gradient only.
     student_entropy_N, teacher_entropy_N: of the distributions compared.
     student_tail_N, teacher_tail_N: probability outside the teacher's top-k.
     capped_N: 1 where loss.cap acts on the token, else 0.
@@ -65,72 +65,71 @@ def tiled_loss(
     """(sum(weight_N * loss_N), which carries gradients to hidden states and head; per-token losses).
 
     vocab_size: real vocabulary; rows of the head beyond it are padding: they never count and get gradient 0.
+
+    Raises ValueError for shapes that do not fit, and for weights that ask for a gradient, which they would not get.
     """
-    walk = _Walk(hidden_ND, head_VD, vocab_size, objective)
-    loss = _TiledLoss.apply(hidden_ND, head_VD, weight_N, walk, torch.is_grad_enabled())
-    return loss, walk.losses
+    if hidden_ND.dim() != 2 or head_VD.dim() != 2 or hidden_ND.shape[1] != head_VD.shape[1] or weight_N.shape != hidden_ND.shape[:1]:
+        shapes = ", ".join(str(list(tensor.shape)) for tensor in (hidden_ND, head_VD, weight_N))
+        raise ValueError(f"hidden states [N, D], head [V, D] and weights [N] do not fit: {shapes}")
+    if not 1 <= vocab_size <= len(head_VD):
+        raise ValueError(f"a vocabulary of {vocab_size} does not fit a head of {len(head_VD)} rows")
+    if weight_N.requires_grad:
+        raise ValueError("the weights of tokens get no gradient: detach them")
+    wants_hidden, wants_head = (torch.is_grad_enabled() and tensor.requires_grad for tensor in (hidden_ND, head_VD))
+    with torch.no_grad():
+        losses, *gradients = _walk(hidden_ND, head_VD, weight_N, vocab_size, objective, wants_hidden=wants_hidden, wants_head=wants_head)
+        loss = (weight_N * losses.loss_N).sum()
+    return _WithGradients.apply(hidden_ND, head_VD, loss, *gradients), losses
 
 
-class _TiledLoss(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, hidden_ND, head_VD, weight_N, walk: "_Walk", with_gradients: bool):
-        wants_hidden, wants_head = (wanted and with_gradients for wanted in ctx.needs_input_grad[:2])
-        objective = walk.objective
-        hidden_gradient_ND = torch.zeros_like(hidden_ND) if wants_hidden else None
-        head_gradient_VD = walk.new_head_gradient() if wants_head else None
-        losses = []
-        for rows in walk.tiles():
-            objective.start(rows)
-            for columns, block_CV in walk.blocks(rows):
-                product_into(block_CV, hidden_ND[rows], head_VD[columns])
-                objective.measure(columns, block_CV)
-            losses.append(objective.finish())
-            hidden_gradient_CD = torch.zeros(hidden_ND[rows].shape, device=hidden_ND.device) if wants_hidden else None
-            for columns, block_CV in walk.blocks(rows) if wants_hidden or wants_head else ():
-                gradient_CV = objective.gradient(columns, block_CV, weight_N[rows], walk.product_dtype)
-                if wants_hidden:
-                    _add_product(hidden_gradient_CD, gradient_CV, head_VD[columns], is_first=columns.start == 0)
-                if wants_head:
-                    _add_product(head_gradient_VD[columns], gradient_CV.T, hidden_ND[rows], is_first=rows.start == 0)
-            if wants_hidden:
-                hidden_gradient_ND[rows] = hidden_gradient_CD.to(hidden_ND.dtype)
-        walk.losses = _join(losses, hidden_ND.device)
-        ctx.gradients = (hidden_gradient_ND, None if head_gradient_VD is None else head_gradient_VD.to(head_VD.dtype))
-        return (weight_N * walk.losses.loss_N).sum()
+class _WithGradients(torch.autograd.Function):
+    """A number whose gradients by hidden states and head are known already."""
 
     @staticmethod
+    def forward(ctx, hidden_ND, head_VD, loss, hidden_gradient_ND, head_gradient_VD):
+        ctx.gradients = (hidden_gradient_ND, head_gradient_VD)
+        return loss.clone()
+
+    @staticmethod
+    @once_differentiable
     def backward(ctx, scale):
-        assert ctx.gradients is not None, "the gradients of a tiled loss are scaled in place: backward runs once"
+        if ctx.gradients is None:
+            raise RuntimeError("the gradients of a tiled loss are scaled in place: backward runs once")
         gradients, ctx.gradients = ctx.gradients, None
         if scale.device.type != "cpu" or scale != 1:
             gradients = [gradient if gradient is None else gradient.mul_(scale) for gradient in gradients]
         return *gradients, None, None, None
 
 
-class _Walk:
-    """Tiles of rows and blocks of columns, with the buffers that hold one tile's logits; in the end the per-token losses."""
-
-    def __init__(self, hidden_ND: torch.Tensor, head_VD: torch.Tensor, vocab_size: int, objective: Objective):
-        self.objective, self.losses = objective, None
-        self.num_tokens, self.head_VD, self.vocab_size = len(hidden_ND), head_VD, vocab_size
-        self.num_rows = min(self.num_tokens, tile_rows(hidden_ND.device, vocab_size))
-        self.columns = blocks_of(hidden_ND.device, vocab_size)
-        self.buffers = new_buffers(self.num_rows, self.columns, hidden_ND.device)
-        self.product_dtype = head_VD.dtype if enter_as_they_are(hidden_ND, head_VD) else torch.float32
-
-    def tiles(self) -> Iterator[slice]:
-        for start in range(0, self.num_tokens, max(1, self.num_rows)):
-            yield slice(start, min(start + self.num_rows, self.num_tokens))
-
-    def blocks(self, rows: slice) -> Iterator[tuple[slice, torch.Tensor]]:
-        for columns, buffer_CV in zip(self.columns, self.buffers, strict=True):
-            yield columns, buffer_CV[: rows.stop - rows.start]
-
-    def new_head_gradient(self) -> torch.Tensor:
-        """float32 [V, D]; the rows that the first tile does not write are 0."""
-        gradient_VD = torch.empty(self.head_VD.shape, device=self.head_VD.device)
-        gradient_VD[self.vocab_size if self.num_tokens else 0 :] = 0
-        return gradient_VD
+def _walk(
+    hidden_ND: torch.Tensor, head_VD: torch.Tensor, weight_N: torch.Tensor, vocab_size: int, objective: Objective, *, wants_hidden: bool, wants_head: bool
+) -> tuple[TokenLosses, torch.Tensor | None, torch.Tensor | None]:
+    """(per-token losses, gradient by the hidden states, by the head)."""
+    num_tokens, device = len(hidden_ND), hidden_ND.device
+    num_rows, columns_of = min(num_tokens, tile_rows(device, vocab_size)), blocks_of(device, vocab_size)
+    buffers = [torch.empty(num_rows, columns.stop - columns.start, device=device) for columns in columns_of]
+    dtype = head_VD.dtype if enter_as_they_are(hidden_ND, head_VD) else torch.float32
+    hidden_gradient_ND = torch.empty(hidden_ND.shape, device=device) if wants_hidden else None
+    head_gradient_VD = torch.empty(head_VD.shape, device=device) if wants_head else None
+    if wants_head:
+        head_gradient_VD[vocab_size if num_tokens else 0 :] = 0  # what the first tile does not write
+    losses = []
+    for start in range(0, num_tokens, max(1, num_rows)):
+        rows = slice(start, min(start + num_rows, num_tokens))
+        blocks = [(columns, buffer_CV[: rows.stop - start]) for columns, buffer_CV in zip(columns_of, buffers, strict=True)]
+        objective.start(rows)
+        for columns, block_CV in blocks:
+            product_into(block_CV, hidden_ND[rows], head_VD[columns])
+            objective.measure(columns, block_CV)
+        losses.append(objective.finish())
+        for columns, block_CV in blocks if wants_hidden or wants_head else ():
+            gradient_CV = objective.gradient(columns, block_CV, weight_N[rows], dtype)
+            if wants_hidden:
+                _add_product(hidden_gradient_ND[rows], gradient_CV, head_VD[columns], is_first=columns.start == 0)
+            if wants_head:
+                _add_product(head_gradient_VD[columns], gradient_CV.T, hidden_ND[rows], is_first=start == 0)
+    gradients = (None if total is None else total.to(like.dtype) for total, like in ((hidden_gradient_ND, hidden_ND), (head_gradient_VD, head_VD)))
+    return _join(losses, device), *gradients
 
 
 def tile_rows(device: torch.device, vocab_size: int) -> int:
@@ -142,11 +141,6 @@ def tile_rows(device: torch.device, vocab_size: int) -> int:
 def blocks_of(device: torch.device, vocab_size: int) -> list[slice]:
     width = BLOCK_COLUMNS if device.type == "cpu" else vocab_size
     return [slice(start, min(start + width, vocab_size)) for start in range(0, vocab_size, width)]
-
-
-def new_buffers(num_rows: int, columns: list[slice], device: torch.device) -> list[torch.Tensor]:
-    """One float32 buffer [C, V] for each block."""
-    return [torch.empty(num_rows, block.stop - block.start, device=device) for block in columns]
 
 
 def join_blocks(maximum_BC: torch.Tensor, total_BC: torch.Tensor, moment_BC: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -176,8 +170,8 @@ def _add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor, i
 def _join(losses: list[TokenLosses], device: torch.device) -> TokenLosses:
     """The tiles' figures, one after another."""
     columns = []
-    for name in TokenLosses.__slots__:
-        parts = [getattr(tile, name) for tile in losses]
+    for field in fields(TokenLosses):
+        parts = [getattr(tile, field.name) for tile in losses]
         columns.append(torch.cat(parts).float() if parts and parts[0] is not None else None)
     if not losses:
         columns[:2] = [torch.zeros(0, device=device), torch.zeros(0, device=device)]

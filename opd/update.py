@@ -28,15 +28,14 @@ def update(engine: Engine, teachers: TeacherPool, scored: list[ScoredRollout], c
     weights, metrics = domain_weights([item.rollout for item in scored], cfg, engine.policy_step)
     batches = distillation_batches(scored, weights, cfg.batch)
     metrics["system/teacher_loads"] = teachers.loads_since_asked()
-    head_of = teachers.head if cfg.teachers.signal is SignalKind.hidden_states else _no_head
-    return metrics | _train(engine, batches, cfg, head_of, is_distillation=True)
+    return metrics | _train(engine, batches, cfg, teachers)
 
 
 def supervised_update(engine: Engine, examples: list[Rollout], cfg: RunConfig) -> dict[str, float]:
     """Train on the examples' completions (this rank's); returns the step's metrics."""
     weights, metrics = domain_weights(examples, cfg, engine.policy_step)
     batches = supervised_batches(examples, weights, cfg.batch)
-    return metrics | _train(engine, batches, cfg, _no_head, is_distillation=False)
+    return metrics | _train(engine, batches, cfg, None)
 
 
 def domain_weights(rollouts: list[Rollout], cfg: RunConfig, step: int) -> tuple[dict[str, float], dict[str, float]]:
@@ -57,7 +56,7 @@ def domain_weights(rollouts: list[Rollout], cfg: RunConfig, step: int) -> tuple[
     return {name: realised[name] / tokens[name] if tokens[name] else 0.0 for name in names}, metrics
 
 
-def _train(engine: Engine, batches: list[MicroBatch], cfg: RunConfig, head_of, is_distillation: bool) -> dict[str, float]:
+def _train(engine: Engine, batches: list[MicroBatch], cfg: RunConfig, teachers: TeacherPool | None) -> dict[str, float]:
     totals = DomainTotals(list(cfg.domains))
     metrics = {}
     if engine.recorder.routers and cfg.student.router_probe_every and engine.policy_step % cfg.student.router_probe_every == 0:
@@ -68,8 +67,9 @@ def _train(engine: Engine, batches: list[MicroBatch], cfg: RunConfig, head_of, i
     finite: list[torch.Tensor] = []
     for number, batch in enumerate(batches):
         batch = batch.to(engine.device)
+        head = teachers.head(batch.teacher) if batch.signal is SignalKind.hidden_states else None
         scale = 0.0 if batch.is_filler else balance_scale
-        loss, losses = engine.loss(batch, head_of(batch.teacher), number == len(batches) - 1, scale)
+        loss, losses = engine.loss(batch, head, number == len(batches) - 1, scale)
         engine.backward(loss)
         finite.append(losses.loss_N.isfinite())
         add_losses(totals, batch, losses)
@@ -78,18 +78,14 @@ def _train(engine: Engine, batches: list[MicroBatch], cfg: RunConfig, head_of, i
     engine.recorder.sum_ranks()
     if cfg.student.router_bias_speed:
         engine.recorder.update_bias(cfg.student.router_bias_speed)
-    return metrics | engine.recorder.metrics() | loss_metrics(totals, is_distillation)
+    return metrics | engine.recorder.metrics() | loss_metrics(totals, is_distillation=teachers is not None)
 
 
 def _require_finite(batches: list[MicroBatch], finite: list[torch.Tensor]) -> None:
-    """Raises ValueError with domain and request of the step's first loss that is not finite; one look at the device a step."""
+    """Raises ValueError with domain and request of the step's first loss that is not finite; one look at the losses a step."""
     if torch.stack([finite_N.all() for finite_N in finite]).all():
         return
     number = next(number for number, finite_N in enumerate(finite) if not finite_N.all())
     token = int((~finite[number]).nonzero()[0, 0])
     prompt = batches[number].rollouts[int(batches[number].rollout_N[token])].prompt
     raise ValueError(f"the loss is not finite on request {prompt.request} of domain {prompt.domain} (row {prompt.row})")
-
-
-def _no_head(_teacher: str | None) -> None:
-    return None

@@ -208,7 +208,10 @@ def _verify_transform(model: PreTrainedModel, transform: LogitTransform, role: s
     A model that gives zeros or NaN passes; the latter is reported where it is used.
     """
     head, tokens_BL = head_of(model), torch.arange(4, device=model.device).expand(2, 4)
-    unknown = ValueError(f"the {role} ({model.config.model_type}) computes its logits in a way the full-vocabulary divergence does not know")
+    unknown = ValueError(
+        f"the {role} ({model.config.model_type}) computes its logits in a way the full-vocabulary divergence does not know: "
+        "add its scale or soft cap to SCALES or SOFTCAPS of rollout/model.py"
+    )
     hidden_BLD = backbone_of(model)(input_ids=tokens_BL, use_cache=False)[0]
     if hidden_BLD.shape != (*tokens_BL.shape, head.in_features):
         raise unknown

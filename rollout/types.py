@@ -66,5 +66,5 @@ class LogitTransform:
         return self.scale == 1 and self.softcap is None
 
 
-PLAIN_LOGITS = LogitTransform()
+IDENTITY = LogitTransform()
 """Of most families: logits are head times hidden state."""

@@ -44,7 +44,7 @@ class TeachersConfig:
 
     max_resident: teachers kept in memory; the least recently used one makes room.
     max_tokens_per_forward: padded tokens of one scoring forward.
-    signal: what a teacher gives for each token; what is less than hidden_states is for comparison, and for teachers that have no more.
+    signal: what a teacher gives for each token; what is less than hidden_states is for comparison with systems whose teachers have no more.
     top_k: number of tokens of signal=top_k.
     """
 

@@ -26,6 +26,8 @@ class TeacherPool:
     def __init__(self, domains: dict[str, DomainConfig], cfg: TeachersConfig, tokenizer: PreTrainedTokenizerBase, device: torch.device):
         """Checks every teacher (teachers/compatibility.py). Raises ValueError with the domain's name where one does not fit."""
         self.cfg, self.device, self.vocab_size = cfg, device, len(tokenizer)
+        if cfg.signal is SignalKind.top_k and cfg.top_k >= len(tokenizer):
+            raise ValueError(f"teachers.top_k={cfg.top_k} leaves no tail in a vocabulary of {len(tokenizer)}: lower it, or use teachers.signal=hidden_states")
         self.teacher_of = {name: _identity(domain.teacher) for name, domain in domains.items()}
         self.configs: dict[str, tuple[str, ModelConfig]] = {}
         for name, domain in domains.items():

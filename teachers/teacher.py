@@ -28,11 +28,12 @@ class Teacher:
     def __init__(self, name: str, model: PreTrainedModel):
         self.name = name
         self.model = model.eval().requires_grad_(False)
+        self.transform = logit_transform(model.config, f"teacher {name}")
 
     @property
     def head(self) -> OutputHead:
         """The output projection, and what the family does to its product."""
-        return OutputHead(weight_VD=head_of(self.model).weight, logits=logit_transform(self.model.config, f"teacher {self.name}"))
+        return OutputHead(weight_VD=head_of(self.model).weight, transform=self.transform)
 
     @torch.no_grad()
     def hidden(self, rollouts: list[Rollout], max_tokens: int) -> list[torch.Tensor]:
@@ -56,7 +57,7 @@ class Teacher:
         for start in range(0, len(hidden_TD), rows):
             logprob_CV = self._logprobs(hidden_TD[start : start + rows], vocab_size)
             if kind is SignalKind.top_k:
-                found = logprob_CV.topk(min(top_k, vocab_size - 1), dim=1)
+                found = logprob_CV.topk(top_k, dim=1)
                 tokens.append(found.indices)
                 logprobs.append(found.values)
             else:
@@ -68,5 +69,5 @@ class Teacher:
         head = self.head
         logits_CV = torch.empty(len(hidden_CD), vocab_size, device=hidden_CD.device)
         product_into(logits_CV, hidden_CD, head.weight_VD[:vocab_size])
-        transform_(logits_CV, head.logits)
+        transform_(logits_CV, head.transform)
         return logits_CV.log_softmax(-1)

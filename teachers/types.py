@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from rollout.types import PLAIN_LOGITS, LogitTransform, Rollout
+from rollout.types import IDENTITY, LogitTransform, Rollout
 from teachers.config import SignalKind
 
 
@@ -33,7 +33,7 @@ class OutputHead:
     """What turns hidden states into logits: the head's weight, and the family's scale and soft cap."""
 
     weight_VD: torch.Tensor
-    logits: LogitTransform = PLAIN_LOGITS
+    transform: LogitTransform = IDENTITY
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -24,10 +24,10 @@ N, V, D_STUDENT, D_TEACHER = 3, 101, 8, 12
 KINDS = ["reverse_kl", "forward_kl", "jsd"]
 SETTINGS = {
     "plain": {},
-    "scales": {"temperature": 1.7, "student_logits": LogitTransform(0.5), "teacher_logits": LogitTransform(1.5)},
+    "scales": {"temperature": 1.7, "student_transform": LogitTransform(0.5), "teacher_transform": LogitTransform(1.5)},
     "smoothing and cap": {"smoothing": 0.05, "beta": 0.2, "cap": 3.5},
-    "soft caps": {"student_logits": LogitTransform(0.7, 4.0), "teacher_logits": LogitTransform(1.0, 3.0), "temperature": 0.9, "beta": 0.8},
-    "soft cap of the teacher": {"teacher_logits": LogitTransform(1.0, 3.0), "smoothing": 0.01},
+    "soft caps": {"student_transform": LogitTransform(0.7, 4.0), "teacher_transform": LogitTransform(1.0, 3.0), "temperature": 0.9, "beta": 0.8},
+    "soft cap of the teacher": {"teacher_transform": LogitTransform(1.0, 3.0), "smoothing": 0.01},
 }
 DEVICES = [
     pytest.param("cpu", marks=pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="kernels run on the GPU here")),
@@ -121,7 +121,7 @@ def test_triton_stays_finite_and_right_on_logits_of_size_200(small_blocks, kind,
 @pytest.mark.parametrize("device", DEVICES)
 def test_triton_has_a_soft_cap_as_exact_as_torchs(small_blocks, device):
     inputs = tensors(device, torch.float32)
-    settings = {"student_logits": LogitTransform(1.0, 50.0), "teacher_logits": LogitTransform(1.0, 50.0)}
+    settings = {"student_transform": LogitTransform(1.0, 50.0), "teacher_transform": LogitTransform(1.0, 50.0)}
     require_same(results(inputs, "triton", **settings), results(inputs, "eager", **settings))
 
 
@@ -164,8 +164,8 @@ def test_triton_without_a_gpu_is_refused(monkeypatch):
         divergence(*tensors("cpu", torch.float32), weights(N, "cpu"), backend="triton")
 
 
-def executable(folder: Path, name: str) -> None:
-    (folder / name).touch()
+def executable(folder: Path, name: str, exit_code: int = 0) -> None:
+    (folder / name).write_text(f"#!/bin/sh\nexit {exit_code}\n")
     (folder / name).chmod(0o755)
 
 
@@ -201,12 +201,18 @@ def test_auto_compiles_a_large_vocabulary_on_a_cpu_with_a_compiler(without_compi
     assert automatic(torch.device("cpu"), COMPILE_FROM - 1) is Backend.eager
 
 
+def test_auto_is_eager_where_the_compiler_does_not_run(without_compiler, tmp_path):
+    executable(tmp_path, "g++", exit_code=1)
+    assert automatic(torch.device("cpu"), COMPILE_FROM) is Backend.eager
+
+
 def test_auto_is_eager_without_a_compiler(without_compiler):
     assert automatic(torch.device("cpu"), 10 * COMPILE_FROM) is Backend.eager
 
 
 @pytest.mark.parametrize("vocab_size", [100, 10 * COMPILE_FROM])
 def test_auto_is_triton_on_a_gpu(without_compiler, vocab_size):
+    pytest.importorskip("triton")
     assert automatic(torch.device("cuda"), vocab_size) is Backend.triton
 
 

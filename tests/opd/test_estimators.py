@@ -1,4 +1,4 @@
-"""The losses of thin evidence against their formulas in float64, and why the two shortcuts that opd/estimators.py refuses are wrong."""
+"""The losses of thin signal against their formulas in float64, and why the two shortcuts that opd/estimators.py refuses are wrong."""
 
 import math
 
@@ -11,7 +11,7 @@ import opd.tiles
 from opd.divergence import ModelStates, divergence
 from opd.estimators import SMALLEST_TAIL, SampledToken, TopK, cross_entropy, distillation_loss, policy_gradient, top_k_divergence
 from opd.loss_config import Backend, DivergenceKind, LossConfig
-from rollout.types import PLAIN_LOGITS, LogitTransform
+from rollout.types import IDENTITY, LogitTransform
 
 N, V, V_PADDED, D, K = 13, 53, 60, 8, 6
 WEIGHT_N = torch.rand(N, generator=torch.Generator().manual_seed(9)) + 0.1
@@ -29,11 +29,11 @@ def draw(shape: tuple[int, ...], seed: int, scale: float = 1.0) -> Tensor:
     return scale * torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def student_states(dtype: torch.dtype = torch.float32, logits: LogitTransform = PLAIN_LOGITS) -> ModelStates:
+def student_states(dtype: torch.dtype = torch.float32, transform: LogitTransform = IDENTITY) -> ModelStates:
     """Logits N(0, 4); the head's padding rows hold large numbers."""
     head_VD = draw((V_PADDED, D), 1, 2 * D**-0.5)
     head_VD[V:] = 1e4
-    return ModelStates(draw((N, D), 0).to(dtype).requires_grad_(), head_VD.to(dtype).requires_grad_(), logits)
+    return ModelStates(draw((N, D), 0).to(dtype).requires_grad_(), head_VD.to(dtype).requires_grad_(), transform)
 
 
 def teacher_states() -> ModelStates:
@@ -44,8 +44,8 @@ def exact_log_p(student: ModelStates) -> tuple[list[Tensor], Tensor]:
     """(hidden states and head in float64 with gradients, log-probabilities made of them)."""
     leaves = [tensor.detach().double().requires_grad_() for tensor in (student.hidden_ND, student.head_VD)]
     logits_NV = leaves[0] @ leaves[1][:V].T
-    if student.logits.softcap is not None:
-        logits_NV = student.logits.softcap * torch.tanh(student.logits.scale * logits_NV / student.logits.softcap)
+    if student.transform.softcap is not None:
+        logits_NV = student.transform.softcap * torch.tanh(student.transform.scale * logits_NV / student.transform.softcap)
     return leaves, logits_NV.log_softmax(-1)
 
 
@@ -119,10 +119,10 @@ def minimise(loss_of, logits_V: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("settings", [{}, {"smoothing": 0.1, "beta": 0.2}])
-@pytest.mark.parametrize("logits", [PLAIN_LOGITS, SOFTCAP], ids=["plain", "soft cap"])
+@pytest.mark.parametrize("logits", [IDENTITY, SOFTCAP], ids=["plain", "soft cap"])
 @pytest.mark.parametrize("kind", ["reverse_kl", "forward_kl", "jsd"])
 def test_top_k_is_the_divergence_over_k_tokens_and_the_tail(tiles, kind, logits, settings):
-    student, teacher = student_states(logits=logits), top_k()
+    student, teacher = student_states(transform=logits), top_k()
     loss, losses = top_k_divergence(student, teacher, WEIGHT_N, config(kind, **settings), V)
     leaves, log_p_NV = exact_log_p(student)
     teacher_NK = teacher.logprob_NK.double()
@@ -298,7 +298,7 @@ def test_the_exact_baseline_lowers_the_variance():
 
 
 def test_the_policy_gradient_is_minus_advantage_times_the_gradient_of_the_log_probability(tiles):
-    student, sampled_N = student_states(logits=SOFTCAP), torch.arange(N)
+    student, sampled_N = student_states(transform=SOFTCAP), torch.arange(N)
     teacher_logprob_N = exact_log_q()[torch.arange(N), sampled_N]
     loss, losses = policy_gradient(student, sampled_N, teacher_logprob_N, WEIGHT_N, V)
     leaves, log_p_NV = exact_log_p(student)
@@ -326,7 +326,7 @@ def test_the_cap_clips_the_advantage_of_the_policy_gradient(with_baseline):
 # Supervised training
 
 
-@pytest.mark.parametrize("logits", [PLAIN_LOGITS, SOFTCAP], ids=["plain", "soft cap"])
+@pytest.mark.parametrize("logits", [IDENTITY, SOFTCAP], ids=["plain", "soft cap"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_cross_entropy_and_its_gradients_are_torchs(tiles, dtype, logits):
     student = student_states(dtype, logits)
@@ -397,13 +397,34 @@ def test_whole_distributions_with_policy_gradient_use_the_exact_divergence_as_ba
     assert relative(losses.teacher_entropy_N, torch.distributions.Categorical(logits=exact_log_q()).entropy()) <= 1e-6
 
 
-def test_thin_evidence_takes_its_own_estimator():
+def test_thin_signal_takes_its_own_estimator():
     student, sampled_N, cfg = student_states(), torch.arange(N), config(cap=0.8)
     logprob_N = exact_log_q()[torch.arange(N), sampled_N]
-    for evidence, (expected, _) in (
+    for signal, (expected, _) in (
         (top_k(), top_k_divergence(student, top_k(), WEIGHT_N, cfg, V)),
         (SampledToken(logprob_N), policy_gradient(student, sampled_N, logprob_N, WEIGHT_N, V, cap=0.8)),
     ):
-        loss, _ = distillation_loss(student, evidence, sampled_N, WEIGHT_N, cfg, V)
+        loss, _ = distillation_loss(student, signal, sampled_N, WEIGHT_N, cfg, V)
         assert torch.equal(loss, expected)
         assert all(torch.equal(*pair) for pair in zip(gradients(loss, student), gradients(expected, student), strict=True))
+
+
+def test_a_top_k_of_raw_logits_is_refused():
+    raised = TopK(top_k().token_NK, top_k().logprob_NK + 1)
+    with pytest.raises(ValueError, match="add up to more than 1"):
+        top_k_divergence(student_states(), raised, WEIGHT_N, config(), V)
+
+
+@pytest.mark.parametrize("kind", ["reverse_kl", "forward_kl", "jsd"])
+def test_a_token_that_the_teacher_rules_out_gives_no_nan(kind):
+    ruled_out_NK = top_k().logprob_NK.clone()
+    ruled_out_NK[:, -1] = -math.inf
+    student = student_states()
+    loss, losses = top_k_divergence(student, TopK(top_k().token_NK, ruled_out_NK), WEIGHT_N, config(kind, cap=3.0), V)
+    assert losses.loss_N.isfinite().all()
+    assert all(gradient.isfinite().all() for gradient in gradients(loss, student))
+
+
+def test_a_token_outside_the_vocabulary_is_refused():
+    with pytest.raises(ValueError, match="outside the vocabulary"):
+        cross_entropy(student_states(), torch.full((N,), V), WEIGHT_N, V)

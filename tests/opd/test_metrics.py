@@ -2,7 +2,6 @@
 
 import json
 import re
-from dataclasses import replace
 
 import pytest
 import torch
@@ -81,13 +80,6 @@ def test_tails_and_the_capped_share_are_averages_over_the_tokens_of_a_domain(max
 def test_tails_and_the_capped_share_are_left_out_where_there_are_none(random_rollouts):
     metrics, _ = losses_of(random_rollouts(SHAPES), 1000)
     assert not [name for name in metrics if name.endswith(("_tail", "/capped"))]
-
-
-def test_a_rank_that_only_had_fillers_reports_no_figure_of_its_own(random_rollouts):
-    [batch] = supervised_batches(random_rollouts(SHAPES), WEIGHT, BatchConfig())
-    totals, ones_N = DomainTotals(DOMAINS), torch.ones(len(batch.target_N))
-    add_losses(totals, replace(batch, is_filler=True), TokenLosses(ones_N, ones_N, None, ones_N, ones_N, ones_N))
-    assert totals.names() == set()
 
 
 def test_a_long_rollout_counts_by_its_tokens_and_not_as_one_of_two_means(make_rollout):

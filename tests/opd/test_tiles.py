@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 import opd.tiles
+from opd.divergence import divergence
 from opd.tiles import TokenLosses, blocks_of, join_blocks, tile_rows, tiled_loss
 from rollout.logits import product_into
 
@@ -170,3 +171,8 @@ def test_loss_and_gradients_on_a_gpu_do_not_depend_on_the_tiles(monkeypatch, dty
     expected = torch.autograd.grad((weight_N * (exact[0] @ exact[1][:V].T).square().sum(1) / 2).sum(), exact)
     for found, right in zip(torch.autograd.grad(loss, leaves), expected, strict=True):
         assert relative(found, right) <= (1e-5 if dtype is torch.float32 else 5e-3)
+
+
+def test_weights_that_ask_for_a_gradient_are_refused():
+    with pytest.raises(ValueError, match="get no gradient"):
+        divergence(*torch.randn(2, 3, 4).unbind(), *torch.randn(2, 3, 4).unbind(), torch.ones(3, requires_grad=True))

@@ -7,7 +7,7 @@ import torch
 
 from rollout.config import Dtype, Experts, ModelConfig
 from rollout.model import load_model, save_model
-from teachers.config import DomainConfig, TeachersConfig
+from teachers.config import DomainConfig, SignalKind, TeachersConfig
 from teachers.pool import TeacherPool
 from teachers.teacher import Teacher
 
@@ -197,3 +197,8 @@ def test_scoring_leaves_the_rollouts_as_they_are(new_pool, rollouts):
     for a, b in zip(before, rollouts, strict=True):
         assert a.prompt == b.prompt
         assert torch.equal(a.completion_T, b.completion_T)
+
+
+def test_a_top_k_without_a_tail_is_refused(new_pool, tokenizer):
+    with pytest.raises(ValueError, match="leaves no tail"):
+        new_pool(THREE, signal=SignalKind.top_k, top_k=len(tokenizer))
