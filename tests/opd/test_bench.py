@@ -167,10 +167,8 @@ def test_the_peak_is_what_was_allocated_even_where_it_is_gone_at_the_end():
 
 
 @on_linux
-def test_memory_of_whole_logits_grows_with_the_tokens_and_that_of_tiles_does_not():
+def test_memory_of_tiles_does_not_grow_with_the_tokens():
     few, many = (replace(PROBLEM, num_tokens=count, vocab_size=8192) for count in (1536, 3072))
     ours_few, ours_many = (measure_peak("ours_eager", problem, 1).without_gradients for problem in (few, many))
-    naive_many = measure_peak("naive", many, 1).without_gradients
     assert ours_many == pytest.approx(ours_few, rel=0.1)
-    assert naive_many > 5 * 4 * many.num_tokens * many.vocab_size
-    assert ours_many < naive_many / 3
+    assert ours_many < 3 * 4 * many.num_tokens * many.vocab_size, "three whole matrices, and the naive formula holds seven"

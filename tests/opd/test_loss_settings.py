@@ -254,7 +254,7 @@ def test_the_formula_holds_for_a_deepseek_student_too(case, v4_model, new_pool, 
 # Properties 1 and 2 of the objective
 
 
-@pytest.mark.parametrize(("case", "max_tokens"), [("top-k", 1), ("top-k", 30), ("sampled token", 1), ("sampled token", 30), ("jsd", 30)])
+@pytest.mark.parametrize(("case", "max_tokens"), [("top-k", 30), ("sampled token", 1)])
 def test_micro_batch_size_and_order_change_neither_loss_nor_update(case, max_tokens, qwen3_moe_model, new_pool, make_engine, new_cfg, rollouts):
     loss, teachers = CASES[case]
     found = []
@@ -267,7 +267,7 @@ def test_micro_batch_size_and_order_change_neither_loss_nor_update(case, max_tok
     assert_same_changes(changes, other_changes)
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if case not in ("reverse", "jsd with smoothing")])
+@pytest.mark.parametrize("case", ["forward", "jsd", "temperature 2", "smoothing", "top-k", "sampled token"])
 def test_a_teacher_equal_to_the_student_gives_zero_loss_and_no_gradient(case, qwen3_moe_model, new_pool, make_engine, new_cfg, rollouts):
     """To rounding of float32 at entropies near 5; the plain reverse KL is exactly 0 (tests/opd/test_update.py)."""
     loss, teachers = CASES[case]
@@ -313,7 +313,7 @@ def new_family(new_student, tokenizer) -> Callable:
     ("student", "teacher"),
     [("gemma2 capped at 8", "gemma2 capped at 3"), ("granite", "cohere"), ("cohere", "gemma2 capped at 3"), ("qwen3_moe", "gemma2 capped at 8")],
 )
-@pytest.mark.parametrize("case", ["temperature 2", "top-k", "sampled token"])
+@pytest.mark.parametrize("case", ["temperature 2", "top-k"])
 def test_loss_and_update_are_those_of_both_models_own_logits(student, teacher, case, new_family, new_pool, make_engine, new_cfg, rollouts, tokenizer, tmp_path):
     loss, teachers = CASES[case]
     model, frozen = new_family(student, seed=0), new_family(teacher, seed=1)
@@ -329,7 +329,7 @@ def test_loss_and_update_are_those_of_both_models_own_logits(student, teacher, c
 # Partitioned and tied heads, precisions, recomputation
 
 
-@pytest.mark.parametrize(("case", "tied"), [("reverse", True), ("top-k", True), ("reverse", False), ("sampled token", False), ("jsd", False)])
+@pytest.mark.parametrize(("case", "tied"), [("reverse", True), ("top-k", False)])
 def test_a_partitioned_head_gives_the_loss_and_update_of_a_whole_one(case, tied, new_student, new_pool, make_engine, new_cfg, rollouts, tokenizer):
     loss, teachers = CASES[case]
     model, found = new_student("qwen3_moe_tiny", tie_word_embeddings=tied), {}
@@ -340,7 +340,7 @@ def test_a_partitioned_head_gives_the_loss_and_update_of_a_whole_one(case, tied,
     assert_same_changes(found[3][1], found[0][1])
 
 
-@pytest.mark.parametrize("case", ["reverse", "top-k"])
+@pytest.mark.parametrize("case", ["top-k"])
 def test_a_tied_head_gets_the_gradients_of_embedding_and_head(case, new_student, new_pool, make_engine, new_cfg, rollouts, tokenizer):
     loss, teachers = CASES[case]
     model = new_student("qwen3_moe_tiny", tie_word_embeddings=True)
@@ -350,7 +350,7 @@ def test_a_tied_head_gets_the_gradients_of_embedding_and_head(case, new_student,
     assert_same_changes({name: changes[name] for name in gradients}, {name: -g / (g.abs() + 1) for name, g in gradients.items()})
 
 
-@pytest.mark.parametrize("case", ["jsd", "top-k"])
+@pytest.mark.parametrize("case", ["jsd"])
 @pytest.mark.parametrize(("student_dtype", "teacher_dtype"), [(Dtype.bfloat16, Dtype.float32), (Dtype.float32, Dtype.bfloat16)])
 def test_student_and_teacher_may_differ_in_precision(case, student_dtype, teacher_dtype, new_student, new_pool, make_engine, new_cfg, rollouts):
     """bfloat16 rounds hidden states and weights, so that losses agree with those of float32 to a per cent."""
