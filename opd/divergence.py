@@ -25,7 +25,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from opd.divergence_passes import EXPECTATION, NUM_SCALARS, WEIGHT, Formula, Passes, choose_passes
-from opd.loss_config import Backend, DivergenceKind
+from opd.loss_config import Backend, DivergenceKind, LossConfig
 from opd.tiles import TokenLosses, join_blocks, tiled_loss
 from rollout.logits import product_into
 from rollout.types import IDENTITY, LogitTransform
@@ -66,9 +66,11 @@ def divergence(
         raise ValueError(f"the heads have {len(student_head_VD)} and {len(teacher_head_VD)} rows: give vocab_size")
     student = ModelStates(student_hidden_ND, student_head_VD, student_transform)
     teacher = ModelStates(teacher_hidden_ND, teacher_head_VD, teacher_transform)
-    formula = make_formula(kind, beta, smoothing, temperature, student_transform, teacher_transform)
+    if not isinstance(kind, DivergenceKind) and kind not in {known.value for known in DivergenceKind}:
+        raise ValueError(f"there is no divergence {kind!r}; there are {', '.join(known.value for known in DivergenceKind)}")
+    cfg = LossConfig(DivergenceKind(kind), beta, temperature, smoothing, cap, backend=Backend(backend))
     size = len(student_head_VD) if vocab_size is None else vocab_size
-    loss, losses = full_divergence(student, teacher, weight_N, formula, size, cap=cap, backend=Backend(backend))
+    loss, losses = full_divergence(student, teacher, weight_N, cfg, size)
     return loss, losses.loss_N
 
 
@@ -81,17 +83,17 @@ class ModelStates:
     transform: LogitTransform = IDENTITY
 
 
-def make_formula(kind: DivergenceKind | str, beta: float, smoothing: float, temperature: float, student: LogitTransform, teacher: LogitTransform) -> Formula:
-    """What to compute. Raises ValueError for an unknown kind or a setting out of its range."""
-    if not isinstance(kind, DivergenceKind) and kind not in {known.value for known in DivergenceKind}:
-        raise ValueError(f"there is no divergence {kind!r}; there are {', '.join(known.value for known in DivergenceKind)}")
-    kind = DivergenceKind(kind)
+def make_formula(cfg: LossConfig, student: LogitTransform, teacher: LogitTransform) -> Formula:
+    """What to compute. Raises ValueError for a setting out of its range."""
+    kind, beta, smoothing, temperature = cfg.kind, cfg.beta, cfg.smoothing, cfg.temperature
     if not temperature > 0 or not math.isfinite(temperature):
         raise ValueError(f"the temperature of the divergence must be above 0, not {temperature}")
     if not 0 <= smoothing < 1:
         raise ValueError(f"smoothing must be from 0 to below 1, not {smoothing}")
     if not 0 <= beta <= 1:
         raise ValueError(f"beta must be from 0 (forward KL) to 1 (reverse KL), not {beta}")
+    if cfg.cap is not None and not cfg.cap > 0:
+        raise ValueError(f"the cap of a token's divergence must be above 0, not {cfg.cap}")
     if kind is DivergenceKind.jsd and beta in (0, 1):
         kind = DivergenceKind.reverse_kl if beta == 1 else DivergenceKind.forward_kl
     beta = beta if kind is DivergenceKind.jsd else 0.5
@@ -99,24 +101,16 @@ def make_formula(kind: DivergenceKind | str, beta: float, smoothing: float, temp
 
 
 def full_divergence(
-    student: ModelStates,
-    teacher: ModelStates,
-    weight_N: torch.Tensor,
-    formula: Formula,
-    vocab_size: int,
-    *,
-    cap: float | None,
-    backend: Backend,
+    student: ModelStates, teacher: ModelStates, weight_N: torch.Tensor, cfg: LossConfig, vocab_size: int
 ) -> tuple[torch.Tensor, TokenLosses]:
     """As `divergence`, with the entropies of both distributions beside the divergence of each token."""
     shape, head_shape = list(teacher.hidden_ND.shape), list(teacher.head_VD.shape)
     if len(shape) != 2 or len(head_shape) != 2 or shape != [len(student.hidden_ND), head_shape[1]] or head_shape[0] < vocab_size:
         wanted = f"{len(student.hidden_ND)} tokens and a vocabulary of {vocab_size}"
         raise ValueError(f"the teacher's hidden states {shape} and head {head_shape} do not fit {wanted}")
-    if cap is not None and not cap > 0:
-        raise ValueError(f"the cap of a token's divergence must be above 0, not {cap}")
-    passes = choose_passes(backend, student.hidden_ND.device, vocab_size, formula)
-    objective = _Divergence(teacher, formula, passes, cap)
+    formula = make_formula(cfg, student.transform, teacher.transform)
+    passes = choose_passes(cfg.backend, student.hidden_ND.device, vocab_size, formula)
+    objective = _Divergence(teacher, formula, passes, cfg.cap)
     return tiled_loss(student.hidden_ND, student.head_VD, weight_N, vocab_size, objective)
 
 

@@ -51,9 +51,10 @@ class TopK:
 
 @dataclass(frozen=True, slots=True)
 class SampledToken:
-    """A teacher's log-probability of each sampled token, at temperature 1."""
+    """A teacher's log-probability of each sampled token, at temperature 1; and the exact reverse KL, where it is known."""
 
     logprob_N: torch.Tensor
+    baseline_N: torch.Tensor | None = None
 
 
 def distillation_loss(
@@ -76,16 +77,15 @@ def distillation_loss(
     if isinstance(signal, TopK) and (cfg.temperature != 1 or cfg.policy_gradient):
         raise ValueError("a top-k has no other temperature than 1, and no baseline for a policy gradient")
     if isinstance(signal, SampledToken):
-        return policy_gradient(student, sampled_N, signal.logprob_N, weight_N, vocab_size, cap=cfg.cap)
+        return policy_gradient(student, sampled_N, signal, weight_N, vocab_size, cfg.cap)
     if isinstance(signal, TopK):
         return top_k_divergence(student, signal, weight_N, cfg, vocab_size)
-    formula = make_formula(cfg.kind, cfg.beta, cfg.smoothing, cfg.temperature, student.transform, signal.transform)
     if not cfg.policy_gradient:
-        return full_divergence(student, signal, weight_N, formula, vocab_size, cap=cfg.cap, backend=cfg.backend)
+        return full_divergence(student, signal, weight_N, cfg, vocab_size)
     with torch.no_grad():
-        _, exact = full_divergence(student, signal, weight_N, formula, vocab_size, cap=None, backend=cfg.backend)
+        _, exact = full_divergence(student, signal, weight_N, replace(cfg, cap=None), vocab_size)
         _, scored = cross_entropy(signal, sampled_N, weight_N, vocab_size)
-    loss, losses = policy_gradient(student, sampled_N, -scored.loss_N, weight_N, vocab_size, baseline_N=exact.loss_N, cap=cfg.cap)
+    loss, losses = policy_gradient(student, sampled_N, SampledToken(-scored.loss_N, exact.loss_N), weight_N, vocab_size, cfg.cap)
     return loss, replace(losses, teacher_entropy_N=exact.teacher_entropy_N)
 
 
@@ -113,11 +113,9 @@ def cross_entropy(student: ModelStates, target_N: torch.Tensor, weight_N: torch.
 def policy_gradient(
     student: ModelStates,
     sampled_N: torch.Tensor,
-    teacher_logprob_N: torch.Tensor,
+    teacher: SampledToken,
     weight_N: torch.Tensor,
     vocab_size: int,
-    *,
-    baseline_N: torch.Tensor | None = None,
     cap: float | None = None,
 ) -> tuple[torch.Tensor, TokenLosses]:
     """-A log p(y) with the advantage A = log q(y) - log p(y) held constant; with the reverse KL as baseline, A + KL.
@@ -128,9 +126,9 @@ def policy_gradient(
     """
 
     def coefficients(logprob_CK: torch.Tensor, rows: slice) -> "_Coefficients":
-        estimate_C = logprob_CK[:, 0] - teacher_logprob_N[rows]
-        exact_C = estimate_C if baseline_N is None else baseline_N[rows].double()
-        advantage_C = -estimate_C if baseline_N is None else exact_C - estimate_C
+        estimate_C = logprob_CK[:, 0] - teacher.logprob_N[rows]
+        exact_C = estimate_C if teacher.baseline_N is None else teacher.baseline_N[rows].double()
+        advantage_C = -estimate_C if teacher.baseline_N is None else exact_C - estimate_C
         is_capped_C = None if cap is None else advantage_C.abs() > cap
         advantage_C = advantage_C if cap is None else advantage_C.clamp(-cap, cap)
         return _Coefficients(exact_C, everywhere_C=advantage_C, at_CK=-advantage_C[:, None], capped_C=is_capped_C)
@@ -143,7 +141,7 @@ def top_k_divergence(student: ModelStates, teacher: TopK, weight_N: torch.Tensor
 
     Raises ValueError where a row names a token twice, or its probabilities add up to more than 1.
     """
-    formula = make_formula(cfg.kind, cfg.beta, cfg.smoothing, 1.0, IDENTITY, IDENTITY)
+    formula = make_formula(cfg, IDENTITY, IDENTITY)
     ordered_NK = teacher.token_NK.sort(dim=1).values
     if (ordered_NK[:, 1:] == ordered_NK[:, :-1]).any():
         raise ValueError("a teacher's top-k names a token twice")

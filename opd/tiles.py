@@ -75,9 +75,9 @@ def tiled_loss(
         raise ValueError(f"a vocabulary of {vocab_size} does not fit a head of {len(head_VD)} rows")
     if weight_N.requires_grad:
         raise ValueError("the weights of tokens get no gradient: detach them")
-    wants_hidden, wants_head = (torch.is_grad_enabled() and tensor.requires_grad for tensor in (hidden_ND, head_VD))
+    wanted = (torch.is_grad_enabled() and hidden_ND.requires_grad, torch.is_grad_enabled() and head_VD.requires_grad)
     with torch.no_grad():
-        losses, *gradients = _walk(hidden_ND, head_VD, weight_N, vocab_size, objective, wants_hidden=wants_hidden, wants_head=wants_head)
+        losses, *gradients = _walk(hidden_ND, head_VD, weight_N, vocab_size, objective, wanted)
         loss = (weight_N * losses.loss_N).sum()
     return _WithGradients.apply(hidden_ND, head_VD, loss, *gradients), losses
 
@@ -102,9 +102,10 @@ class _WithGradients(torch.autograd.Function):
 
 
 def _walk(
-    hidden_ND: torch.Tensor, head_VD: torch.Tensor, weight_N: torch.Tensor, vocab_size: int, objective: Objective, *, wants_hidden: bool, wants_head: bool
+    hidden_ND: torch.Tensor, head_VD: torch.Tensor, weight_N: torch.Tensor, vocab_size: int, objective: Objective, wanted: tuple[bool, bool]
 ) -> tuple[TokenLosses, torch.Tensor | None, torch.Tensor | None]:
-    """(per-token losses, gradient by the hidden states, by the head)."""
+    """(per-token losses, gradient by the hidden states, by the head); wanted: which of the gradients."""
+    wants_hidden, wants_head = wanted
     num_tokens, device = len(hidden_ND), hidden_ND.device
     num_rows, columns_of = min(num_tokens, tile_rows(device, vocab_size)), blocks_of(device, vocab_size)
     buffers = [torch.empty(num_rows, columns.stop - columns.start, device=device) for columns in columns_of]

@@ -9,8 +9,8 @@ from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import opd.tiles
-from opd.divergence import ModelStates, divergence, full_divergence, make_formula
-from opd.loss_config import Backend, DivergenceKind
+from opd.divergence import ModelStates, divergence, full_divergence
+from opd.loss_config import Backend, DivergenceKind, LossConfig
 from rollout.types import IDENTITY, LogitTransform
 
 N, V, D_STUDENT, D_TEACHER = 13, 97, 8, 12
@@ -395,8 +395,8 @@ def test_the_inputs_are_left_as_they_were(small_tiles):
 def test_entropies_are_those_of_the_two_distributions(tiles, kind):
     hidden_ND, head_VD, teacher_hidden_ND, teacher_head_VD = tensors(padding=(3, 4))
     student, teacher = ModelStates(hidden_ND, head_VD), ModelStates(teacher_hidden_ND, teacher_head_VD)
-    formula = make_formula(kind, 0.5, 0.0, 1.5, IDENTITY, IDENTITY)
-    _, losses = full_divergence(student, teacher, WEIGHT_N, formula, V, cap=None, backend=Backend.eager)
+    cfg = LossConfig(kind=DivergenceKind(kind), temperature=1.5, backend=Backend.eager)
+    _, losses = full_divergence(student, teacher, WEIGHT_N, cfg, V)
     for found_N, model in [(losses.student_entropy_N, student), (losses.teacher_entropy_N, teacher)]:
         logits_NV = model.hidden_ND.detach().double() @ model.head_VD[:V].detach().double().T / 1.5
         assert relative(found_N, torch.distributions.Categorical(logits=logits_NV).entropy()) <= 1e-6

@@ -278,7 +278,7 @@ def test_the_policy_gradient_is_the_gradient_of_reverse_kl_on_average(tiles, wit
     student, p_V, log_p_V, log_q_V = outcomes()
     kl = (p_V * (log_p_V - log_q_V)).sum()
     baseline_V = kl.float().expand(V) if with_baseline else None
-    loss, losses = policy_gradient(student, torch.arange(V), log_q_V, p_V.float(), V, baseline_N=baseline_V)
+    loss, losses = policy_gradient(student, torch.arange(V), SampledToken(log_q_V, baseline_V), p_V.float(), V)
     hidden_gradient_VD, head_gradient_VD = gradients(loss, student)
     require((hidden_gradient_VD.sum(0), head_gradient_VD), reverse_kl_gradients(log_q_V))
     assert abs(float((p_V * losses.loss_N).sum() - kl)) <= 1e-5 * float(kl)
@@ -290,7 +290,7 @@ def test_the_exact_baseline_lowers_the_variance():
     baseline_V = (p_V * (log_p_V - log_q_V)).sum().expand(V)
 
     def variance(**settings) -> float:
-        loss, _ = policy_gradient(student, torch.arange(V), log_q_V, torch.ones(V), V, **settings)
+        loss, _ = policy_gradient(student, torch.arange(V), SampledToken(log_q_V, **settings), torch.ones(V), V)
         gradient_VD = torch.autograd.grad(loss, student.hidden_ND)[0].double()
         return float((p_V * (gradient_VD - p_V @ gradient_VD).square().sum(1)).sum())
 
@@ -300,7 +300,7 @@ def test_the_exact_baseline_lowers_the_variance():
 def test_the_policy_gradient_is_minus_advantage_times_the_gradient_of_the_log_probability(tiles):
     student, sampled_N = student_states(transform=SOFTCAP), torch.arange(N)
     teacher_logprob_N = exact_log_q()[torch.arange(N), sampled_N]
-    loss, losses = policy_gradient(student, sampled_N, teacher_logprob_N, WEIGHT_N, V)
+    loss, losses = policy_gradient(student, sampled_N, SampledToken(teacher_logprob_N), WEIGHT_N, V)
     leaves, log_p_NV = exact_log_p(student)
     log_p_N = log_p_NV[torch.arange(N), sampled_N]
     advantage_N = teacher_logprob_N - log_p_N.detach()
@@ -313,7 +313,7 @@ def test_the_cap_clips_the_advantage_of_the_policy_gradient(with_baseline):
     student, sampled_N = student_states(), torch.arange(N)
     teacher_logprob_N = exact_log_q()[torch.arange(N), sampled_N]
     baseline_N = torch.full((N,), 1.5) if with_baseline else None
-    loss, losses = policy_gradient(student, sampled_N, teacher_logprob_N, WEIGHT_N, V, baseline_N=baseline_N, cap=0.5)
+    loss, losses = policy_gradient(student, sampled_N, SampledToken(teacher_logprob_N, baseline_N), WEIGHT_N, V, cap=0.5)
     leaves, log_p_NV = exact_log_p(student)
     log_p_N = log_p_NV[torch.arange(N), sampled_N]
     advantage_N = teacher_logprob_N - log_p_N.detach() + (1.5 if with_baseline else 0)
@@ -356,7 +356,7 @@ def test_the_entropy_of_the_student_is_reported_with_every_loss(tiles):
     for _, losses in (
         cross_entropy(student, sampled_N, WEIGHT_N, V),
         top_k_divergence(student, top_k(), WEIGHT_N, config(), V),
-        policy_gradient(student, sampled_N, torch.zeros(N), WEIGHT_N, V),
+        policy_gradient(student, sampled_N, SampledToken(torch.zeros(N)), WEIGHT_N, V),
     ):
         assert relative(losses.student_entropy_N, expected_N) <= 1e-6
 
@@ -366,7 +366,7 @@ def test_logits_of_size_200_stay_finite():
     for loss, losses in (
         cross_entropy(student, torch.arange(N), WEIGHT_N, V),
         *(top_k_divergence(student, top_k(), WEIGHT_N, config(kind), V) for kind in ("reverse_kl", "forward_kl", "jsd")),
-        policy_gradient(student, torch.arange(N), exact_log_q()[:, 0], WEIGHT_N, V),
+        policy_gradient(student, torch.arange(N), SampledToken(exact_log_q()[:, 0]), WEIGHT_N, V),
     ):
         assert losses.loss_N.isfinite().all()
         assert all(gradient.isfinite().all() for gradient in gradients(loss, student))
@@ -402,7 +402,7 @@ def test_thin_signal_takes_its_own_estimator():
     logprob_N = exact_log_q()[torch.arange(N), sampled_N]
     for signal, (expected, _) in (
         (top_k(), top_k_divergence(student, top_k(), WEIGHT_N, cfg, V)),
-        (SampledToken(logprob_N), policy_gradient(student, sampled_N, logprob_N, WEIGHT_N, V, cap=0.8)),
+        (SampledToken(logprob_N), policy_gradient(student, sampled_N, SampledToken(logprob_N), WEIGHT_N, V, cap=0.8)),
     ):
         loss, _ = distillation_loss(student, signal, sampled_N, WEIGHT_N, cfg, V)
         assert torch.equal(loss, expected)
