@@ -17,9 +17,6 @@ C: tokens of a tile. V: columns of a block. S: statistics, or scalars, of a row.
 
 import math
 import os
-import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -28,6 +25,7 @@ from importlib.util import find_spec
 import torch
 
 from opd.loss_config import Backend, DivergenceKind
+from rollout.compiler import has_compiler
 from rollout.logits import transform_
 from rollout.types import LogitTransform
 
@@ -99,20 +97,6 @@ def automatic(device: torch.device, vocab_size: int) -> Backend:
     if device.type == "cuda":
         return Backend.triton if find_spec("triton") else Backend.eager
     return Backend.compiled if device.type == "cpu" and vocab_size >= COMPILE_FROM and has_compiler() else Backend.eager
-
-
-def has_compiler() -> bool:
-    """Whether torch.compile finds a C++ compiler that runs: it looks for CXX, else for one name alone."""
-    compiler = shutil.which(os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++"))
-    return compiler is not None and _runs(compiler)
-
-
-@lru_cache
-def _runs(compiler: str) -> bool:
-    try:
-        return subprocess.run([compiler, "--version"], capture_output=True).returncode == 0
-    except OSError:
-        return False
 
 
 def eager_passes(formula: Formula) -> Passes:

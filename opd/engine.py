@@ -31,12 +31,13 @@ from opd.batch import MicroBatch, require_packing
 from opd.config import DistillConfig, OptimConfig, OptimizerKind, Router, RunConfig
 from opd.distributed import Group, num_ranks, reduce_sum
 from opd.divergence import ModelStates
-from opd.divergence_passes import has_compiler, require_backend
+from opd.divergence_passes import require_backend
 from opd.estimators import cross_entropy, distillation_loss, signal_of
 from opd.loss_config import LossConfig
 from opd.optim import learning_rate_factor, parameter_groups
 from opd.routing import RoutingRecorder
 from opd.tiles import TokenLosses
+from rollout.compiler import has_compiler
 from rollout.errors import first_sentence
 from rollout.model import backbone_of, head_of, logit_transform
 from teachers.types import OutputHead
