@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from opd.distributed import Group, broadcast_object, reduce_sum
-from rollout.model import find_experts
+from rollout.experts import find_experts
 
 ROUTER_NAMES = ("gate", "router")
 BALANCE_BIAS = "e_score_correction_bias"

@@ -118,7 +118,7 @@ def round_to_e2m1(magnitude: torch.Tensor) -> torch.Tensor:
 
 def _scale(blocks_N32: torch.Tensor) -> torch.Tensor:
     """int32 [N]: exponent + 127 of each block."""
-    bits_N = blocks_N32.abs().amax(1).float().view(torch.int32)
+    bits_N = blocks_N32.abs().amax(1).float().view(torch.int32) & 0x7FFFFFFF  # amax may set the sign of NaN
     return ((bits_N >> 23) - 2 + ((bits_N & 0x7FFFFF) > 0x400000).int()).clamp(min=0)
 
 

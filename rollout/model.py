@@ -23,6 +23,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Pretra
 
 from rollout.config import Attention, Dtype, ModelConfig
 from rollout.errors import first_sentence
+from rollout.experts import find_experts
 from rollout.types import LogitTransform
 
 transformers.utils.logging.disable_progress_bar()
@@ -183,11 +184,6 @@ def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> se
     return {tokenizer.eos_token_id, *(token for token in listed if token is not None)}
 
 
-def find_experts(model: nn.Module) -> dict[str, nn.Module]:
-    """Modules that hold routed experts as three-dimensional weights [E, out, in], by name."""
-    return {name: module for name, module in model.named_modules() if _is_experts(module)}
-
-
 def _unify_dtypes(model: nn.Module, dtype: torch.dtype) -> None:
     """Parameters in one dtype, floating-point buffers in float32: what DeepSpeed makes of a trained model, so that student, sampler and
     a teacher with the same weights compute the same. transformers keeps some small parameters of DeepSeek-V4 in float32 otherwise.
@@ -232,11 +228,6 @@ def _verify_transform(model: PreTrainedModel, transform: LogitTransform, role: s
     tolerance = 2e-2 if head.weight.dtype == torch.bfloat16 else 1e-3  # of the largest logit; room for TF32
     if (error_B > tolerance * size_B).any():
         raise unknown
-
-
-def _is_experts(module: nn.Module) -> bool:
-    names = {name for name, _ in module.named_parameters(recurse=False)}
-    return {"gate_up_proj", "down_proj"} <= names
 
 
 def torch_dtype(dtype: Dtype) -> torch.dtype:

@@ -10,7 +10,8 @@ bits of a matrix product depend on the number of rows, so the same cohort gives 
 changes a row by rounding alone (about 1e-6 in fp32): routed experts multiply whatever rows were sent to them together.
 
 The sampler has a model of its own and copies the trainer's weights into it (`refresh`), so that a partitioned trainer gathers its
-weights once per rollout phase and decodes without any communication.
+weights once per rollout phase and decodes without any communication. Where the student trains under FP4, that model holds its routed experts
+packed (rollout/experts.py) and multiplies with what they decode to: the numbers of the trainer's forward.
 
 B: rows of a cohort (decode_width). L: prompt positions. V: vocabulary. T: completion tokens.
 """
@@ -24,6 +25,7 @@ import torch
 from transformers import DynamicCache, PreTrainedModel
 
 from rollout.config import SamplingConfig
+from rollout.experts import find_packed, is_packed_buffer, pack_weight
 from rollout.sampling import draw, uniform
 from rollout.types import Prompt, Rollout
 
@@ -35,7 +37,9 @@ class WeightSource(Protocol):
     """Number of optimizer steps the weights have seen."""
 
     def weights(self) -> Iterable[tuple[str, torch.Tensor]]:
-        """Full, unpartitioned parameters and persistent buffers by name; every rank has to call it."""
+        """Full, unpartitioned parameters and persistent buffers by name, as the trainer's forward multiplies them: quantised experts with their FP4
+        values. Every rank has to call it.
+        """
 
 
 class Sampler(Protocol):
@@ -73,13 +77,16 @@ class LocalSampler:
         self.policy_step = 0
 
     def refresh(self, source: WeightSource) -> None:
-        own = self.model.state_dict(keep_vars=True)
-        remaining = set(own)
+        own, packed = self.model.state_dict(keep_vars=True), find_packed(self.model)
+        remaining = {name for name in own if not is_packed_buffer(name)} | set(packed)
         with torch.no_grad():
             for name, tensor in source.weights():
-                own[name].data.copy_(tensor)
+                if name in packed:
+                    pack_weight(*packed[name], tensor.to(self.model.device))
+                else:
+                    own[name].data.copy_(tensor)
                 remaining.discard(name)
-        tied = {name for name in remaining if any(own[name] is own[other] for other in set(own) - remaining)}
+        tied = {name for name in remaining if name in own and any(own[name] is own[other] for other in set(own) - remaining)}
         assert remaining == tied, f"the trainer gave no weights for {sorted(remaining - tied)}"
         self.policy_step = source.policy_step
 

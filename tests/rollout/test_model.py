@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from rollout.config import Attention, Dtype, Experts, ModelConfig
-from rollout.model import backbone_of, build_model, context_length, find_experts, head_of, load_model, load_tokenizer, save_model
+from rollout.experts import find_experts
+from rollout.model import backbone_of, build_model, context_length, head_of, load_model, load_tokenizer, save_model
 
 DENSE = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}
 TOKENS = torch.arange(3, 33)[None]
