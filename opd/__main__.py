@@ -5,6 +5,7 @@ so that a domain can be added beside an installed package), checked against the 
 is anything heavy imported. A mistake in them is one sentence and exit code 2.
 """
 
+import logging
 import os
 import sys
 import traceback
@@ -118,6 +119,7 @@ def _join_domains(overrides: list[str]) -> list[str]:
 
 def _run(command: str, cfg) -> None:
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    _show_messages()
     if command == "pipeline":
         from opd.pipeline import run_pipeline
 
@@ -140,6 +142,14 @@ def _run(command: str, cfg) -> None:
     from opd.evaluate import evaluate
 
     return evaluate(cfg)
+
+
+def _show_messages() -> None:
+    """What our own modules log goes to standard error, from the first rank alone where it is no warning."""
+    level = logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING
+    logging.basicConfig(format="opd: %(message)s", level=logging.WARNING)
+    for package in ("opd", "teachers", "rollout"):
+        logging.getLogger(package).setLevel(level)
 
 
 def _stop() -> None:

@@ -11,6 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from opd.loss_config import DivergenceKind, LossConfig
+from opd.quant_config import QuantConfig
 from opd.ranges import check_loss, check_ranges, check_schedules
 from rollout.config import Dtype, ModelConfig, RolloutConfig
 from rollout.errors import first_sentence
@@ -157,6 +158,7 @@ class RunConfig:
     threads: CPU threads of this process; null chooses.
     student: the model being trained.
     domains: by name, what is learnt.
+    quant: what of the student trains under quantisation.
     batch, optim, evaluation, checkpoint, logger: settings of these parts.
     deepspeed: DeepSpeed's own JSON schema, passed through, without the keys that other settings own.
     """
@@ -168,6 +170,7 @@ class RunConfig:
     threads: int | None = None
     student: StudentConfig = field(default_factory=StudentConfig)
     domains: dict[str, DomainConfig] = field(default_factory=dict)
+    quant: QuantConfig = field(default_factory=QuantConfig)
     batch: BatchConfig = field(default_factory=BatchConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     deepspeed: dict[str, Any] = field(default_factory=dict)

@@ -19,7 +19,7 @@ def distill(cfg: DistillConfig) -> None:
     device = start_processes()
     seed_everything(cfg.seed)
     tokenizer = load_student_tokenizer(cfg.student)
-    student = build_student(cfg.student, tokenizer)                      # MoE; what must not train is frozen
+    student = build_student(cfg.student, tokenizer, cfg.quant)           # MoE; what must not train is frozen
     teachers = TeacherPool(cfg.domains, cfg.teachers, tokenizer, device) # frozen; grouped, few resident at a time
     stream = build_stream(cfg, student, tokenizer, device)               # prompts, sampler, replay: its own answers
     teachers.require_context(stream.longest_rollouts)

@@ -14,6 +14,7 @@ import math
 import os
 import pickle
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +31,13 @@ from transformers import PreTrainedModel
 from opd.batch import MicroBatch, require_packing
 from opd.config import DistillConfig, OptimConfig, OptimizerKind, Router, RunConfig
 from opd.distributed import Group, num_ranks, reduce_sum
-from opd.divergence import ModelStates
+from opd.divergence import ModelStates, full_divergence
 from opd.divergence_passes import require_backend
 from opd.estimators import cross_entropy, distillation_loss, signal_of
 from opd.loss_config import LossConfig
 from opd.optim import learning_rate_factor, parameter_groups
+from opd.qat import ExpertQuantizer, quantization_metrics
+from opd.quant_config import ExpertFormat
 from opd.routing import RoutingRecorder
 from opd.tiles import TokenLosses
 from rollout.compiler import has_compiler
@@ -64,9 +67,7 @@ class TrainedModel(nn.Module):
         self.recorder = RoutingRecorder(model)
 
     def forward(self, batch: MicroBatch, teacher_head: OutputHead | None, balance_scale: float) -> tuple[torch.Tensor, TokenLosses]:
-        hidden_BLD = backbone_of(self.model)(input_ids=batch.tokens_BL, position_ids=batch.position_ids_BL, use_cache=False)[0]
-        hidden_ND = hidden_BLD.flatten(0, 1)[batch.position_N]
-        student = ModelStates(hidden_ND, head_of(self.model).weight, self.transform)
+        student = self.states(batch)
         signal = signal_of(batch, teacher_head)
         if signal is None:
             loss, losses = cross_entropy(student, batch.target_N, batch.weight_N, self.vocab_size)
@@ -77,6 +78,11 @@ class TrainedModel(nn.Module):
         if self.balance_loss:
             loss = loss + self.balance_loss * balance_scale * self.recorder.balance_loss(batch.real_BL)
         return loss, losses
+
+    def states(self, batch: MicroBatch) -> ModelStates:
+        """The student's states that predict the completion tokens."""
+        hidden_BLD = backbone_of(self.model)(input_ids=batch.tokens_BL, position_ids=batch.position_ids_BL, use_cache=False)[0]
+        return ModelStates(hidden_BLD.flatten(0, 1)[batch.position_N], head_of(self.model).weight, self.transform)
 
 
 class Engine:
@@ -93,6 +99,8 @@ class Engine:
             require_packing(student.config.model_type)
         settings = deepspeed_settings(cfg, next(student.parameters()).dtype)
         self.zero_stage = settings.get("zero_optimization", {}).get("stage", 0)
+        is_quantized = cfg.quant.experts is ExpertFormat.mxfp4
+        self.quantizer = ExpertQuantizer(self.model, self.zero_stage, cfg.student.gradient_checkpointing) if is_quantized else None
         groups = parameter_groups(self.model, cfg.optim)
         if not groups:
             raise ValueError("nothing in the student can be trained: every parameter is frozen")
@@ -126,11 +134,16 @@ class Engine:
             group["lr"] = peak * factor
         every = self.cfg.optim.update_ratio_every
         before = [tensor.clone() for tensor in self._master_weights()] if every and self.policy_step % every == 0 else None
+        packed = self.quantizer.pack_share(self._gathered) if self.measures_quantization() else None
         norm = self._update()
         if not math.isfinite(norm):
             raise ValueError(f"the gradient of step {self.policy_step + 1} is not finite: lower optim.lr, or look at the step's rollouts")
         self.policy_step += 1
         metrics = {"optim/lr": self.cfg.optim.lr * factor}
+        if self.quantizer is not None:
+            self.quantizer.weights_changed()
+        if packed is not None:
+            metrics |= quantization_metrics(packed, self.quantizer.pack_share(self._gathered))
         if before is not None:
             metrics["optim/update_to_weight"] = self._update_to_weight(before)
         if self.cfg.optim.kind is OptimizerKind.muon:
@@ -139,10 +152,12 @@ class Engine:
         return metrics | {"optim/grad_norm": norm, "optim/clipped": float(clip is not None and norm > clip)}
 
     def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Full parameters and persistent buffers by name, one gathered at a time; every rank has to walk it to the end."""
+        """Full parameters and persistent buffers by name, as the forward multiplies them (quantised experts with their FP4 values), one gathered
+        at a time; every rank has to walk it to the end.
+        """
         for name, parameter in self.model.named_parameters():
-            with deepspeed.zero.GatheredParameters([parameter], enabled=self.zero_stage == 3):
-                yield name, parameter.data
+            with self._gathered([parameter]):
+                yield name, parameter.data if self.quantizer is None else self.quantizer.multiplied(name, parameter.data)
         parameters = {name for name, _ in self.model.named_parameters(remove_duplicate=False)}
         for name, tensor in self.model.state_dict(keep_vars=True).items():
             if name not in parameters:
@@ -151,6 +166,21 @@ class Engine:
     def full_weights(self) -> dict[str, torch.Tensor]:
         """A copy of all weights on the CPU; every rank has to call it."""
         return {name: tensor.detach().to("cpu", copy=True) for name, tensor in self.weights()}
+
+    def measures_quantization(self) -> bool:
+        """Whether the present step is one whose quantisation is measured."""
+        every = self.cfg.quant.measure_every
+        return self.quantizer is not None and every > 0 and self.policy_step % every == 0
+
+    @torch.no_grad()
+    def quantization_kl(self, batch: MicroBatch) -> torch.Tensor:
+        """KL(unquantised student || quantised student) of each completion token of a micro-batch [N]; every rank has to call it."""
+        quantized = self.trained.states(batch)
+        with self.quantizer.off():
+            plain = self.trained.states(batch)
+        with self._gathered([plain.head_VD]):
+            backend = LossConfig(backend=self.trained.loss.backend)
+            return full_divergence(plain, quantized, torch.ones_like(batch.weight_N), backend, self.trained.vocab_size)[1].loss_N
 
     def probe_routing(self, batch: MicroBatch) -> dict[str, float]:
         """Share of routing decisions unchanged since the first call (opd/routing.py); every rank has to call it."""
@@ -176,6 +206,12 @@ class Engine:
         self.recorder.restore(state["routing"])
         for name, buffer in self.model.named_buffers():
             buffer.copy_(state["buffers"][name])
+        if self.quantizer is not None:
+            self.quantizer.weights_changed()
+
+    def _gathered(self, parameters: list[nn.Parameter]) -> AbstractContextManager:
+        """Context in which parameters are whole, on all ranks."""
+        return deepspeed.zero.GatheredParameters(parameters, enabled=self.zero_stage == 3)
 
     def _master_weights(self) -> list[torch.Tensor]:
         """This rank's share of the float32 weights that the optimizer moves."""

@@ -43,5 +43,5 @@ def build_stream(cfg: DistillConfig, student: PreTrainedModel, tokenizer: PreTra
         if run is not None:
             load_rollouts(replay_file(run, max(0, cfg.num_steps - 1)))
     mixture = PromptMixture(prompts, cfg.rollout.prompts_per_step, cfg.seed)
-    sampler = LocalSampler(copy_for_sampling(student, device), end_tokens(student, tokenizer), cfg.seed, len(tokenizer))
+    sampler = LocalSampler(copy_for_sampling(student, device, cfg.quant), end_tokens(student, tokenizer), cfg.seed, len(tokenizer))
     return RolloutStream(mixture, sampler, cfg.rollout, cfg.run_dir, DataRanks(rank(Group.data), num_ranks(Group.data)))

@@ -15,7 +15,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from opd.config import Router, StudentConfig
+from opd.quant_config import ExpertFormat, QuantConfig
 from opd.routing import BALANCE_BIAS, find_routers
+from rollout.experts import copy_with_packed_experts, require_quantizable
 from rollout.model import build_model, load_model, load_tokenizer, require_folder
 from rollout.synthetic import character_tokenizer
 
@@ -44,8 +46,8 @@ def load_student_tokenizer(cfg: StudentConfig) -> PreTrainedTokenizerBase:
     return load_tokenizer(source, revision, cfg.trust_remote_code)
 
 
-def build_student(cfg: StudentConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-    """The student on the CPU, with frozen parts marked.
+def build_student(cfg: StudentConfig, tokenizer: PreTrainedTokenizerBase, quant: QuantConfig | None = None) -> PreTrainedModel:
+    """The student on the CPU, with frozen parts marked; that what `quant` asks for fits it is verified, and attached by the engine.
 
     Raises ValueError where neither or both of model and architecture are given, and for a setting that the family would ignore.
     """
@@ -66,12 +68,19 @@ def build_student(cfg: StudentConfig, tokenizer: PreTrainedTokenizerBase) -> Pre
             if isinstance(layer, GradientCheckpointingLayer):
                 layer.training = True  # the model is in evaluation mode, in which transformers would not checkpoint
     _freeze(model, cfg)
+    if quant is not None and quant.experts is ExpertFormat.mxfp4:
+        require_quantizable(model, "student")
     return model
 
 
-def copy_for_sampling(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
-    """A second model of the same architecture, dtype and weights for a sampler. Call it before the engine wraps the first."""
-    return copy.deepcopy(model).to(device).eval().requires_grad_(False)
+def copy_for_sampling(model: PreTrainedModel, device: torch.device, quant: QuantConfig | None = None) -> PreTrainedModel:
+    """A second model of the same architecture, dtype and weights for a sampler, with its experts packed where `quant` quantises them.
+
+    Call it before the engine wraps the first.
+    """
+    is_packed = quant is not None and quant.experts is ExpertFormat.mxfp4
+    copied = copy_with_packed_experts(model) if is_packed else copy.deepcopy(model)
+    return copied.to(device).eval().requires_grad_(False)
 
 
 def fill_hash_tables(model: nn.Module) -> None:

@@ -153,9 +153,9 @@ def _fake_quantize(blocks_N32: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor
 @lru_cache
 def _pairs(device: torch.device) -> torch.Tensor:
     """float32 [256, 2]: the two values of each byte."""
-    byte = torch.arange(256)
-    values = torch.tensor([*MAGNITUDES, *(-magnitude for magnitude in MAGNITUDES)])
-    return torch.stack([values[byte & 15], values[byte >> 4]], dim=1).to(device)
+    byte = torch.arange(256, device=device)
+    values = torch.tensor([*MAGNITUDES, *(-magnitude for magnitude in MAGNITUDES)], dtype=torch.float32, device=device)
+    return torch.stack([values[byte & 15], values[byte >> 4]], dim=1)
 
 
 def _blocks(weight: torch.Tensor) -> torch.Tensor:
