@@ -17,6 +17,7 @@ from opd.distributed import Group, reduce_sum
 from opd.engine import Engine
 from opd.metrics import DomainTotals, add_losses, loss_metrics
 from rollout.config import schedule_value
+from rollout.replay import rollout_key
 from rollout.types import Rollout
 from teachers.config import SignalKind
 from teachers.pool import TeacherPool
@@ -85,7 +86,8 @@ def _train(engine: Engine, batches: list[MicroBatch], cfg: RunConfig, teachers: 
 
 def quantization_kl(engine: Engine, rollouts: list[Rollout], cfg: RunConfig) -> dict[str, float]:
     """KL(unquantised || quantised student) per token and domain, over a few rollouts of each domain and rank; every rank calls it."""
-    chosen = [r for name in cfg.domains for r in [r for r in rollouts if r.prompt.domain == name][: cfg.quant.measure_rollouts]]
+    ordered = sorted(rollouts, key=rollout_key)
+    chosen = [r for name in cfg.domains for r in [r for r in ordered if r.prompt.domain == name][: cfg.quant.measure_rollouts]]
     totals = DomainTotals(list(cfg.domains))
     for batch in supervised_batches(chosen, dict.fromkeys(cfg.domains, 1.0), cfg.batch):
         batch = batch.to(engine.device)

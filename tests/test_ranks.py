@@ -70,6 +70,26 @@ def test_two_ranks_give_the_loss_trace_of_one_on_saved_rollouts(stage, saved_run
     assert abs(expected[0] - expected[-1]) > 0.01, "the loss has to move, or the comparison shows nothing"
 
 
+@pytest.fixture(scope="module")
+def quantized_run(tmp_path_factory, settings, saved_run) -> Path:
+    """A run in one process that trained under FP4 on the saved rollouts."""
+    run_dir = tmp_path_factory.mktemp("runs") / "quantized"
+    run(1, *settings, f"run_dir={run_dir}", f"rollout.replay={saved_run}", "quant=mxfp4_experts")
+    return run_dir
+
+
+@pytest.mark.multi
+@pytest.mark.parametrize("stage", ["zero1", "zero2", "zero3"])
+def test_under_fp4_two_ranks_give_the_first_loss_of_one_and_stay_close(stage, quantized_run, saved_run, settings, tmp_path):
+    """A code that flips amplifies rounding, so later steps agree to 1e-3 only."""
+    run(2, *settings, f"run_dir={tmp_path / 'run'}", f"rollout.replay={saved_run}", f"deepspeed={stage}", "quant=mxfp4_experts")
+    expected, found = losses(quantized_run), losses(tmp_path / "run")
+    assert len(found) == NUM_STEPS
+    assert found[0] == pytest.approx(expected[0], rel=1e-5)
+    assert found == pytest.approx(expected, rel=1e-3)
+    assert abs(expected[0] - losses(saved_run)[0]) > 1e-3, "FP4 has to change the loss, or the comparison shows nothing"
+
+
 @pytest.mark.multi
 def test_replaying_saved_rollouts_is_bit_identical(saved_run, settings, tmp_path):
     run(1, *settings, f"run_dir={tmp_path / 'run'}", f"rollout.replay={saved_run}")
