@@ -146,10 +146,12 @@ def _run(command: str, cfg) -> None:
 
 def _show_messages() -> None:
     """What our own modules log goes to standard error, from the first rank alone where it is no warning."""
-    level = logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING
-    logging.basicConfig(format="opd: %(message)s", level=logging.WARNING)
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(message)s"))
     for package in ("opd", "teachers", "rollout"):
-        logging.getLogger(package).setLevel(level)
+        logger = logging.getLogger(package)
+        logger.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING)
+        logger.handlers = [handler]
 
 
 def _stop() -> None:
