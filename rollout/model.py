@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from rollout.checkpoints import decode_on_load, forget_quantization, quantization_of, read_config
 from rollout.config import Attention, Dtype, ModelConfig
 from rollout.errors import first_sentence
 from rollout.experts import find_experts
@@ -66,13 +67,20 @@ def load_model(cfg: ModelConfig, role: str, device: torch.device | str = "cpu") 
     if cfg.attention is not None:
         arguments["attn_implementation"] = cfg.attention.value
     require_folder(cfg.model, role)
+    config = decode_on_load(read_config(cfg, role), cfg, role)
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(cfg.model, output_loading_info=True, **arguments)
+        model, report = AutoModelForCausalLM.from_pretrained(cfg.model, config=config, output_loading_info=True, **arguments)
     except (OSError, ValueError, ImportError, SafetensorError) as error:
         raise ValueError(f"the {role} cannot be loaded from {cfg.model}: {first_sentence(error)}") from error
+    except RuntimeError as error:
+        if "conversion of the weights" not in str(error):
+            raise
+        raise ValueError(f"the checkpoint {cfg.model} of the {role} lacks a part of a weight that it stores in parts, as one expert of a layer") from error
     absent = sorted(report["missing_keys"]) + sorted(f"{name} (its shape differs)" for name, *_ in report["mismatched_keys"])
     if absent:
         raise ValueError(f"the checkpoint {cfg.model} of the {role} lacks {len(absent)} of the model's weights, {absent[0]} first")
+    if quantization_of(config):
+        forget_quantization(model)
     return prepare_model(model, cfg, role)
 
 

@@ -24,6 +24,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from opd.config import StudentConfig
 from opd.student import build_student, seed_everything
+from rollout.experts import EXPERT_WEIGHTS, fake_quantized, find_experts
 from rollout.model import save_model
 from rollout.synthetic import character_tokenizer
 from rollout.types import Prompt, Rollout
@@ -106,6 +107,28 @@ def saved_qwen3_moe(session_qwen3_moe_model, tokenizer, tmp_path_factory) -> Pat
     folder = tmp_path_factory.mktemp("saved") / "qwen3_moe"
     save_model(folder, session_qwen3_moe_model, tokenizer, session_qwen3_moe_model.state_dict())
     return folder
+
+
+@pytest.fixture(scope="session")
+def fp4_student(new_student, tokenizer, tmp_path_factory) -> Callable[..., Path]:
+    """fp4_student("bfloat16", hidden_size=128): folder of a DeepSeek-V4 student as a run with quant=mxfp4_experts leaves it, its experts holding FP4 values."""
+    made: dict[str, Path] = {}
+
+    def save(dtype: str = "float32", **changes) -> Path:
+        key = f"{dtype} {changes}"
+        if key not in made:
+            model = new_student("deepseek_v4_tiny", seed=3, **changes).to(getattr(torch, dtype))
+            for name, buffer in model.named_buffers():
+                if buffer.is_floating_point():
+                    buffer.data = torch.randn(buffer.shape) / 8 if name.endswith("e_score_correction_bias") else buffer.float()
+            for module in find_experts(model).values():
+                for weight in EXPERT_WEIGHTS:
+                    getattr(module, weight).data = fake_quantized(module, getattr(module, weight).data)
+            made[key] = tmp_path_factory.mktemp("fp4") / "student"
+            save_model(made[key], model, tokenizer, model.state_dict())
+        return made[key]
+
+    return save
 
 
 @pytest.fixture

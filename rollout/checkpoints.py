@@ -1,0 +1,142 @@
+"""Quantised checkpoints: read for training in the dtype asked for, and refused where transformers would read them wrongly without a word.
+
+DeepSeek's layout is `quant_method: fp8`: FP8 (E4M3) matrices with a scale for each block, and in V4 routed experts in MXFP4. Values times powers of two are
+exact in float32 and bfloat16, so that a decoded model is what the checkpoint says. transformers decodes while it loads; it does not look at what a damaged
+or misnamed scale does: zeroed scales leave a fluent, worse model, and sizes that are no multiple of a block are cut into other blocks. Both are looked for
+here, in the files, before they are loaded.
+
+A decoded model forgets that it was quantised: saved, it is a plain model in its dtype.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
+from transformers.utils.hub import get_checkpoint_shard_files
+
+from rollout.config import ModelConfig
+from rollout.errors import first_sentence
+from rollout.fp4 import BLOCK
+
+READABLE = ("fp8", "mxfp4")
+"""Values of quant_method that are decoded when a model is loaded."""
+
+PACKED, FP8 = "I8", "F8_E4M3"
+"""safetensors' names of the dtypes of quantised matrices: two FP4 codes to a byte; one FP8 value."""
+
+
+def read_config(cfg: ModelConfig, role: str) -> PretrainedConfig:
+    """The config of a model folder or hub id. Raises ValueError where it cannot be read, and for a quantisation that is not decoded here."""
+    try:
+        config = AutoConfig.from_pretrained(cfg.model, revision=cfg.revision, trust_remote_code=cfg.trust_remote_code)
+    except (OSError, ValueError, ImportError, KeyError) as error:
+        raise ValueError(f"the {role} cannot be loaded from {cfg.model}: {first_sentence(error)}") from error
+    method = quantization_of(config).get("quant_method", "fp8")
+    if method not in READABLE:
+        raise ValueError(f"the {role} at {cfg.model} is quantised with {method}, which is not read here: dequantise it offline and save it in bfloat16")
+    return config
+
+
+def quantization_of(config: PretrainedConfig) -> dict[str, Any]:
+    """A config's quantisation as a mapping; empty for a plain model."""
+    found = config.to_dict().get("quantization_config") or config.get_text_config().to_dict().get("quantization_config") or {}
+    return {name: getattr(value, "value", value) for name, value in found.items()}
+
+
+def is_fp4(config: PretrainedConfig) -> bool:
+    """Whether a checkpoint's routed experts are FP4, as `read_config` sees it; a model that is loaded has forgotten it."""
+    return "fp4" in (config.to_dict().get("expert_dtype"), quantization_of(config).get("expert_dtype"))
+
+
+def decode_on_load(config: PretrainedConfig, cfg: ModelConfig, role: str) -> PretrainedConfig:
+    """The config with which transformers decodes a quantised checkpoint while it loads; a plain model's stays as it is.
+
+    Raises ValueError, naming the weight, for what `require_whole_scales` refuses.
+    """
+    quantization = quantization_of(config)
+    if quantization:
+        require_whole_scales(_weight_files(cfg), quantization.get("weight_block_size"), role)
+        config.quantization_config = quantization | {"dequantize": True}
+    return config
+
+
+def forget_quantization(model: PreTrainedModel) -> None:
+    """Make a decoded model a plain one. transformers would go on to call it FP4 in its config, and to fail when it saves it."""
+    for config in {id(config): config for config in (model.config, model.config.get_text_config())}.values():
+        for name in ("quantization_config", "expert_dtype"):
+            if name in vars(config):
+                delattr(config, name)
+    model._weight_conversions = None  # how it was loaded, decoding included; transformers finds the plain conversions by itself
+
+
+def require_whole_scales(files: list[Path], block_size: list[int] | None, role: str) -> None:
+    """Raises ValueError, naming the weight, where a quantised matrix has no scale, one of another shape, or one that is zero or NaN under other weights."""
+    where: dict[str, Path] = {}
+    for file in files:
+        where |= dict.fromkeys(_open(file, role).keys(), file)
+    opened = {file: _open(file, role) for file in files}
+    for name, file in where.items():
+        stored = opened[file].get_slice(name)
+        dtype, shape = stored.get_dtype(), stored.get_shape()
+        if dtype not in (PACKED, FP8) or len(shape) < 2:
+            continue
+        scale_name = next((candidate for candidate in _scale_names(name) if candidate in where), None)
+        if scale_name is None:
+            raise ValueError(f"{name} of the {role} is stored in {dtype} without its scale: the checkpoint is incomplete")
+        scale = opened[where[scale_name]].get_tensor(scale_name)
+        block = (1, BLOCK // 2) if dtype == PACKED else tuple(block_size or shape[-2:])
+        if scale.numel() > 1 and not _fits(shape[-2:], scale.shape[-2:], block):
+            raise ValueError(
+                f"{name} of the {role} has sizes {shape} and scales {tuple(scale.shape)}, which are not blocks of {block[0]} x {block[1]}: "
+                "dequantise it offline"
+            )
+        is_zero = _zero_scales(scale, f"{name} of the {role}")
+        if is_zero.any() and _is_used(opened[file].get_tensor(name).view(torch.uint8), is_zero, dtype == PACKED):
+            raise ValueError(
+                f"the scales of {name} of the {role} are zero where its weights are not: the checkpoint is damaged, or they were lost under another name"
+            )
+
+
+def _zero_scales(scale: torch.Tensor, name: str) -> torch.Tensor:
+    """Which scales are zero: byte 0 of E8M0, or the number. Raises ValueError where one is NaN."""
+    is_byte = scale.element_size() == 1
+    number = scale.view(torch.uint8) if is_byte else scale.float()
+    if ((number == 255) if is_byte else ~number.isfinite()).any():
+        raise ValueError(f"the scales of {name} hold NaN: the checkpoint is damaged")
+    return (number == 0).reshape(scale.shape if scale.ndim > 1 else (1, 1))
+
+
+def _is_used(codes: torch.Tensor, is_zero: torch.Tensor, is_packed: bool) -> bool:
+    """Whether a code under a zero scale is other than zero, whatever its sign."""
+    for dimension in (-2, -1):
+        is_zero = is_zero.repeat_interleave(codes.shape[dimension] // is_zero.shape[dimension], dimension)
+    return bool((is_zero & ((codes & (0x77 if is_packed else 0x7F)) != 0)).any())
+
+
+def _fits(shape: list[int], scale: torch.Size, block: tuple[int, int]) -> bool:
+    """Whether scales divide a matrix into the blocks that the config names, as transformers will: by size over number."""
+    return len(scale) == 2 and all(size == count * length or (count == 1 and size <= length) for size, count, length in zip(shape, scale, block, strict=True))
+
+
+def _scale_names(weight: str) -> tuple[str, ...]:
+    return (weight.removesuffix("weight") + "scale", f"{weight}_scale_inv")
+
+
+def _open(file: Path, role: str):
+    try:
+        return safe_open(file, framework="pt")
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"the {role} cannot be loaded from {file}: {first_sentence(error)}") from error
+
+
+def _weight_files(cfg: ModelConfig) -> list[Path]:
+    """The safetensors files of a model, fetched where it is a hub id."""
+    absent = {"revision": cfg.revision, "_raise_exceptions_for_missing_entries": False}
+    index = cached_file(cfg.model, SAFE_WEIGHTS_INDEX_NAME, **absent)
+    if index is None:
+        single = cached_file(cfg.model, SAFE_WEIGHTS_NAME, **absent)
+        return [] if single is None else [Path(single)]
+    return [Path(file) for file in get_checkpoint_shard_files(cfg.model, index, revision=cfg.revision)[0]]
