@@ -29,6 +29,7 @@ COMMANDS = {
     "specialize": "fine-tune a model on a domain's reference answers: makes a teacher",
     "distill": "distil all domains' teachers into one student",
     "evaluate": "accuracy and recovery on held-out prompts",
+    "export": "write the folder to serve, its experts packed in FP4, and verify it",
     "bench": "time and memory beside other libraries; the word after it says of what: divergence",
 }
 USER_ERROR, INTERRUPTED = 2, 130
@@ -135,6 +136,10 @@ def _run(command: str, cfg) -> None:
         from opd.specialize import specialize
 
         return specialize(cfg)
+    if command == "export":
+        from opd.export import export
+
+        return export(cfg)
     if command == "bench":
         from opd.bench import bench
 

@@ -10,6 +10,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from opd.export_config import ExportConfig, check_export
 from opd.loss_config import DivergenceKind, LossConfig
 from opd.quant_config import QuantConfig
 from opd.ranges import check_loss, check_ranges, check_schedules
@@ -233,7 +234,7 @@ class EvaluateConfig:
 class StageConfig:
     """One step of a pipeline: a command with its overrides, run in processes of its own.
 
-    command: distill, specialize or evaluate.
+    command: distill, specialize, export or evaluate.
     overrides: as on the command line.
     processes: ranks; null takes one per device (on a CPU machine: one per core, two at most).
     after: stages that must be done before.
@@ -303,6 +304,7 @@ SCHEMAS: dict[str, type] = {
     "distill": DistillConfig,
     "specialize": SpecializeConfig,
     "evaluate": EvaluateConfig,
+    "export": ExportConfig,
     "pipeline": PipelineConfig,
     "bench": BenchConfig,
 }
@@ -318,6 +320,8 @@ def parse(config: DictConfig, schema: type) -> Any:
     check_schedules(parsed)
     if isinstance(parsed, DistillConfig):
         check_loss(parsed.loss, parsed.teachers, parsed.rollout)
+    if isinstance(parsed, ExportConfig):
+        check_export(parsed)
     if isinstance(parsed, EvaluateConfig) and parsed.teachers.signal is not SignalKind.hidden_states:
         raise ValueError("opd evaluate always compares whole distributions, so teachers.signal would be ignored: remove it")
     return parsed

@@ -1,33 +1,25 @@
 """Evaluation on held-out prompts: accuracy at temperature 1 (greedy beside it), and the divergence from each domain's teacher.
 
 A figure is a sum over all held-out prompts divided by their number, with its 95 % interval; ranks answer a share of the prompts each. Random
-numbers are keyed apart from training's. Recovery is the student's accuracy over its teacher's, with the interval of a ratio.
-
-`opd evaluate` writes (schema version 1):
-
-    {"schema": 1, "domains": {NAME: {
-        "base", "teacher", "student": {"accuracy", "low", "high", "greedy", "prompts", "truncated"}, "dropped_prompts",
-        "recovery": {"value", "low", "high"} | "not graded",
-        "kl": {"base", "student": {"per_token": {"value", "low", "high"}, "per_sequence": {...}}}}},
-     "min_recovery": number | null, "not_graded": [NAME, ...]}
+numbers are keyed apart from training's, and are the same for every model that is evaluated. `opd evaluate` writes what opd/comparison.py defines.
 
 B: rollouts of a micro-batch. N: its completion tokens, flattened. D: hidden size. V: vocabulary.
 """
 
 import json
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from opd.batch import teacher_batches
+from opd.comparison import DomainResult, comparison, print_comparison
 from opd.config import BatchConfig, DistillConfig, EvaluateConfig, RunConfig
-from opd.console import print_table
-from opd.distributed import Group, is_main, num_ranks, rank, reduce_sum, start_processes
+from opd.distributed import Group, gather_objects, is_main, num_ranks, rank, reduce_sum, start_processes
 from opd.divergence import ModelStates
 from opd.estimators import distillation_loss, signal_of
-from opd.intervals import Interval, mean, proportion, ratio
+from opd.intervals import Interval, mean, proportion
 from opd.loss_config import Backend, LossConfig
 from opd.run import belongs_to, write_config
 from rollout.chat import decode_completion
@@ -44,23 +36,6 @@ from teachers.pool import TeacherPool
 
 FIRST_REQUEST = 1 << 40
 """Requests of evaluation are numbered from here, so that their random numbers differ from those of training."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DomainResult:
-    """One model on one domain's held-out prompts.
-
-    truncated: share of the completions at temperature 1 that hit max_new_tokens.
-    accuracy: at temperature 1; greedy: at temperature 0; both None where the domain has no grader.
-    kl_per_token, kl_per_sequence: from the domain's teacher, in nats; None where it was not asked for.
-    """
-
-    prompts: int
-    truncated: float
-    accuracy: Interval | None
-    greedy: Interval | None
-    kl_per_token: Interval | None
-    kl_per_sequence: Interval | None
 
 
 class Evaluator:
@@ -93,10 +68,11 @@ class Evaluator:
         own = self.prompts[name][rank(Group.data) :: num_ranks(Group.data)]
         sampled = sampler.sample(own, replace(self.sampling, temperature=1.0))
         count = len(self.prompts[name])
-        accuracy = greedy = None
+        scores = accuracy = greedy = None
         if self.domains[name].grader is not None:
-            accuracy = proportion(self._score(name, sampled), count)
-            greedy = proportion(self._score(name, sampler.sample(own, replace(self.sampling, temperature=0.0))), count)
+            scores = self._scores(name, sampled)
+            accuracy = proportion(sum(scores), count)
+            greedy = proportion(sum(self._scores(name, sampler.sample(own, replace(self.sampling, temperature=0.0)))), count)
         kl_per_token = kl_per_sequence = None
         if with_kl and self.cfg.kl and self.teachers is not None:
             kl_per_token, kl_per_sequence = self._divergence(sampler.model, sampled)
@@ -104,16 +80,18 @@ class Evaluator:
         return DomainResult(
             prompts=count,
             truncated=float(reduce_sum(unfinished, Group.data)) / count,
+            scores=scores,
             accuracy=accuracy,
             greedy=greedy,
             kl_per_token=kl_per_token,
             kl_per_sequence=kl_per_sequence,
         )
 
-    def _score(self, name: str, rollouts: list[Rollout]) -> float:
+    def _scores(self, name: str, rollouts: list[Rollout]) -> tuple[float, ...]:
+        """Scores of all ranks' rollouts, in the order of the domain's prompts; `rollouts` are this rank's."""
         grader = self.domains[name].grader
-        scores = [grade(grader, decode_completion(r.completion_T.tolist(), self.tokenizer), r.prompt.answer, r.prompt.row) for r in rollouts]
-        return float(reduce_sum(torch.tensor(sum(scores), dtype=torch.float64), Group.data))
+        own = [grade(grader, decode_completion(r.completion_T.tolist(), self.tokenizer), r.prompt.answer, r.prompt.row) for r in rollouts]
+        return in_prompt_order(gather_objects(own, Group.data))
 
     @torch.no_grad()
     def _divergence(self, model: PreTrainedModel, rollouts: list[Rollout]) -> tuple[Interval, Interval]:
@@ -152,36 +130,9 @@ def evaluation_metrics(results: dict[str, DomainResult]) -> dict[str, float]:
     return metrics
 
 
-def comparison(base: dict[str, DomainResult], teacher: dict[str, DomainResult], student: dict[str, DomainResult], dropped: dict[str, int]) -> dict:
-    """The record that `opd evaluate` writes (module docstring); `base` may be empty. dropped: held-out prompts too long to be used."""
-    domains, recoveries = {}, {}
-    for name, result in student.items():
-        roles = {"base": base.get(name), "teacher": teacher[name], "student": result}
-        record = {role: _accuracy_record(found) for role, found in roles.items() if found is not None}
-        recovery = None if result.accuracy is None else ratio(result.accuracy, teacher[name].accuracy)
-        record["dropped_prompts"] = dropped[name]
-        record["recovery"] = "not graded" if result.accuracy is None else recovery and asdict(recovery)
-        if result.accuracy is not None:
-            recoveries[name] = None if recovery is None else recovery.value
-        kl = {role: found for role, found in roles.items() if role != "teacher" and found is not None and found.kl_per_token is not None}
-        if kl:
-            record["kl"] = {role: {"per_token": asdict(r.kl_per_token), "per_sequence": asdict(r.kl_per_sequence)} for role, r in kl.items()}
-        domains[name] = record
-    unknown = not recoveries or None in recoveries.values()
-    return {
-        "schema": 1,
-        "domains": domains,
-        "min_recovery": None if unknown else min(recoveries.values()),
-        "not_graded": [name for name in student if name not in recoveries],
-    }
-
-
-def _accuracy_record(result: DomainResult) -> dict:
-    counts = {"prompts": result.prompts, "truncated": result.truncated}
-    if result.accuracy is None:
-        return {"accuracy": None, "low": None, "high": None, "greedy": None, **counts}
-    accuracy = result.accuracy
-    return {"accuracy": accuracy.value, "low": accuracy.low, "high": accuracy.high, "greedy": result.greedy.value, **counts}
+def in_prompt_order(shares: list[list[float]]) -> tuple[float, ...]:
+    """The ranks' shares of a domain put together: rank r of n has prompts r, r + n, r + 2 n, ..."""
+    return tuple(shares[i % len(shares)][i // len(shares)] for i in range(sum(map(len, shares))))
 
 
 def _held_out(name: str, prompts: DomainPrompts, limit: int | None) -> list[Prompt]:
@@ -237,33 +188,3 @@ def evaluate(cfg: EvaluateConfig) -> None:
         write_config(folder, cfg, "evaluate")
         replace_text(folder / "evaluation.json", json.dumps(record, indent=2) + "\n")
         print_comparison(record)
-
-
-def print_comparison(record: dict) -> None:
-    """The table of a comparison: per domain accuracy of base, teacher and student, and recovery."""
-    roles = ("base", "teacher", "student")
-    rows = []
-    for name, domain in record["domains"].items():
-        recovery, kl = domain["recovery"], domain.get("kl", {}).get("student")
-        graded = [domain[role] for role in roles if role in domain and domain[role]["accuracy"] is not None]
-        greedy = " ".join(f"{found['greedy']:.3f}" for found in graded)
-        recovered = recovery if isinstance(recovery, str) else _interval_cell(recovery)
-        divergence = "" if kl is None else _interval_cell(kl["per_sequence"])
-        rows.append([name, *(_accuracy_cell(domain.get(role)) for role in roles), recovered, greedy, divergence])
-    cut = [name for name, domain in record["domains"].items() if domain["student"]["truncated"] > 0.01]
-    prompts = sorted({domain["student"]["prompts"] for domain in record["domains"].values()})
-    caption = (
-        f"{' to '.join(map(str, dict.fromkeys([prompts[0], prompts[-1]])))} held-out prompts per domain; accuracy at temperature 1 "
-        "with its 95 % interval; KL(student || teacher) in nats per completion"
-    )
-    print_table("", ["domain", *roles, "recovery", "greedy: " + " ".join(roles), "KL to teacher"], rows, caption)
-    if cut:
-        print(f"more than 1 % of the student's completions were cut at max_new_tokens in {', '.join(cut)}: raise evaluation.max_new_tokens")
-
-
-def _accuracy_cell(record: dict | None) -> str:
-    return "" if record is None or record["accuracy"] is None else _interval_cell(record | {"value": record["accuracy"]})
-
-
-def _interval_cell(record: dict | None) -> str:
-    return "undefined" if record is None else f"{record['value']:.3f} [{record['low']:.3f}, {record['high']:.3f}]"

@@ -31,10 +31,10 @@ import psutil
 import torch
 from omegaconf import OmegaConf
 
+from opd.comparison import print_comparison
 from opd.config import LoggerConfig, PipelineConfig, StageConfig
 from opd.console import ProgressDisplay
 from opd.distributed import num_cores
-from opd.evaluate import print_comparison
 from opd.metrics import headline
 from opd.run import belongs_to, lock, write_config
 from rollout.files import read_json, replace_text

@@ -138,9 +138,14 @@ def load_tokenizer(path: str, revision: str | None = None, trust_remote_code: bo
 def save_model(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, weights: dict[str, torch.Tensor]) -> None:
     """A Hugging Face folder with the given full weights, in place of whatever stood there; complete or absent, never half."""
     partial = folder.with_name(folder.name + ".partial")
-    model.save_pretrained(partial, state_dict=weights)
-    tokenizer.save_pretrained(partial)
+    write_model(partial, model, tokenizer, weights)
     replace_folder(partial, folder)
+
+
+def write_model(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, weights: dict[str, torch.Tensor], shard_size: str = "50GB") -> None:
+    """Write a Hugging Face folder file by file; `shard_size` at most for each file of weights."""
+    model.save_pretrained(folder, state_dict=weights, max_shard_size=shard_size)
+    tokenizer.save_pretrained(folder)
 
 
 def replace_folder(new: Path, folder: Path) -> None:

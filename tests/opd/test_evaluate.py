@@ -1,13 +1,18 @@
 """Evaluation on held-out prompts: its figures against naive computations, its comparison of models, and the names of its record."""
 
+import json
 import math
+import statistics
 from dataclasses import replace
 
 import pytest
 import torch
 
+from opd.__main__ import load_config
+from opd.comparison import DomainResult, comparison, paired_difference, print_comparison
 from opd.config import DistillConfig, EvaluationConfig
-from opd.evaluate import FIRST_REQUEST, DomainResult, Evaluator, comparison, evaluation_metrics
+from opd.evaluate import FIRST_REQUEST, Evaluator, evaluate, evaluation_metrics, in_prompt_order
+from opd.export import export
 from opd.intervals import proportion
 from opd.loss_config import DivergenceKind, LossConfig
 from rollout.config import GraderKind, HeldOutConfig, ModelConfig, PromptsConfig, SamplingConfig
@@ -117,7 +122,8 @@ def test_held_out_prompts_without_answers_are_refused_where_they_are_graded(cfg,
 
 def result(right: int | None, trials: int = 200) -> DomainResult:
     accuracy = None if right is None else proportion(right, trials)
-    return DomainResult(prompts=trials, truncated=0.0, accuracy=accuracy, greedy=accuracy, kl_per_token=None, kl_per_sequence=None)
+    scores = None if right is None else (1.0,) * right + (0.0,) * (trials - right)
+    return DomainResult(prompts=trials, truncated=0.0, scores=scores, accuracy=accuracy, greedy=accuracy, kl_per_token=None, kl_per_sequence=None)
 
 
 def test_recovery_is_the_students_accuracy_over_its_teachers_and_the_lowest_is_reported():
@@ -148,3 +154,74 @@ def test_metrics_leave_out_what_was_not_measured():
     names = {name.split("/")[-1] for name in evaluation_metrics({"law": result(None)})}
     assert names == {"truncated"}
     assert {name.split("/")[-1] for name in evaluation_metrics({"law": result(3)})} == {"truncated", "accuracy", "accuracy_low", "accuracy_high", "greedy"}
+
+
+# Student less base
+
+
+def with_scores(scores: list[float]) -> DomainResult:
+    return replace(result(0, len(scores)), scores=tuple(scores), accuracy=proportion(sum(scores), len(scores)))
+
+
+def test_the_difference_of_two_models_is_paired_prompt_by_prompt():
+    base, student = [1.0, 0.0, 0.0, 1.0, 0.0, 1.0, 0.0, 0.0], [1.0, 1.0, 0.0, 1.0, 1.0, 0.0, 1.0, 0.0]
+    differences = [one - other for one, other in zip(student, base, strict=True)]
+    half = 1.959964 * statistics.stdev(differences) / math.sqrt(8)
+    found = paired_difference(student, base)
+    assert found.value == 2 / 8
+    assert found.low == pytest.approx(2 / 8 - half, rel=1e-5)
+    assert found.high == pytest.approx(2 / 8 + half, rel=1e-5)
+
+
+def test_a_model_does_not_differ_from_itself_however_unsure_its_accuracy_is():
+    same = {"law": with_scores([1.0, 0.0, 0.0, 1.0])}
+    assert comparison(same, same, same, {"law": 0})["domains"]["law"]["difference"] == {"value": 0.0, "low": 0.0, "high": 0.0}
+
+
+def test_over_all_domains_every_prompt_counts_once():
+    """Three prompts and one, so that the mean of the domains' differences (0.5) is another number."""
+    base = {"law": with_scores([0.0, 0.0, 0.0]), "code": with_scores([1.0])}
+    student = {"law": with_scores([1.0, 1.0, 1.0]), "code": with_scores([1.0])}
+    record = comparison(base, student, student, {"law": 0, "code": 0})
+    assert record["domains"]["law"]["difference"]["value"] == 1
+    assert record["domains"]["code"]["difference"]["value"] == 0
+    assert record["difference"]["value"] == 3 / 4
+    assert record["difference"]["high"] - 3 / 4 == pytest.approx(1.959964 * statistics.stdev([1, 1, 1, 0]) / 2, rel=1e-5)
+
+
+def test_without_a_base_or_a_grader_there_is_no_difference():
+    student = {"law": with_scores([1.0, 0.0]), "code": result(None)}
+    alone = comparison({}, student, student, {"law": 0, "code": 0})
+    assert alone["difference"] is None
+    assert alone["domains"]["law"]["difference"] is None
+    both = comparison(student, student, student, {"law": 0, "code": 0})
+    assert both["domains"]["code"]["difference"] is None
+    assert both["difference"] == both["domains"]["law"]["difference"]
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 3])
+def test_scores_of_the_ranks_are_put_back_in_the_order_of_the_prompts(num_ranks):
+    scores = [float(number) for number in range(7)]
+    assert in_prompt_order([scores[rank::num_ranks] for rank in range(num_ranks)]) == tuple(scores)
+
+
+def test_the_difference_is_printed_below_the_table(capsys):
+    base, student = {"law": with_scores([0.0] * 8)}, {"law": with_scores([1.0] * 8)}
+    print_comparison(comparison(base, student, student, {"law": 0}))
+    assert "student less base, accuracy on the same prompts: all +1.000 [+1.000, +1.000]; law +1.000 [+1.000, +1.000]" in capsys.readouterr().out
+
+
+def test_an_export_is_evaluated_beside_its_student_and_as_its_own_teacher(device, fp4_student, tmp_path):
+    """It is the student, bit for bit: the same completions on the same prompts, and no divergence."""
+    source = fp4_student("bfloat16")
+    export(load_config("export", [f"student.model={source}", f"run_dir={tmp_path / 'export'}", "threads=1"]))
+    exported = tmp_path / "export" / "student"
+    settings = ["domain=[tools]", "domains.tools.held_out.rows=12", "evaluation.max_new_tokens=5", "evaluation.decode_width=12"]
+    models = {"student": exported, "base": source, "domains.tools.teacher": exported}
+    settings += [setting for name, folder in models.items() for setting in (f"{name}.model={folder}", f"{name}.dtype=bfloat16")]
+    evaluate(load_config("evaluate", [*settings, f"run_dir={tmp_path / 'run'}"]))
+    record = json.loads((tmp_path / "run" / "evaluation.json").read_text())
+    tools = record["domains"]["tools"]
+    assert tools["student"] == tools["base"] == tools["teacher"]
+    assert record["difference"] == tools["difference"] == {"value": 0.0, "low": 0.0, "high": 0.0}
+    assert tools["kl"]["student"]["per_token"]["value"] == pytest.approx(0, abs=1e-9)

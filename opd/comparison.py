@@ -1,0 +1,123 @@
+"""Base, teacher and student beside each other: what `opd evaluate` writes and prints.
+
+Recovery is the student's accuracy over its teacher's, with the interval of a ratio of two samples. The difference of student and base is paired: both
+answer the same prompts with the same random numbers, so its interval comes from the variance of the differences prompt by prompt, which is smaller than
+the sum of two variances wherever the two find the same prompts hard. Over all domains every prompt counts once; it is no mean of the domains' means.
+
+    evaluation.json (schema version 1)
+    {"schema": 1, "domains": {NAME: {
+        "base", "teacher", "student": {"accuracy", "low", "high", "greedy", "prompts", "truncated"}, "dropped_prompts",
+        "recovery": {"value", "low", "high"} | "not graded",
+        "difference": {"value", "low", "high"} | null,
+        "kl": {"base", "student": {"per_token": {"value", "low", "high"}, "per_sequence": {...}}}}},
+     "difference": {"value", "low", "high"} | null, "min_recovery": number | null, "not_graded": [NAME, ...]}
+
+difference: accuracy of the student less that of the base at temperature 1; null without a base or a grader.
+"""
+
+from dataclasses import asdict, dataclass
+
+from opd.console import print_table
+from opd.intervals import Interval, mean, ratio
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DomainResult:
+    """One model on one domain's held-out prompts.
+
+    truncated: share of the completions at temperature 1 that hit max_new_tokens.
+    scores: of each prompt at temperature 1, in the order of the prompts; accuracy: their mean; greedy: at temperature 0; None where the domain has no
+        grader.
+    kl_per_token, kl_per_sequence: from the domain's teacher, in nats; None where it was not asked for.
+    """
+
+    prompts: int
+    truncated: float
+    scores: tuple[float, ...] | None
+    accuracy: Interval | None
+    greedy: Interval | None
+    kl_per_token: Interval | None
+    kl_per_sequence: Interval | None
+
+
+def comparison(base: dict[str, DomainResult], teacher: dict[str, DomainResult], student: dict[str, DomainResult], dropped: dict[str, int]) -> dict:
+    """The record that `opd evaluate` writes (module docstring); `base` may be empty. dropped: held-out prompts too long to be used."""
+    domains, recoveries = {}, {}
+    for name, result in student.items():
+        roles = {"base": base.get(name), "teacher": teacher[name], "student": result}
+        record = {role: _accuracy_record(found) for role, found in roles.items() if found is not None}
+        recovery = None if result.accuracy is None else ratio(result.accuracy, teacher[name].accuracy)
+        record["dropped_prompts"] = dropped[name]
+        record["difference"] = _difference_record(base, {name: result})
+        record["recovery"] = "not graded" if result.accuracy is None else recovery and asdict(recovery)
+        if result.accuracy is not None:
+            recoveries[name] = None if recovery is None else recovery.value
+        kl = {role: found for role, found in roles.items() if role != "teacher" and found is not None and found.kl_per_token is not None}
+        if kl:
+            record["kl"] = {role: {"per_token": asdict(r.kl_per_token), "per_sequence": asdict(r.kl_per_sequence)} for role, r in kl.items()}
+        domains[name] = record
+    unknown = not recoveries or None in recoveries.values()
+    return {
+        "schema": 1,
+        "domains": domains,
+        "difference": _difference_record(base, student),
+        "min_recovery": None if unknown else min(recoveries.values()),
+        "not_graded": [name for name in student if name not in recoveries],
+    }
+
+
+def paired_difference(ours: list[float], theirs: list[float]) -> Interval:
+    """Mean of ours less theirs, prompt by prompt, with the interval of that mean."""
+    differences = [one - other for one, other in zip(ours, theirs, strict=True)]
+    return mean(sum(differences), sum(difference**2 for difference in differences), len(differences))
+
+
+def _difference_record(base: dict[str, DomainResult], student: dict[str, DomainResult]) -> dict | None:
+    """Student less base over all prompts of the domains in which both are graded."""
+    pairs = [(result.scores, base[name].scores) for name, result in student.items() if name in base and result.scores is not None]
+    if not pairs:
+        return None
+    ours, theirs = ([score for scores in column for score in scores] for column in zip(*pairs, strict=True))
+    return asdict(paired_difference(ours, theirs))
+
+
+def _accuracy_record(result: DomainResult) -> dict:
+    counts = {"prompts": result.prompts, "truncated": result.truncated}
+    if result.accuracy is None:
+        return {"accuracy": None, "low": None, "high": None, "greedy": None, **counts}
+    accuracy = result.accuracy
+    return {"accuracy": accuracy.value, "low": accuracy.low, "high": accuracy.high, "greedy": result.greedy.value, **counts}
+
+
+def print_comparison(record: dict) -> None:
+    """The table of a comparison: per domain accuracy of base, teacher and student, and recovery."""
+    roles = ("base", "teacher", "student")
+    rows = []
+    for name, domain in record["domains"].items():
+        recovery, kl = domain["recovery"], domain.get("kl", {}).get("student")
+        graded = [domain[role] for role in roles if role in domain and domain[role]["accuracy"] is not None]
+        greedy = " ".join(f"{found['greedy']:.3f}" for found in graded)
+        recovered = recovery if isinstance(recovery, str) else _interval_cell(recovery)
+        divergence = "" if kl is None else _interval_cell(kl["per_sequence"])
+        rows.append([name, *(_accuracy_cell(domain.get(role)) for role in roles), recovered, greedy, divergence])
+    cut = [name for name, domain in record["domains"].items() if domain["student"]["truncated"] > 0.01]
+    prompts = sorted({domain["student"]["prompts"] for domain in record["domains"].values()})
+    caption = (
+        f"{' to '.join(map(str, dict.fromkeys([prompts[0], prompts[-1]])))} held-out prompts per domain; accuracy at temperature 1 "
+        "with its 95 % interval; KL(student || teacher) in nats per completion"
+    )
+    print_table("", ["domain", *roles, "recovery", "greedy: " + " ".join(roles), "KL to teacher"], rows, caption)
+    if record.get("difference") is not None:
+        found = {"all": record} | record["domains"]
+        cells = [f"{name} {_interval_cell(part['difference'], '+')}" for name, part in found.items() if part.get("difference") is not None]
+        print(f"student less base, accuracy on the same prompts: {'; '.join(cells)}")
+    if cut:
+        print(f"more than 1 % of the student's completions were cut at max_new_tokens in {', '.join(cut)}: raise evaluation.max_new_tokens")
+
+
+def _accuracy_cell(record: dict | None) -> str:
+    return "" if record is None or record["accuracy"] is None else _interval_cell(record | {"value": record["accuracy"]})
+
+
+def _interval_cell(record: dict | None, sign: str = "") -> str:
+    return "undefined" if record is None else f"{record['value']:{sign}.3f} [{record['low']:{sign}.3f}, {record['high']:{sign}.3f}]"
