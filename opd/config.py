@@ -236,7 +236,7 @@ class StageConfig:
 
     command: distill, specialize, export or evaluate.
     overrides: as on the command line.
-    processes: ranks; null takes one per device (on a CPU machine: one per core, two at most).
+    processes: ranks; null takes one per device (on a CPU machine: one per core, two at most), for an export one.
     after: stages that must be done before.
     """
 

@@ -4,8 +4,8 @@
     RUN/stages/STAGE.json     {"schema": 1, "hash", "state": "running" | "done", "seconds"}
     RUN/stages/STAGE.log      its output
     RUN/summary.json          {"schema": 1, "domains": {NAME: {"base": {"accuracy", "low", "high", ...}, "teacher": {...},
-                              "student": {...}, "recovery": {"value", "low", "high"}}}, "min_recovery", "not_graded",
-                              "seconds": {STAGE: s}, "peak_memory_bytes", "seed", "versions"}
+                              "student": {...}, "recovery", "difference": {"value", "low", "high"}}}, "difference",
+                              "min_recovery", "not_graded", "seconds": {STAGE: s}, "peak_memory_bytes", "seed", "versions"}
 
 A stage's hash covers its resolved configuration and the hashes of the stages before it. A stage that is done under the same hash is skipped; one
 that was interrupted under the same hash resumes; any other starts anew. Progress is read from the metrics the stages write, so they
@@ -40,7 +40,12 @@ from opd.run import belongs_to, lock, write_config
 from rollout.files import read_json, replace_text
 
 SCHEMA = 1
-STAGE_COMMANDS = ("distill", "specialize", "evaluate")
+PRODUCTS = {"distill": "student/config.json", "specialize": "student/config.json", "export": "export.json", "evaluate": "evaluation.json"}
+"""The commands of stages, each with the file that its folder has when it is done."""
+
+ONE_STEP = ("export", "evaluate")
+"""Commands without optimizer steps, and so without a logger."""
+
 POLL_SECONDS = 0.5
 LIBC = ctypes.CDLL(None)
 
@@ -62,7 +67,7 @@ class Stage:
 
     @property
     def is_done(self) -> bool:
-        product = self.folder / ("evaluation.json" if self.cfg.command == "evaluate" else "student/config.json")
+        product = self.folder / PRODUCTS[self.cfg.command]
         return self.record.get("hash") == self.hash and self.record.get("state") == "done" and product.is_file()
 
 
@@ -108,7 +113,7 @@ def plan(cfg: PipelineConfig) -> dict[str, Stage]:
     stages: dict[str, Stage] = {}
     for name, stage in cfg.stages.items():
         unknown = [before for before in stage.after if before not in stages]
-        if stage.command not in STAGE_COMMANDS:
+        if stage.command not in PRODUCTS:
             raise ValueError(f"stage {name} runs {stage.command!r}, which is no command of a pipeline")
         if unknown:
             raise ValueError(f"stage {name} comes after {unknown[0]!r}, which is not a stage before it")
@@ -116,7 +121,7 @@ def plan(cfg: PipelineConfig) -> dict[str, Stage]:
         overrides = [*stage.overrides, f"run_dir={folder}", f"seed={cfg.seed}"]
         config = load_config(stage.command, overrides)
         identity = OmegaConf.to_yaml(OmegaConf.structured(config)) + "".join(stages[before].hash for before in stage.after)
-        if stage.command != "evaluate":
+        if stage.command not in ONE_STEP:
             overrides += _logger_overrides(cfg.logger)
         state_file = _state_file(Path(cfg.run_dir), name)
         if folder.exists() and not state_file.is_file():
@@ -127,7 +132,7 @@ def plan(cfg: PipelineConfig) -> dict[str, Stage]:
             folder=folder,
             arguments=[stage.command, *overrides],
             hash=hashlib.sha256(identity.encode()).hexdigest(),
-            num_steps=1 if stage.command == "evaluate" else config.num_steps,
+            num_steps=1 if stage.command in ONE_STEP else config.num_steps,
             record=read_json(state_file) if state_file.is_file() else {},
         )
     return stages
@@ -153,7 +158,7 @@ def _logger_overrides(cfg: LoggerConfig) -> list[str]:
 
 def _start_ready(stages: dict[str, Stage], free: list[int], run_dir: Path, threads: int, display: ProgressDisplay) -> None:
     for stage in stages.values():
-        wanted = stage.cfg.processes or len(free) + _busy(stages)
+        wanted = stage.cfg.processes or (1 if stage.cfg.command == "export" else len(free) + _busy(stages))
         ready = not stage.is_done and stage.process is None and all(stages[before].is_done for before in stage.cfg.after)
         if ready and wanted <= len(free):
             stage.slots = tuple(free[:wanted])
@@ -285,8 +290,8 @@ def _write_state(run_dir: Path, stage: Stage) -> None:
 
 
 def _last_error(log: Path) -> str:
-    """The stage's own sentence, else the last exception in its log, else its last line."""
+    """The last sentence of the stage's own, else the last exception in its log, else its last line."""
     lines = [re.sub(r"^\[rank\d+\]: ", "", line).strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
     own = [line.removeprefix("opd: ") for line in lines if line.startswith("opd: ")]
     exceptions = [line for line in lines if re.match(r"[\w.]*(Error|Exception|Interrupt)\b", line)]
-    return (own[:1] or exceptions[:1] or lines[-1:] or ["nothing"])[0]
+    return (own[-1:] or exceptions[-1:] or lines[-1:] or ["nothing"])[0]

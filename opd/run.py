@@ -5,7 +5,8 @@
     RUN/checkpoints/         opd/checkpoint.py
     RUN/rollouts/            rollout/replay.py, with rollout.save=true
     RUN/student/             Hugging Face folder of the trained model, when the run is finished
-    RUN/evaluation.json      opd/evaluate.py (in a folder of `opd evaluate`)
+    RUN/evaluation.json      opd/comparison.py (in a folder of `opd evaluate`)
+    RUN/export.json          opd/export.py (in a folder of `opd export`)
     RUN/divergence.csv       opd/bench.py (in a folder of `opd bench`)
     RUN/.lock                held by the process that writes here
 

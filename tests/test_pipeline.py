@@ -7,6 +7,8 @@ import sys
 
 import pytest
 
+from opd.pipeline import _last_error
+
 PIPELINE = """# @package _global_
 stages:
   base:
@@ -22,14 +24,21 @@ stages:
     command: distill
     after: [teacher]
     overrides: ["domain=[arithmetic]", "student.model=${run_dir}/base/student", "domains.arithmetic.teacher.model=${run_dir}/teacher/student",
-      domains.arithmetic.prompts.rows=50, num_steps=2, rollout.prompts_per_step=8, rollout.max_new_tokens=4, rollout.decode_width=4]
+      quant=mxfp4_experts, domains.arithmetic.prompts.rows=50, num_steps=2, rollout.prompts_per_step=8, rollout.max_new_tokens=4, rollout.decode_width=4]
+  export:
+    command: export
+    after: [distill]
+    overrides: ["student.model=${run_dir}/distill/student"]
   evaluate:
     command: evaluate
     processes: 1
-    after: [distill]
-    overrides: ["domain=[arithmetic]", "student.model=${run_dir}/distill/student", "base.model=${run_dir}/base/student",
+    after: [export]
+    overrides: ["domain=[arithmetic]", "student.model=${run_dir}/export/student", "base.model=${run_dir}/base/student",
       "domains.arithmetic.teacher.model=${run_dir}/teacher/student", domains.arithmetic.held_out.rows=16, evaluation.max_new_tokens=4]
 """
+
+
+RECORDS = ("summary.json", "evaluate/evaluation.json", "stages/distill.json")
 
 
 def opd(workspace, *arguments: str) -> subprocess.CompletedProcess:
@@ -46,7 +55,7 @@ def shape(value):
 
 def formats(run_dir) -> dict:
     """What a pipeline's files look like: the JSON records by shape, the folder of its distillation by the names of our files."""
-    records = {name: shape(json.loads((run_dir / name).read_text())) for name in ("summary.json", "evaluate/evaluation.json", "stages/distill.json")}
+    records = {name: shape(json.loads((run_dir / name).read_text())) for name in RECORDS}
     files = sorted(str(path.relative_to(run_dir)) for path in run_dir.rglob("*") if path.is_file())
     of_deepspeed = ("zero_", "mp_rank_")  # its own files, one per rank
     return {"records": records, "distill": [name for name in files if name.startswith("distill/") and not name.split("/")[-1].startswith(of_deepspeed)]}
@@ -67,12 +76,12 @@ def finished(tmp_path_factory):
 def test_the_summary_has_every_figure(finished):
     workspace, output = finished
     summary = json.loads((workspace / "runs/small/summary.json").read_text())
-    assert set(summary) == {"schema", "domains", "min_recovery", "not_graded", "seconds", "peak_memory_bytes", "seed", "versions"}
+    assert set(summary) == {"schema", "domains", "difference", "min_recovery", "not_graded", "seconds", "peak_memory_bytes", "seed", "versions"}
     domain = summary["domains"]["arithmetic"]
     for role in ("base", "teacher", "student"):
         assert {"accuracy", "low", "high"} <= set(domain[role])
         assert domain[role]["low"] <= domain[role]["accuracy"] <= domain[role]["high"]
-    assert set(summary["seconds"]) == {"base", "teacher", "distill", "evaluate"}
+    assert set(summary["seconds"]) == {"base", "teacher", "distill", "export", "evaluate"}
     assert summary["peak_memory_bytes"] > 1e8
     assert "arithmetic" in output
 
@@ -86,9 +95,9 @@ def test_records_and_run_folder_have_the_format_on_file(finished, golden_dir):
 @pytest.mark.multi
 def test_finished_stages_are_skipped_and_changed_ones_done_again(finished):
     workspace, _ = finished
-    before = {name: (workspace / f"runs/small/stages/{name}.json").read_text() for name in ("base", "teacher", "distill")}
+    before = {name: (workspace / f"runs/small/stages/{name}.json").read_text() for name in ("base", "teacher", "distill", "export")}
     again = opd(workspace, "pipeline=small", "run_dir=runs/small", "logger=none")
-    assert again.stdout.count("done before, skipped") == 4
+    assert again.stdout.count("done before, skipped") == 5
     changed = PIPELINE.replace("rollout.max_new_tokens=4", "rollout.max_new_tokens=5")
     (workspace / "conf" / "pipeline" / "small.yaml").write_text(changed)
     result = opd(workspace, "pipeline=small", "run_dir=runs/small", "logger=none")
@@ -97,3 +106,18 @@ def test_finished_stages_are_skipped_and_changed_ones_done_again(finished):
     after = {name: (workspace / f"runs/small/stages/{name}.json").read_text() for name in before}
     assert after["base"] == before["base"]
     assert after["distill"] != before["distill"]
+    assert after["export"] != before["export"]
+
+
+@pytest.mark.multi
+def test_a_student_trained_under_fp4_is_exported_without_changing_a_weight(finished):
+    workspace, _ = finished
+    record = json.loads((workspace / "runs/small/export/export.json").read_text())
+    assert record["experts"]["share_off_grid"] == 0
+    assert record["logits_equal"] is True
+
+
+def test_a_failed_stage_is_explained_by_its_last_sentence(tmp_path):
+    """What a stage says before, such as what it attached FP4 to, is no error."""
+    (tmp_path / "stage.log").write_text("opd: MXFP4 attached\nValueError: cut short\nopd: the student is not at ./no/student\n")
+    assert _last_error(tmp_path / "stage.log") == "the student is not at ./no/student"
