@@ -92,6 +92,12 @@ def fake_quantize(weight: torch.Tensor) -> torch.Tensor:
     return values_N32.reshape(weight.shape)
 
 
+def fake_quantize_activation(activation: torch.Tensor) -> torch.Tensor:
+    """`fake_quantize` without its look at the values, which waits for the device: NaN gives NaN. Raises for dtype and shape only; no gradient."""
+    blocks_N32 = _blocks(activation)
+    return _fastest(_fake_quantize, blocks_N32)(blocks_N32)[0].reshape(activation.shape)
+
+
 def scale_spread(packed: PackedFP4, tile: int = 128) -> torch.Tensor:
     """Largest less smallest scale exponent in each tile x tile block of the last two dimensions, [..., out / tile, in / tile], rounded up.
 

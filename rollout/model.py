@@ -25,6 +25,7 @@ from rollout.checkpoints import decode_on_load, forget_quantization, quantizatio
 from rollout.config import Attention, Dtype, ModelConfig
 from rollout.errors import first_sentence
 from rollout.experts import find_experts
+from rollout.indexer import has_quantized_indexer, quantize_indexer
 from rollout.types import LogitTransform
 
 transformers.utils.logging.disable_progress_bar()
@@ -110,6 +111,8 @@ def prepare_model(model: PreTrainedModel, cfg: ModelConfig, role: str) -> PreTra
         if not find_experts(model):
             raise ValueError(f"the {role} has no routed experts, so `experts: {cfg.experts.value}` would be ignored: remove it")
         model.set_experts_implementation(cfg.experts.value)
+    if has_quantized_indexer(model.config):  # the checkpoint says so
+        quantize_indexer(model, role)
     _unify_dtypes(model, torch_dtype(cfg.dtype))
     model.eval()
     if cfg.attention is Attention.flash_attention_2:  # a student is still on the CPU, where that does not run
