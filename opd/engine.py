@@ -42,6 +42,7 @@ from opd.routing import RoutingRecorder
 from opd.tiles import TokenLosses
 from rollout.compiler import has_compiler
 from rollout.errors import first_sentence
+from rollout.indexer import indexer_recall
 from rollout.model import backbone_of, head_of, logit_transform
 from teachers.types import OutputHead
 
@@ -134,7 +135,7 @@ class Engine:
             group["lr"] = peak * factor
         every = self.cfg.optim.update_ratio_every
         before = [tensor.clone() for tensor in self._master_weights()] if every and self.policy_step % every == 0 else None
-        packed = self.quantizer.pack_share(self._gathered) if self.measures_quantization() else None
+        packed = self.quantizer.pack_share(self._gathered) if self.quantizer is not None and self.measures_quantization() else None
         norm = self._update()
         if not math.isfinite(norm):
             raise ValueError(f"the gradient of step {self.policy_step + 1} is not finite: lower optim.lr, or look at the step's rollouts")
@@ -170,17 +171,23 @@ class Engine:
     def measures_quantization(self) -> bool:
         """Whether the present step is one whose quantisation is measured."""
         every = self.cfg.quant.measure_every
-        return self.quantizer is not None and every > 0 and self.policy_step % every == 0
+        return (self.quantizer is not None or self.cfg.quant.indexer) and every > 0 and self.policy_step % every == 0
 
     @torch.no_grad()
-    def quantization_kl(self, batch: MicroBatch) -> torch.Tensor:
-        """KL(unquantised student || quantised student) of each completion token of a micro-batch [N]; every rank has to call it."""
-        quantized = self.trained.states(batch)
+    def measure_quantization(self, batch: MicroBatch) -> tuple[torch.Tensor | None, torch.Tensor]:
+        """(KL(unquantised experts || quantised experts) of each completion token of a micro-batch [N], None without quantised experts; the indexer's
+        (matched, total), see rollout/indexer.py). Every rank has to call it.
+        """
+        with indexer_recall(self.model, batch.real_BL) as matches:
+            quantized = self.trained.states(batch)
+        if self.quantizer is None:
+            return None, matches
         with self.quantizer.off():
             plain = self.trained.states(batch)
         with self._gathered([plain.head_VD]):
             backend = LossConfig(backend=self.trained.loss.backend)
-            return full_divergence(plain, quantized, torch.ones_like(batch.weight_N), backend, self.trained.vocab_size)[1].loss_N
+            _, losses = full_divergence(plain, quantized, torch.ones_like(batch.weight_N), backend, self.trained.vocab_size)
+        return losses.loss_N, matches
 
     def probe_routing(self, batch: MicroBatch) -> dict[str, float]:
         """Share of routing decisions unchanged since the first call (opd/routing.py); every rank has to call it."""

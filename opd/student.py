@@ -17,7 +17,9 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from opd.config import Router, StudentConfig
 from opd.quant_config import ExpertFormat, QuantConfig
 from opd.routing import BALANCE_BIAS, find_routers
-from rollout.experts import copy_with_packed_experts, require_quantizable
+from rollout.checkpoints import is_fp4, read_config
+from rollout.experts import EXPERT_WEIGHTS, copy_with_packed_experts, fake_quantized, require_quantizable
+from rollout.indexer import has_quantized_indexer, quantize_indexer
 from rollout.model import build_model, load_model, load_tokenizer, require_folder
 from rollout.synthetic import character_tokenizer
 
@@ -68,8 +70,8 @@ def build_student(cfg: StudentConfig, tokenizer: PreTrainedTokenizerBase, quant:
             if isinstance(layer, GradientCheckpointingLayer):
                 layer.training = True  # the model is in evaluation mode, in which transformers would not checkpoint
     _freeze(model, cfg)
-    if quant is not None and quant.experts is ExpertFormat.mxfp4:
-        require_quantizable(model, "student")
+    if quant is not None:
+        _check_quantization(model, cfg, quant)
     return model
 
 
@@ -90,6 +92,24 @@ def fill_hash_tables(model: nn.Module) -> None:
             router = model.get_submodule(name.rsplit(".", 1)[0])
             scores = torch.rand(table.shape[0], router.num_experts)
             table.copy_(scores.argsort(dim=1)[:, : table.shape[1]])
+
+
+def _check_quantization(model: PreTrainedModel, cfg: StudentConfig, quant: QuantConfig) -> None:
+    """Attach the quantised indexer. Raises ValueError where the student cannot train as `quant` says, or would silently change by it."""
+    if has_quantized_indexer(model.config) and not quant.indexer:
+        raise ValueError(f"the student at {cfg.model} has its indexer in FP4: set quant.indexer=true")
+    if quant.indexer:
+        quantize_indexer(model, "student")
+    if quant.experts is ExpertFormat.none:
+        return
+    experts = require_quantizable(model, "student")
+    if cfg.model is None or not is_fp4(read_config(cfg, "student")):
+        return
+    for name, module in experts.items():
+        for weight in EXPERT_WEIGHTS:
+            decoded = getattr(module, weight).detach()
+            if not torch.equal(fake_quantized(module, decoded), decoded):
+                raise ValueError(f"{name}.{weight} of the student at {cfg.model} is FP4 and changes when it is quantised to MXFP4: its blocks are not 32 long")
 
 
 def _freeze(model: PreTrainedModel, cfg: StudentConfig) -> None:

@@ -63,7 +63,7 @@ def _train(engine: Engine, batches: list[MicroBatch], cfg: RunConfig, teachers: 
     if engine.recorder.routers and cfg.student.router_probe_every and engine.policy_step % cfg.student.router_probe_every == 0:
         metrics = engine.probe_routing(batches[0])
     if engine.measures_quantization():
-        metrics |= quantization_kl(engine, [rollout for batch in batches if not batch.is_filler for rollout in batch.rollouts], cfg)
+        metrics |= measure_quantization(engine, [rollout for batch in batches if not batch.is_filler for rollout in batch.rollouts], cfg)
     engine.recorder.start_step()
     own_sequences = sum(len(batch.rollouts) for batch in batches if not batch.is_filler)
     balance_scale = 1.0 / float(reduce_sum(torch.tensor(float(own_sequences)), Group.data))
@@ -84,21 +84,24 @@ def _train(engine: Engine, batches: list[MicroBatch], cfg: RunConfig, teachers: 
     return metrics | engine.recorder.metrics() | loss_metrics(totals, is_distillation=teachers is not None)
 
 
-def quantization_kl(engine: Engine, rollouts: list[Rollout], cfg: RunConfig) -> dict[str, float]:
-    """KL(unquantised || quantised student) per token and domain, over a few rollouts of each domain and rank; every rank calls it."""
-    ordered = sorted(rollouts, key=rollout_key)
+def measure_quantization(engine: Engine, rollouts: list[Rollout], cfg: RunConfig) -> dict[str, float]:
+    """What quantisation changes, over a few rollouts of each domain and rank (names: opd/metrics.py); every rank calls it."""
+    ordered, totals = sorted(rollouts, key=rollout_key), DomainTotals(list(cfg.domains))
     chosen = [r for name in cfg.domains for r in [r for r in ordered if r.prompt.domain == name][: cfg.quant.measure_rollouts]]
-    totals = DomainTotals(list(cfg.domains))
+    matches = torch.zeros(2, dtype=torch.float64)
     for batch in supervised_batches(chosen, dict.fromkeys(cfg.domains, 1.0), cfg.batch):
         batch = batch.to(engine.device)
-        kl_N = engine.quantization_kl(batch)
+        kl_N, batch_matches = engine.measure_quantization(batch)
         if batch.is_filler:
             continue
-        for number, rollout in enumerate(batch.rollouts):
+        matches += batch_matches.cpu()
+        for number, rollout in enumerate(batch.rollouts) if kl_N is not None else ():
             mask_N = batch.mask_N & (batch.rollout_N == number)
             totals.add(rollout.prompt.domain, kl=float(kl_N[mask_N].double().sum()), tokens=int(mask_N.sum()))
     sums_of = totals.reduced(("kl", "tokens"))
-    return {f"quant/{domain}/kl_per_token": sums["kl"] / sums["tokens"] for domain, sums in sums_of.items() if sums["tokens"]}
+    metrics = {f"quant/{domain}/kl_per_token": sums["kl"] / sums["tokens"] for domain, sums in sums_of.items() if sums["tokens"]}
+    matched, total = reduce_sum(matches, Group.data).tolist()
+    return metrics | ({"quant/indexer_recall": matched / total} if cfg.quant.indexer and total else {})
 
 
 def _require_finite(batches: list[MicroBatch], finite: list[torch.Tensor]) -> None:

@@ -10,17 +10,21 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from opd.__main__ import load_config
 from opd.batch import MicroBatch, supervised_batches
 from opd.config import BatchConfig, OptimizerKind, RunConfig, StudentConfig
 from opd.engine import Engine
+from opd.export import export
 from opd.qat import ExpertQuantizer
 from opd.quant_config import ExpertFormat, QuantConfig
-from opd.student import build_student, copy_for_sampling
+from opd.student import build_student, copy_for_sampling, seed_everything
 from opd.update import supervised_update
 from rollout.compiler import has_compiler
-from rollout.config import Dtype, Experts
-from rollout.experts import EXPERT_WEIGHTS, copy_with_packed_experts, find_experts, find_packed, packed_weight
+from rollout.config import Dtype, Experts, ModelConfig
+from rollout.experts import EXPERT_WEIGHTS, copy_with_packed_experts, decoded_weight, find_experts, find_packed, packed_weight
 from rollout.fp4 import MAGNITUDES
+from rollout.indexer import indexer_recall
+from rollout.model import load_model, save_model
 from rollout.sampler import LocalSampler
 from rollout.types import Rollout
 from teachers.config import DomainConfig
@@ -136,22 +140,35 @@ def test_packed_experts_take_4_25_bits_per_weight_and_leave_the_student_as_it_wa
     assert find_packed(v4_model) == {}
 
 
+@pytest.mark.parametrize("quant", [MXFP4, QuantConfig(experts=ExpertFormat.mxfp4, indexer=True)], ids=["experts", "indexer too"])
 @pytest.mark.parametrize("dtype", list(Dtype))
-@pytest.mark.parametrize("stage", [1, 2, 3])
-def test_trainer_and_packed_sampler_give_the_same_logits_after_updates(stage, dtype, architecture, tokenizer, device, make_config, batches):
-    cfg = make_config(stage=stage, student={"architecture": architecture("deepseek_v4_tiny"), "dtype": dtype}, quant=MXFP4, optim={"lr": 1e-2})
-    model = build_student(cfg.student, tokenizer, MXFP4)
-    sampler = LocalSampler(copy_for_sampling(model, device, MXFP4), [tokenizer.eos_token_id], seed=0)
+@pytest.mark.parametrize("stage", [1, 3])
+def test_one_run_gives_the_same_logits_in_trainer_sampler_and_export(stage, dtype, quant, architecture, tokenizer, device, make_config, batches, tmp_path):
+    cfg = make_config(stage=stage, student={"architecture": architecture("deepseek_v4_tiny"), "dtype": dtype}, quant=quant, optim={"lr": 1e-2})
+    seed_everything(0)
+    model = build_student(cfg.student, tokenizer, quant)
+    sampler = LocalSampler(copy_for_sampling(model, device, quant), [tokenizer.eos_token_id], seed=0)
     start = {name: tensor.clone() for name, tensor in sampler.model.state_dict().items()}
     engine = Engine(model, len(tokenizer), cfg, device)
     for _ in range(2):
         engine.backward(forward(engine, batches[0]))
         engine.step()
     sampler.refresh(engine)
+    weights = engine.full_weights()
+    save_model(tmp_path / "student", engine.model, tokenizer, weights)
+    export(load_config("export", [f"student.model={tmp_path / 'student'}", f"run_dir={tmp_path / 'export'}"]))
+    exported = load_model(ModelConfig(model=str(tmp_path / "export" / "student"), dtype=dtype), "student")
+
     tokens_BL = torch.randint(3, len(tokenizer), (5, 22), generator=torch.Generator().manual_seed(4))
     with torch.no_grad():
-        trained, sampled = engine.model(tokens_BL, use_cache=False).logits, sampler.model(tokens_BL, use_cache=False).logits
+        trained, sampled, reloaded = (one(tokens_BL, use_cache=False).logits for one in (engine.model, sampler.model, exported))
     assert torch.equal(trained, sampled)
+    assert torch.equal(trained, reloaded)
+    sampled_weights = {name: decoded_weight(*where) for name, where in find_packed(sampler.model).items()}
+    assert set(sampled_weights) == set(expert_parameters(exported))
+    for name, parameter in expert_parameters(exported).items():
+        assert torch.equal(parameter, weights[name]), name
+        assert torch.equal(parameter, sampled_weights[name]), name
     changed = [name for name, tensor in sampler.model.state_dict().items() if name.endswith("_codes") and not torch.equal(tensor, start[name])]
     assert changed, "the updates must have moved codes, or the comparison shows nothing"
 
@@ -301,6 +318,24 @@ def test_quantisation_kl_is_that_of_whole_logits(qwen3_moe_model, quantized_engi
     assert "quant/code/kl_per_token" not in found
 
 
+@pytest.mark.parametrize("stage", [1, 3])
+def test_the_recall_of_the_fp4_indexer_is_logged(stage, architecture, tokenizer, device, make_config, examples):
+    quant = QuantConfig(indexer=True, measure_every=1)
+    cfg = make_config({"law": DomainConfig()}, stage=stage, student={"architecture": architecture("deepseek_v4_tiny")}, quant=quant)
+    seed_everything(0)
+    student = build_student(cfg.student, tokenizer, quant)
+    matched = total = 0
+    for example in examples:
+        ids = torch.tensor([[*example.prompt.tokens, *example.completion_T.tolist()]])
+        with indexer_recall(student, torch.ones_like(ids, dtype=torch.bool)) as sums, torch.no_grad():
+            student(ids)
+        matched, total = matched + int(sums[0]), total + int(sums[1])
+    found = supervised_update(Engine(student, len(tokenizer), cfg, device), examples, cfg)
+    assert found["quant/indexer_recall"] == matched / total
+    assert 0.5 < matched / total < 1
+    assert "quant/flipped" not in found
+
+
 def test_measurements_change_nothing_and_come_as_often_as_asked(qwen3_moe_model, make_engine, make_config, examples):
     records = {}
     for every in (0, 2):
@@ -337,3 +372,25 @@ def test_experts_that_do_not_ask_the_registry_are_refused_by_name(qwen3_moe_mode
         del module.is_transposed
     with pytest.raises(ValueError, match=r"\(Qwen3MoeExperts\) are not multiplied through transformers' registry"):
         ExpertQuantizer(qwen3_moe_model, zero_stage=1, gradient_checkpointing=False)
+
+
+def test_a_student_taken_up_from_packed_experts_starts_with_no_weight_changed(fp4_student, tokenizer, device, tmp_path):
+    export(load_config("export", [f"student.model={fp4_student()}", f"run_dir={tmp_path}"]))
+    student = build_student(StudentConfig(model=str(tmp_path / "student")), tokenizer, MXFP4)
+    for name, parameter in expert_parameters(student).items():
+        assert torch.equal(naive_fp4(parameter), parameter), name
+    assert find_packed(student) == {}, "masters are plain weights"
+
+
+def test_experts_that_a_checkpoint_calls_fp4_and_are_not_are_refused_as_a_student(saved_v4, changed_checkpoint, tokenizer):
+    layout = {"quant_method": "fp8", "fmt": "e4m3", "scale_fmt": "ue8m0", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
+    folder = changed_checkpoint(saved_v4, config={"expert_dtype": "fp4", "quantization_config": layout})
+    with pytest.raises(ValueError, match=r"experts\.gate_up_proj of the student at .* is FP4 and changes when it is quantised to MXFP4"):
+        build_student(StudentConfig(model=str(folder)), tokenizer, MXFP4)
+
+
+def test_a_student_whose_indexer_is_fp4_is_not_trained_without_it(architecture, tokenizer, tmp_path):
+    student = build_student(StudentConfig(architecture=architecture("deepseek_v4_tiny")), tokenizer, QuantConfig(indexer=True))
+    save_model(tmp_path / "student", student, tokenizer, student.state_dict())
+    with pytest.raises(ValueError, match=r"has its indexer in FP4: set quant\.indexer=true"):
+        build_student(StudentConfig(model=str(tmp_path / "student")), tokenizer, MXFP4)
