@@ -8,12 +8,13 @@ bfloat16, so that every holder of a packed weight multiplies with the same numbe
     q = round(w / 2^e)              to the nearest of the eight magnitudes, ties to the even code; saturates at 6, which e never asks for
 
 It is DeepSeek-V4's rule (arXiv:2606.19348, 5.2.1; the quantiser of its published kernels) and torchao's RCEIL, byte for byte. The OCP rule
-floor(log2 amax) - 2 has a tenth less error on Gaussian weights and clips four blocks of ten; a search over two scales has less again; both would
+floor(log2 amax) - 2 has a little less error on Gaussian weights and clips four blocks of ten; a search over two scales has less again; both would
 make other numbers than DeepSeek's. Stochastic rounding would make training differ from what samples.
 
 Storage is DeepSeek-V4's: two codes to a byte, the even column in the low nibble, bit 3 the sign; the scale is E8M0, the byte e + 127. Zero keeps its
-sign. A block whose largest magnitude is at most 6 * 2^-127 has byte 0 and decodes to zeros. Quantising decoded values gives the same values, though
-perhaps other bytes: a block whose largest code is 3 or less has a smaller scale that represents it too. So values are compared, never bytes.
+sign. A block whose largest magnitude is at most 6 * 2^-127 has byte 0 and decodes to zeros. Quantising decoded values gives the same values (of blocks
+whose largest magnitude is at least 7 * 2^-127), though perhaps other bytes: a block whose largest code is 3 or less has a smaller scale that represents
+it too. So values are compared, never bytes.
 
 Quantising large weights goes through torch.compile, which gives the same bits as the functions run as written.
 
