@@ -30,7 +30,7 @@ COMMANDS = {
     "distill": "distil all domains' teachers into one student",
     "evaluate": "accuracy and recovery on held-out prompts",
     "export": "write the folder to serve, its experts packed in FP4, and verify it",
-    "bench": "time and memory beside other libraries; the word after it says of what: divergence",
+    "bench": "time and memory beside other ways and libraries; the word after it says of what: divergence, qat",
 }
 USER_ERROR, INTERRUPTED = 2, 130
 
@@ -60,20 +60,20 @@ def split_command(arguments: list[str]) -> tuple[str, list[str]]:
     if arguments[0] not in COMMANDS:
         raise ValueError(f"there is no command {arguments[0]!r}{nearest(arguments[0], list(COMMANDS))}; the commands are {', '.join(COMMANDS)}")
     if arguments[0] == "bench":
-        return "bench", _subject_as_setting(arguments[1:])
+        return _bench_command(arguments[1:])
     return arguments[0], arguments[1:]
 
 
-def _subject_as_setting(arguments: list[str]) -> list[str]:
-    """`divergence setting=value` as settings alone."""
-    from opd.config import Subject
+def _bench_command(arguments: list[str]) -> tuple[str, list[str]]:
+    """The command that `divergence setting=value` means: each subject has settings of its own."""
+    from opd.config import SCHEMAS
 
-    subjects = [subject.value for subject in Subject]
+    subjects = [name.removeprefix("bench_") for name in SCHEMAS if name.startswith("bench_")]
     if not arguments or "=" in arguments[0]:
         raise ValueError(f"bench needs a subject, as in `opd bench {subjects[0]}`; the subjects are {', '.join(subjects)}")
     if arguments[0] not in subjects:
         raise ValueError(f"bench has no subject {arguments[0]!r}{nearest(arguments[0], subjects)}; the subjects are {', '.join(subjects)}")
-    return [f"subject={arguments[0]}", *arguments[1:]]
+    return f"bench_{arguments[0]}", arguments[1:]
 
 
 def load_config(command: str, overrides: list[str]):
@@ -105,7 +105,7 @@ def compose_config(command: str, overrides: list[str]) -> DictConfig:
             config = compose(config_name=command, overrides=[*search, *_join_domains(overrides)])
             return OmegaConf.merge(OmegaConf.structured(SCHEMAS[command]), OmegaConf.to_container(config))  # with + Hydra adds any key
         except (HydraException, OmegaConfBaseException) as error:
-            raise ValueError(explain(error, command, SCHEMAS[command], [CONF, own])) from error
+            raise ValueError(explain(error, command.replace("_", " "), SCHEMAS[command], [CONF, own])) from error
 
 
 def _join_domains(overrides: list[str]) -> list[str]:
@@ -140,10 +140,14 @@ def _run(command: str, cfg) -> None:
         from opd.export import export
 
         return export(cfg)
-    if command == "bench":
-        from opd.bench import bench
+    if command == "bench_divergence":
+        from opd.bench_divergence import bench_divergence
 
-        return bench(cfg)
+        return bench_divergence(cfg)
+    if command == "bench_qat":
+        from opd.bench_qat import bench_qat
+
+        return bench_qat(cfg)
     from opd.evaluate import evaluate
 
     return evaluate(cfg)

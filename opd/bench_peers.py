@@ -15,7 +15,6 @@ N: tokens. D: hidden size, of the model that the name says. V: vocabulary.
 
 import os
 from collections.abc import Callable
-from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
@@ -78,11 +77,3 @@ PEERS = {
     "liger_torch": Contender(from_loss(_liger(128, compiled=False))),
     "deepspeed": Contender(from_loss(_deepspeed), whole_matrices=10),
 }
-
-
-def installed_version(distribution: str) -> str | None:
-    """The version of a package; None where it is not installed."""
-    try:
-        return version(distribution)
-    except PackageNotFoundError:
-        return None

@@ -262,31 +262,34 @@ class PipelineConfig:
     stages: dict[str, StageConfig] = field(default_factory=dict)
 
 
-class Subject(Enum):
-    """What `opd bench` measures."""
-
-    divergence = "divergence"
-
-
 @dataclass(slots=True)
 class BenchConfig:
-    """`opd bench SUBJECT`: time and memory of a loss, forward and backward, beside other ways and other libraries.
+    """What every subject of `opd bench` has.
 
     run_dir: folder for SUBJECT.csv and the resolved configuration.
-    subject: the word after `bench`.
-    num_tokens, vocab_sizes: sizes to measure, each with each.
-    hidden, teacher_hidden: width of the student's and the teacher's hidden states; null takes the student's.
-    dtype: of hidden states and heads.
-    kind: the divergence; jsd stands half-way (beta 0.5).
-    contenders: who takes part; null takes everyone who is installed and fits.
-    repeats: measured rounds, after one that is not counted.
-    memory: also the peak memory, each in a process of its own.
+    repeats: measured rounds, after a first call that is not counted.
     threads: CPU threads; null chooses.
     seed: key of the random inputs.
     """
 
     run_dir: str = "runs/bench"
-    subject: Subject = Subject.divergence
+    repeats: int = 7
+    threads: int | None = None
+    seed: int = 0
+
+
+@dataclass(slots=True)
+class DivergenceBenchConfig(BenchConfig):
+    """`opd bench divergence`: time and memory of a loss, forward and backward, beside other ways and other libraries.
+
+    num_tokens, vocab_sizes: sizes to measure, each with each.
+    hidden, teacher_hidden: width of the student's and the teacher's hidden states; null takes the student's.
+    dtype: of hidden states and heads.
+    kind: the divergence; jsd stands half-way (beta 0.5).
+    contenders: who takes part; null takes everyone who is installed and fits.
+    memory: also the peak memory, each in a process of its own.
+    """
+
     num_tokens: list[int] = field(default_factory=lambda: [512])
     vocab_sizes: list[int] = field(default_factory=lambda: [32768, 151936])
     hidden: int = 256
@@ -294,10 +297,24 @@ class BenchConfig:
     dtype: Dtype = Dtype.float32
     kind: DivergenceKind = DivergenceKind.reverse_kl
     contenders: list[str] | None = None
-    repeats: int = 7
     memory: bool = True
-    threads: int | None = None
-    seed: int = 0
+
+
+@dataclass(slots=True)
+class QatBenchConfig(BenchConfig):
+    """`opd bench qat`: what FP4 experts cost, alone and in a step of the quickstart's distillation, and what they save.
+
+    shape: of the bfloat16 weights: experts, outputs, inputs.
+    tokens_per_expert: tokens that each expert multiplies in the product which the rest is compared with.
+    steps: measured optimizer steps with and without FP4, after one that is not counted; 0 leaves them out.
+    overrides: settings of `opd distill` on top of the quickstart's, for those steps.
+    """
+
+    run_dir: str = "runs/bench_qat"
+    shape: list[int] = field(default_factory=lambda: [16, 1024, 1024])
+    tokens_per_expert: int = 128
+    steps: int = 40
+    overrides: list[str] = field(default_factory=list)
 
 
 SCHEMAS: dict[str, type] = {
@@ -306,7 +323,8 @@ SCHEMAS: dict[str, type] = {
     "evaluate": EvaluateConfig,
     "export": ExportConfig,
     "pipeline": PipelineConfig,
-    "bench": BenchConfig,
+    "bench_divergence": DivergenceBenchConfig,
+    "bench_qat": QatBenchConfig,
 }
 
 

@@ -63,12 +63,13 @@ class ExpertQuantizer:
         module, _, weight = name.rpartition(".")
         if module not in self.experts or weight not in EXPERT_WEIGHTS:
             return parameter
-        return self.copies[name] if name in self.copies else fake_quantized(self.experts[module], parameter)
+        return self._fp4_values(name, self.experts[module], parameter)
 
     def _product(self, module: nn.Module, multiply: Multiply) -> torch.Tensor:
         if not self.is_on:
             return multiply({})
-        values = {weight: self._values(module, weight) for weight in EXPERT_WEIGHTS}
+        name = self._names[module]
+        values = {weight: self._fp4_values(f"{name}.{weight}", module, getattr(module, weight)) for weight in EXPERT_WEIGHTS}
         substitutes = {weight: _StraightThrough.apply(getattr(module, weight), tensor) for weight, tensor in values.items()}
         if not (self.quantizes_again and torch.is_grad_enabled()):
             return multiply(substitutes)
@@ -81,12 +82,12 @@ class ExpertQuantizer:
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda kept: kept.again() if isinstance(kept, _Quantized) else kept):
             return multiply(substitutes)
 
-    def _values(self, module: nn.Module, weight: str) -> torch.Tensor:
-        name = f"{self._names[module]}.{weight}"
+    def _fp4_values(self, name: str, module: nn.Module, parameter: torch.Tensor) -> torch.Tensor:
+        """FP4 values of a whole parameter, kept until the weights change where copies are: the sampler asks before the forward does."""
         if name in self.copies:
             return self.copies[name]
         with torch.inference_mode(False), torch.no_grad():  # a copy that is kept may meet a forward with gradients later
-            values = fake_quantized(module, getattr(module, weight).detach())
+            values = fake_quantized(module, parameter.detach())
         if self.keeps_copies:
             self.copies[name] = values
         return values

@@ -15,12 +15,13 @@ AT_LEAST_ONE = (
     "prompts_per_step", "completions_per_prompt", "max_new_tokens", "decode_width", "examples_per_step", "max_tokens",
     "max_tokens_per_micro_batch", "max_tokens_per_forward", "max_resident", "keep", "threads", "processes",
     "top_k", "num_tokens", "vocab_sizes", "hidden", "teacher_hidden", "repeats", "measure_rollouts", "kl_prompts",
+    "shape", "tokens_per_expert",
 )  # fmt: skip
 """Whole numbers from 1; of a list, each of its members, and there is one."""
 
 NOT_NEGATIVE = (
     "num_steps", "temperature", "lr", "muon_lr", "eps", "weight_decay", "warmup_steps", "every", "router_probe_every", "update_ratio_every",
-    "measure_every",
+    "measure_every", "steps",
 )  # fmt: skip
 
 

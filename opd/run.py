@@ -7,7 +7,8 @@
     RUN/student/             Hugging Face folder of the trained model, when the run is finished
     RUN/evaluation.json      opd/comparison.py (in a folder of `opd evaluate`)
     RUN/export.json          opd/export.py (in a folder of `opd export`)
-    RUN/divergence.csv       opd/bench.py (in a folder of `opd bench`)
+    RUN/divergence.csv       opd/bench_divergence.py (in a folder of `opd bench`)
+    RUN/qat.csv              opd/bench_qat.py (the same)
     RUN/.lock                held by the process that writes here
 
 Nothing is written before every part of the run has been built and checked. A folder that holds a run with another

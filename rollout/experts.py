@@ -20,7 +20,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from rollout.fp4 import BLOCK, PackedFP4, dequantize, fake_quantize, quantize
+from rollout.fp4 import BLOCK, PackedFP4, decode, fake_quantize, quantize
 
 EXPERT_WEIGHTS = ("gate_up_proj", "down_proj")
 """Parameters of a module of routed experts that are matrices; biases stay as they are."""
@@ -126,7 +126,7 @@ def packed_weight(module: nn.Module, weight: str) -> PackedFP4:
 
 def decoded_weight(module: nn.Module, weight: str) -> torch.Tensor:
     """The values of a packed weight, in the module's own layout and the dtype it had."""
-    return input_last(module, dequantize(packed_weight(module, weight), module.packed_dtype)).contiguous()
+    return input_last(module, decode(packed_weight(module, weight), module.packed_dtype)).contiguous()
 
 
 class _ModuleWithWeights:

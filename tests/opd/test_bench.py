@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-import opd.bench
+import opd.bench_divergence
 from opd.__main__ import load_config, split_command
-from opd.bench import bench, choose, what_fits
 from opd.bench_contenders import OWN, Inputs, Outcome, Problem, make_inputs, reference, require_agreement
+from opd.bench_divergence import bench_divergence, choose, what_fits
 from opd.bench_memory import measure_peak, peak_bytes
 from opd.bench_peers import PEERS
 from opd.loss_config import DivergenceKind
@@ -23,7 +23,7 @@ LOSSES = [name for name in OWN | PEERS if not name.startswith("products")]
 
 
 def config(folder: Path, *overrides: str):
-    return load_config("bench", ["subject=divergence", f"run_dir={folder}", *SMALL, *overrides])
+    return load_config("bench_divergence", [f"run_dir={folder}", *SMALL, *overrides])
 
 
 def naive_loss(inputs: Inputs) -> torch.Tensor:
@@ -82,13 +82,13 @@ def test_a_contender_with_a_wrong_value_is_refused(wrong, what, factor):
 
 
 def test_a_line_of_the_table_file_has_every_column_and_the_docstring_has_them_too(tmp_path, capsys):
-    bench(config(tmp_path / "bench", "vocab_sizes=[64,65]", "contenders=[products,ours,naive,deepspeed]"))
+    bench_divergence(config(tmp_path / "bench", "vocab_sizes=[64,65]", "contenders=[products,ours,naive,deepspeed]"))
     with (tmp_path / "bench" / "divergence.csv").open() as file:
         lines = list(csv.DictReader(file))
     assert [(line["vocab_size"], line["contender"]) for line in lines] == [
         (size, name) for size in ("64", "65") for name in ("products", "ours", "naive", "deepspeed")
     ]
-    assert not [column for column in lines[0] if column not in opd.bench.__doc__]
+    assert not [column for column in lines[0] if column not in opd.bench_divergence.__doc__]
     for line in lines:
         assert (line["schema"], line["num_tokens"], line["dtype"], line["kind"]) == ("1", "16", "float32", "reverse_kl")
         assert line["peak_mib"] == line["matrix_rate_share"] == ""
@@ -102,11 +102,12 @@ def test_a_line_of_the_table_file_has_every_column_and_the_docstring_has_them_to
 
 
 def test_the_subject_is_the_word_after_bench():
-    assert split_command(["bench", "divergence", "repeats=3"]) == ("bench", ["subject=divergence", "repeats=3"])
+    assert split_command(["bench", "divergence", "repeats=3"]) == ("bench_divergence", ["repeats=3"])
+    assert split_command(["bench", "qat"]) == ("bench_qat", [])
     for arguments in (["bench"], ["bench", "repeats=3"]):
-        with pytest.raises(ValueError, match="bench needs a subject, as in `opd bench divergence`; the subjects are divergence"):
+        with pytest.raises(ValueError, match="bench needs a subject, as in `opd bench divergence`; the subjects are divergence, qat"):
             split_command(arguments)
-    with pytest.raises(ValueError, match=r"bench has no subject 'divergance' \(did you mean 'divergence'\?\); the subjects are divergence"):
+    with pytest.raises(ValueError, match=r"bench has no subject 'divergance' \(did you mean 'divergence'\?\); the subjects are divergence, qat"):
         split_command(["bench", "divergance"])
 
 
@@ -122,14 +123,14 @@ def test_the_subject_is_the_word_after_bench():
 )
 def test_a_mistake_is_refused_before_anything_is_written(override, sentence, tmp_path):
     with pytest.raises(ValueError, match=sentence):
-        bench(config(tmp_path / "bench", override))
+        bench_divergence(config(tmp_path / "bench", override))
     assert not (tmp_path / "bench").exists()
 
 
 def test_a_folder_of_something_else_is_left_alone(tmp_path):
     (tmp_path / "thesis.tex").write_text("do not touch me")
     with pytest.raises(ValueError, match="is not a folder of `opd bench`"):
-        bench(config(tmp_path))
+        bench_divergence(config(tmp_path))
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
 
