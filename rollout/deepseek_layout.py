@@ -81,6 +81,9 @@ OUTSIDE_LAYERS = {
 
 IN_A_LAYER = {f"{name}.weight": f"{released}.weight" for name, released in (FP8_MODULES | KEPT_MODULES).items()} | VECTORS
 
+OWN_ROPE_SETTINGS = ("type", "rope_type", "rope_theta", "partial_rotary_factor", "attention_factor")
+"""Settings of the compressed layers' RoPE that DeepSeek's rope_scaling does not repeat."""
+
 EXPERTS = {"gate_up_proj": ("w1", "w3"), "down_proj": ("w2",)}
 """Released projections that a weight of the experts' module holds, one above the other."""
 
@@ -167,16 +170,21 @@ def kept_modules(tensors: list[StoredTensor]) -> list[str]:
 
 
 def released_config(config: PretrainedConfig, kept: list[str]) -> dict[str, Any]:
-    """The config.json of a checkpoint whose experts are FP4; `kept`: as `kept_modules`."""
-    return config.to_diff_dict() | {
+    """The config.json of a checkpoint whose experts are FP4; `kept`: as `kept_modules`.
+
+    It has transformers' settings and, beside them, those that DeepSeek's release says the same with and that serving engines read.
+    """
+    quantization = {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8", "scale_fmt": "ue8m0", "weight_block_size": [BLOCK, BLOCK]}
+    released = {
         "expert_dtype": "fp4",
+        "quantization_config": quantization | {"modules_to_not_convert": kept},
+        "compress_ratios": [config.compress_rates.get(kind, 0) for kind in config.layer_types],  # 0: sliding attention alone
         "num_nextn_predict_layers": 0,  # transformers' model has no multi-token-prediction layers, so none are written
-        "quantization_config": {
-            "activation_scheme": "dynamic",
-            "fmt": "e4m3",
-            "quant_method": "fp8",
-            "scale_fmt": "ue8m0",
-            "weight_block_size": [BLOCK, BLOCK],
-            "modules_to_not_convert": kept,
-        },
     }
+    num_hash = config.mlp_layer_types.count("hash_moe")
+    if config.mlp_layer_types[:num_hash].count("hash_moe") == num_hash:
+        released["num_hash_layers"] = num_hash
+    rope = config.rope_parameters["compress"]
+    if rope["rope_type"] != "default":
+        released["rope_scaling"] = {"type": rope["rope_type"]} | {name: value for name, value in rope.items() if name not in OWN_ROPE_SETTINGS}
+    return config.to_diff_dict() | released

@@ -17,7 +17,7 @@ from opd.export import export
 from opd.export_check import probe_tokens, require_equal
 from opd.specialize import specialize
 from rollout.config import Dtype, ModelConfig, SamplingConfig
-from rollout.deepseek_layout import released_name, released_tensors
+from rollout.deepseek_layout import released_config, released_name, released_tensors
 from rollout.fp4 import fake_quantize
 from rollout.fp8 import dequantize_blocks, quantize_blocks
 from rollout.model import load_model, save_model
@@ -141,6 +141,23 @@ def test_the_config_says_what_deepseeks_says(exported, record):
     assert quantization.pop("modules_to_not_convert") == record["kept"]
     expected = {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8", "scale_fmt": "ue8m0", "weight_block_size": [128, 128]}
     assert quantization == expected
+    assert config["compress_ratios"] == [0, 4, 8]
+    assert config["num_hash_layers"] == 1
+    assert config["num_nextn_predict_layers"] == 0
+
+
+def test_transformers_reads_the_same_settings_from_the_released_config(architecture, tmp_path):
+    """DeepSeek's own names of some of them, YaRN among them, stand beside transformers'."""
+    yarn = {"rope_type": "yarn", "factor": 4, "original_max_position_embeddings": 64, "beta_fast": 32, "beta_slow": 1}
+    settings = architecture("deepseek_v4_tiny", rope_parameters=yarn)
+    config = AutoConfig.for_model(settings.pop("model_type"), **settings)
+    released = released_config(config, ["head"])
+    assert released["rope_scaling"] == {"type": "yarn", "factor": 4, "original_max_position_embeddings": 64, "beta_fast": 32, "beta_slow": 1}
+    (tmp_path / "config.json").write_text(json.dumps(released))
+    read, own = AutoConfig.from_pretrained(tmp_path).to_dict(), config.to_dict()
+    assert read["rope_parameters"]["compress"].pop("type") == "yarn"
+    different = {name for name in read | own if read.get(name) != own.get(name)}
+    assert different == {"expert_dtype", "quantization_config", "num_nextn_predict_layers", "_name_or_path"}
 
 
 @pytest.mark.parametrize("rest", ["keep", "fp8"])
