@@ -38,6 +38,9 @@ MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 LARGEST = 1.5 * 2.0**127
 """Largest magnitude whose block still decodes to finite float32."""
 
+LARGEST_SCALE = 252
+"""Its scale byte."""
+
 EXPONENT_BIAS = 127
 MAX_SPREAD = 11
 """Largest difference of two scale exponents in a 128 x 128 block that FP8 (E4M3) with one power-of-two scale holds in normal numbers; DeepSeek's bound."""
@@ -75,10 +78,12 @@ def quantize(weight: torch.Tensor) -> PackedFP4:
 
 
 def dequantize(packed: PackedFP4, dtype: torch.dtype) -> torch.Tensor:
-    """The values [..., K] of a packed weight, in float32 or bfloat16. Raises ValueError for another dtype and for the scale byte 255, which is NaN."""
+    """The values [..., K] of a packed weight, in float32 or bfloat16. Raises ValueError for another dtype and for scale bytes above 252, which reach infinity
+    (255 is NaN) and which `quantize` never writes.
+    """
     _require_dtype(dtype)
-    if packed.scale.numel() and int(packed.scale.max()) == 255:
-        raise ValueError("a packed FP4 weight has the scale byte 255, which is NaN: its file is damaged")
+    if packed.scale.numel() and int(packed.scale.max()) > LARGEST_SCALE:
+        raise ValueError(f"a packed FP4 weight has the scale byte {int(packed.scale.max())}, which reaches infinity: its file is damaged")
     return decode(packed, dtype)
 
 
@@ -107,9 +112,12 @@ def fake_quantize_activation(activation: torch.Tensor) -> torch.Tensor:
 def scale_spread(packed: PackedFP4, tile: int = 128) -> torch.Tensor:
     """Largest less smallest scale exponent in each tile x tile block of the last two dimensions, [..., out / tile, in / tile], rounded up.
 
+    tile: a multiple of 32.
+
     Blocks of 32 that are all zero are left out, since any scale holds them; a tile without others has spread 0. Up to MAX_SPREAD, the weight
     converts to FP8 with one scale a tile without loss (arXiv:2606.19348, 5.2.1; the bound is that of DeepSeek's kernels).
     """
+    assert tile % BLOCK == 0, f"a tile of {tile} is not made of blocks of {BLOCK}"
     *leading, out, num_blocks = packed.scale.shape
     is_used = ((packed.codes.view(torch.uint8) & 0x77) != 0).unflatten(-1, (num_blocks, BLOCK // 2)).any(-1)
     exponent = packed.scale.to(torch.int16)
@@ -181,7 +189,7 @@ def _blocks(weight: torch.Tensor) -> torch.Tensor:
     _require_dtype(weight.dtype)
     if weight.ndim == 0 or weight.shape[-1] % BLOCK:
         raise ValueError(f"FP4 blocks are {BLOCK} long, and the last dimension of a weight of shape {tuple(weight.shape)} is no multiple of {BLOCK}")
-    return weight.detach().reshape(-1, BLOCK)
+    return weight.detach().reshape(-1, BLOCK).contiguous()  # each pattern of strides would be compiled anew
 
 
 def _require_dtype(dtype: torch.dtype) -> None:
@@ -191,7 +199,7 @@ def _require_dtype(dtype: torch.dtype) -> None:
 
 def _require_finite(blocks_N32: torch.Tensor, scale_N: torch.Tensor) -> None:
     """One look at the scales; NaN and infinity have the largest exponents there are."""
-    if not scale_N.numel() or int(scale_N.max()) <= 252:
+    if not scale_N.numel() or int(scale_N.max()) <= LARGEST_SCALE:
         return
     if blocks_N32.isfinite().all():
         raise ValueError(f"a weight is as large as {float(blocks_N32.abs().max()):.3g}; FP4 holds magnitudes up to {LARGEST:.3g}")
