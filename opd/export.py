@@ -4,7 +4,7 @@
     RUN/student/         Hugging Face folder: weights, config, generation config, tokenizer
     RUN/export.json      what was written and what was verified (below)
 
-DeepSeek-V4 is written in DeepSeek's released layout (rollout/deepseek_layout.py) with its routed experts packed in MXFP4, 4.25 bits a weight; a run with
+DeepSeek-V4 is written in DeepSeek's released layout (opd/deepseek_layout.py) with its routed experts packed in MXFP4, 4.25 bits a weight; a run with
 quant=mxfp4_experts left their decoded values in its student folder, so packing them changes no weight. Everything else keeps the dtype of training unless
 rest=fp8. Families without such a layout are written as transformers writes them, their experts holding FP4 values in that dtype.
 
@@ -36,20 +36,20 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from opd.config import EvaluateConfig, EvaluationConfig
 from opd.console import print_table
+from opd.deepseek_layout import FAMILY, kept_modules, released_config, released_tensors
 from opd.distributed import Group, num_ranks, start_processes
 from opd.evaluate import Evaluator
 from opd.export_check import require_equal
 from opd.export_config import ExportConfig, ExportFormat, RestFormat
 from opd.export_rounding import ExpertFigures, round_experts, round_matrices
 from opd.run import belongs_to, lock, write_config
-from rollout.checkpoints import read_config
+from opd.shards import StoredTensor, write_shards
 from rollout.config import Dtype, ModelConfig
-from rollout.deepseek_layout import FAMILY, kept_modules, released_config, released_tensors
 from rollout.experts import require_quantizable
 from rollout.files import replace_text
 from rollout.model import end_tokens, load_model, load_tokenizer, replace_folder, require_folder, write_model
+from rollout.quantized_models import read_config
 from rollout.sampler import LocalSampler
-from rollout.shards import StoredTensor, write_shards
 from teachers.config import DomainConfig, TeachersConfig
 from teachers.pool import TeacherPool
 

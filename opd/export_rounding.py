@@ -14,10 +14,10 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from rollout.deepseek_layout import FP8_MODULES, may_be_fp8
+from opd.deepseek_layout import FP8_MODULES, may_be_fp8
+from opd.fp8 import dequantize_blocks, quantize_blocks
 from rollout.experts import EXPERT_WEIGHTS, input_last
 from rollout.fp4 import BLOCK, MAX_SPREAD, PackedFP4, dequantize, quantize, scale_spread
-from rollout.fp8 import dequantize_blocks, quantize_blocks
 
 
 @dataclass(slots=True)

@@ -17,10 +17,10 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from opd.config import Router, StudentConfig
 from opd.quant_config import ExpertFormat, QuantConfig
 from opd.routing import BALANCE_BIAS, find_routers
-from rollout.checkpoints import is_fp4, read_config
 from rollout.experts import EXPERT_WEIGHTS, copy_with_packed_experts, fake_quantized, require_quantizable
 from rollout.indexer import has_quantized_indexer, quantize_indexer
 from rollout.model import build_model, load_model, load_tokenizer, require_folder
+from rollout.quantized_models import is_fp4, read_config
 from rollout.synthetic import character_tokenizer
 
 NO_GRADIENT = (".indexer.",)

@@ -21,11 +21,11 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from rollout.checkpoints import decode_on_load, forget_quantization, quantization_of, read_config
 from rollout.config import Attention, Dtype, ModelConfig
 from rollout.errors import first_sentence
 from rollout.experts import find_experts
 from rollout.indexer import has_quantized_indexer, quantize_indexer
+from rollout.quantized_models import decode_on_load, forget_quantization, quantization_of, read_config
 from rollout.types import LogitTransform
 
 transformers.utils.logging.disable_progress_bar()

@@ -12,14 +12,14 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.quantizers.auto import AutoHfQuantizer
 
 from opd.__main__ import load_config
+from opd.deepseek_layout import released_config, released_name, released_tensors
 from opd.evaluate import Evaluator
 from opd.export import export
 from opd.export_check import probe_tokens, require_equal
+from opd.fp8 import dequantize_blocks, quantize_blocks
 from opd.specialize import specialize
 from rollout.config import Dtype, ModelConfig, SamplingConfig
-from rollout.deepseek_layout import released_config, released_name, released_tensors
 from rollout.fp4 import fake_quantize
-from rollout.fp8 import dequantize_blocks, quantize_blocks
 from rollout.model import load_model, save_model
 from rollout.sampler import LocalSampler
 

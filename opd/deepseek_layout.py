@@ -6,7 +6,7 @@
 Written out name by name: transformers reads the released names and cannot write them (its reverse renaming makes attn.norm of attn.kv_norm and keeps a
 `model.` prefix), and a rule that fits almost every name would lose the one it does not fit. A name that is not here is an error.
 
-Routed experts are MXFP4 (I8 codes, F8_E8M0 scales, rollout/fp4.py). Attention and shared experts can be FP8 (rollout/fp8.py); router, norms, embedding,
+Routed experts are MXFP4 (I8 codes, F8_E8M0 scales, rollout/fp4.py). Attention and shared experts can be FP8 (opd/fp8.py); router, norms, embedding,
 head, compressor, the indexer's weights_proj and the hyper-connections stay in the dtype of training, as in DeepSeek's release (arXiv:2606.19348, 5.2.1).
 
 E: experts.
@@ -19,10 +19,10 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
+from opd.fp8 import BLOCK, quantize_blocks
+from opd.shards import StoredTensor
 from rollout.fp4 import BLOCK as FP4_BLOCK
 from rollout.fp4 import quantize
-from rollout.fp8 import BLOCK, quantize_blocks
-from rollout.shards import StoredTensor
 
 FAMILY = "deepseek_v4"
 
@@ -94,7 +94,7 @@ def released_name(name: str) -> str:
         return OUTSIDE_LAYERS[name]
     found = re.fullmatch(r"model\.layers\.(\d+)\.(.+)", name)
     if found is None or found[2] not in IN_A_LAYER:
-        raise ValueError(f"{name} has no place in DeepSeek-V4's layout, which rollout/deepseek_layout.py writes out name by name: export with format=plain")
+        raise ValueError(f"{name} has no place in DeepSeek-V4's layout, which opd/deepseek_layout.py writes out name by name: export with format=plain")
     return f"layers.{found[1]}.{IN_A_LAYER[found[2]]}"
 
 

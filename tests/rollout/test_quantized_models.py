@@ -9,12 +9,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from rollout.checkpoints import is_fp4, quantization_of, read_config
+from opd.deepseek_layout import kept_modules, may_be_fp8, released_config, released_tensors
+from opd.shards import write_shards
 from rollout.config import Dtype, ModelConfig
-from rollout.deepseek_layout import kept_modules, may_be_fp8, released_config, released_tensors
 from rollout.fp4 import quantize
 from rollout.model import load_model, save_model
-from rollout.shards import write_shards
+from rollout.quantized_models import is_fp4, quantization_of, read_config
 from teachers.compatibility import check_compatible
 
 E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from rollout.fp8 import dequantize_blocks, quantize_blocks
+from opd.fp8 import dequantize_blocks, quantize_blocks
 
 
 def test_fp8_is_the_nearest_value_of_the_smallest_sufficient_power_of_two():
