@@ -23,6 +23,9 @@ from opd.errors import explain, nearest
 for name, value in {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "TRANSFORMERS_VERBOSITY": "error"}.items():
     os.environ.setdefault(name, value)  # the libraries read them when they are imported
 
+for name in ("torchao", "torch.utils._pytree"):
+    logging.getLogger(name).setLevel(logging.ERROR)  # transformers imports torchao where it is installed, which warns of kernels that we never call
+
 CONF = Path(__file__).resolve().parent.parent / "conf"
 COMMANDS = {
     "pipeline": "make base, teachers and student one after another; what `opd` alone does, on the embedded domains",

@@ -36,7 +36,7 @@ from opd.divergence_passes import require_backend
 from opd.estimators import cross_entropy, distillation_loss, signal_of
 from opd.loss_config import LossConfig
 from opd.optim import learning_rate_factor, parameter_groups
-from opd.qat import ExpertQuantizer, quantization_metrics
+from opd.qat import ExpertQuantizer, code_metrics
 from opd.quant_config import ExpertFormat
 from opd.routing import RoutingRecorder
 from opd.tiles import TokenLosses
@@ -135,7 +135,7 @@ class Engine:
             group["lr"] = peak * factor
         every = self.cfg.optim.update_ratio_every
         before = [tensor.clone() for tensor in self._master_weights()] if every and self.policy_step % every == 0 else None
-        packed = self.quantizer.pack_share(self._gathered) if self.quantizer is not None and self.measures_quantization() else None
+        packed = self.quantizer.pack_share(self._gathered) if self.quantizer is not None and self.is_quantization_due() else None
         norm = self._update()
         if not math.isfinite(norm):
             raise ValueError(f"the gradient of step {self.policy_step + 1} is not finite: lower optim.lr, or look at the step's rollouts")
@@ -144,7 +144,7 @@ class Engine:
         if self.quantizer is not None:
             self.quantizer.weights_changed()
         if packed is not None:
-            metrics |= quantization_metrics(packed, self.quantizer.pack_share(self._gathered))
+            metrics |= code_metrics(packed, self.quantizer.pack_share(self._gathered))
         if before is not None:
             metrics["optim/update_to_weight"] = self._update_to_weight(before)
         if self.cfg.optim.kind is OptimizerKind.muon:
@@ -158,7 +158,7 @@ class Engine:
         """
         for name, parameter in self.model.named_parameters():
             with self._gathered([parameter]):
-                yield name, parameter.data if self.quantizer is None else self.quantizer.multiplied(name, parameter.data)
+                yield name, parameter.data if self.quantizer is None else self.quantizer.forward_value(name, parameter.data)
         parameters = {name for name, _ in self.model.named_parameters(remove_duplicate=False)}
         for name, tensor in self.model.state_dict(keep_vars=True).items():
             if name not in parameters:
@@ -168,26 +168,30 @@ class Engine:
         """A copy of all weights on the CPU; every rank has to call it."""
         return {name: tensor.detach().to("cpu", copy=True) for name, tensor in self.weights()}
 
-    def measures_quantization(self) -> bool:
+    def is_quantization_due(self) -> bool:
         """Whether the present step is one whose quantisation is measured."""
         every = self.cfg.quant.measure_every
         return (self.quantizer is not None or self.cfg.quant.indexer) and every > 0 and self.policy_step % every == 0
 
     @torch.no_grad()
-    def measure_quantization(self, batch: MicroBatch) -> tuple[torch.Tensor | None, torch.Tensor]:
-        """(KL(unquantised experts || quantised experts) of each completion token of a micro-batch [N], None without quantised experts; the indexer's
-        (matched, total), see rollout/indexer.py). Every rank has to call it.
-        """
-        with indexer_recall(self.model, batch.real_BL) as matches:
-            quantized = self.trained.states(batch)
-        if self.quantizer is None:
-            return None, matches
+    def expert_kl(self, batch: MicroBatch) -> torch.Tensor:
+        """KL(student with unquantised experts || student) of each completion token of a micro-batch [N], in nats; every rank has to call it."""
+        quantized = self.trained.states(batch)
         with self.quantizer.off():
             plain = self.trained.states(batch)
         with self._gathered([plain.head_VD]):
             backend = LossConfig(backend=self.trained.loss.backend)
             _, losses = full_divergence(plain, quantized, torch.ones_like(batch.weight_N), backend, self.trained.vocab_size)
-        return losses.loss_N, matches
+        return losses.loss_N
+
+    @torch.no_grad()
+    def indexer_matches(self, batch: MicroBatch) -> torch.Tensor:
+        """int64 [2] on the CPU: entries that the FP4 indexer keeps as the unquantised one would, and their number (rollout/indexer.py); every rank has to
+        call it.
+        """
+        with indexer_recall(self.model, batch.real_BL) as matches:
+            self.trained.states(batch)
+        return matches.cpu()
 
     def probe_routing(self, batch: MicroBatch) -> dict[str, float]:
         """Share of routing decisions unchanged since the first call (opd/routing.py); every rank has to call it."""

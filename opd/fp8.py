@@ -6,7 +6,7 @@ E4M3 has four significant bits and the scale is a power of two, so the decoded v
 the same values. The scale is stored as E8M0, the byte e + 127, at least 1 since 0 is subnormal (arXiv:2606.19348, 5.2.1; the rule is that of DeepSeek's
 published kernels).
 
-R, C: blocks down and across.
+R: blocks down. C: blocks across.
 """
 
 import torch

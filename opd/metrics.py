@@ -18,7 +18,7 @@ Step 0 holds what was measured before training. Names:
     data/D/rows, data/D/dropped               rows in use, and left out for their length (record of step 0)
     optim/lr, grad_norm, clipped, update_to_weight (muon: muon_lr in place of grad_norm and clipped)
     router/layer_LL/load_entropy, load_entropy_change, dead_experts, routed_as_at_start
-    quant/D/kl_per_token                      KL(unquantised experts || quantised experts) of the student, on some rollouts of the step
+    quant/D/kl_per_token                      KL(student with unquantised experts || student), on some rollouts of the step
     quant/indexer_recall                      share of the entries that the unquantised indexer would keep among those the FP4 one keeps (queries with a choice)
     quant/flipped, quant/scale_spread         share of FP4 values that the update changed; largest spread of scale exponents in a 128 x 128 block
     seconds/PHASE, seconds/step (evaluation included), throughput/completion_tokens_per_second

@@ -7,8 +7,9 @@ tensor whose FP4 values the sampler decodes and the export writes. Attached thro
 
 Who holds the fake-quantised copy. ZeRO 0 to 2 hold the parameter whole from one update to the next, so its FP4 values are computed once per update and
 kept: one more copy of the experts in the training dtype. ZeRO-3 gathers a layer for the length of its forward and of its backward; autograd would keep
-the quantised copy between the two and with it undo the partition. It keeps the parameter instead, and quantises again in the backward, when DeepSpeed
-has gathered it again. With gradient checkpointing nothing is kept anyway.
+the quantised copy between the two and with it undo the partition. So what autograd is about to keep is recognised by its memory, and a note of the
+parameter and the view is kept in its place: all experts at once where they are multiplied grouped, one expert where a loop multiplies them. The backward
+quantises again from the parameter, which DeepSpeed has gathered by then. With gradient checkpointing nothing is kept anyway.
 
 Rejected: torch's parametrize (renames parameters in every checkpoint, quantises on every access); stochastic rounding (training would differ from what
 samples); a clipping mask in the gradient (the scale never lets a weight saturate, so it would be all ones).
@@ -24,8 +25,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from opd.distributed import Group, num_ranks, rank, reduce_max, reduce_sum
-from rollout.experts import EXPERT_WEIGHTS, Multiply, fake_quantized, input_last, require_quantizable, substitute_weights
-from rollout.fp4 import PackedFP4, dequantize, quantize, scale_spread
+from rollout.experts import EXPERT_WEIGHTS, Multiply, fake_quantized, input_last, require_quantizable, scale_spread_of_experts, substitute_weights
+from rollout.fp4 import PackedFP4, dequantize, quantize
 
 Gathered = Callable[[list[nn.Parameter]], AbstractContextManager]
 """Context in which parameters are whole: DeepSpeed's, or one that does nothing."""
@@ -38,7 +39,7 @@ class ExpertQuantizer:
         """Attach to all routed experts. Raises ValueError as `rollout.experts.require_quantizable`."""
         self.experts = require_quantizable(model, "student")
         self.keeps_copies = zero_stage < 3
-        self.quantizes_again = zero_stage == 3 and not gradient_checkpointing
+        self.recomputes = zero_stage == 3 and not gradient_checkpointing
         self.copies: dict[str, torch.Tensor] = {}
         self.is_on = True
         self._names = {module: name for name, module in self.experts.items()}
@@ -51,14 +52,14 @@ class ExpertQuantizer:
 
     @contextmanager
     def off(self) -> Iterator[None]:
-        """Forwards inside multiply with the weights as they are: the unquantised student."""
+        """Forwards inside multiply with the weights as they are: the student with unquantised experts."""
         self.is_on = False
         try:
             yield
         finally:
             self.is_on = True
 
-    def multiplied(self, name: str, parameter: torch.Tensor) -> torch.Tensor:
+    def forward_value(self, name: str, parameter: torch.Tensor) -> torch.Tensor:
         """What the forward multiplies with in place of a (whole) parameter of that name: FP4 values of an expert's matrix, else itself."""
         module, _, weight = name.rpartition(".")
         if module not in self.experts or weight not in EXPERT_WEIGHTS:
@@ -71,15 +72,15 @@ class ExpertQuantizer:
         name = self._names[module]
         values = {weight: self._fp4_values(f"{name}.{weight}", module, getattr(module, weight)) for weight in EXPERT_WEIGHTS}
         substitutes = {weight: _StraightThrough.apply(getattr(module, weight), tensor) for weight, tensor in values.items()}
-        if not (self.quantizes_again and torch.is_grad_enabled()):
+        if not (self.recomputes and torch.is_grad_enabled()):
             return multiply(substitutes)
         weight_at = {tensor.untyped_storage().data_ptr(): weight for weight, tensor in values.items()}
 
-        def keep(tensor: torch.Tensor) -> "torch.Tensor | _Quantized":
+        def keep(tensor: torch.Tensor) -> "torch.Tensor | _Recomputed":
             weight = weight_at.get(tensor.untyped_storage().data_ptr())
-            return tensor if weight is None else _Quantized(module, weight, tensor.shape, tensor.stride(), tensor.storage_offset())
+            return tensor if weight is None else _Recomputed(module, weight, tensor.shape, tensor.stride(), tensor.storage_offset())
 
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda kept: kept.again() if isinstance(kept, _Quantized) else kept):
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda kept: kept.compute() if isinstance(kept, _Recomputed) else kept):
             return multiply(substitutes)
 
     def _fp4_values(self, name: str, module: nn.Module, parameter: torch.Tensor) -> torch.Tensor:
@@ -104,13 +105,15 @@ class ExpertQuantizer:
         return packed
 
 
-def quantization_metrics(before: dict[str, PackedFP4], after: dict[str, PackedFP4]) -> dict[str, float]:
-    """Share of the FP4 values (code times scale) that an update changed, and the largest scale spread, from all ranks' `pack_share`."""
+def code_metrics(before: dict[str, PackedFP4], after: dict[str, PackedFP4]) -> dict[str, float]:
+    """Share of the FP4 values (code times scale) that an update changed, and the largest scale spread, from this rank's `pack_share` before and after
+    it; over all ranks, each of which has to call it.
+    """
     changed, total, spread = 0, 0, 0
     for name, packed in after.items():
         changed += int((dequantize(packed, torch.float32) != dequantize(before[name], torch.float32)).sum())
         total += 2 * packed.codes.numel()
-        spread = max([spread, *scale_spread(packed).flatten().tolist()])
+        spread = max([spread, *scale_spread_of_experts(name.rpartition(".")[2], packed).tolist()])
     changed, total = reduce_sum(torch.tensor([changed, total], dtype=torch.float64), Group.data).tolist()
     return {"quant/flipped": changed / total, "quant/scale_spread": float(reduce_max(torch.tensor(spread), Group.data))}
 
@@ -128,8 +131,8 @@ class _StraightThrough(torch.autograd.Function):
 
 
 @dataclass(frozen=True, slots=True)
-class _Quantized:
-    """A view of an expert weight's FP4 values, kept as the parameter it comes from: all experts [E, ...], or one of them."""
+class _Recomputed:
+    """A view of an expert weight's FP4 values, noted as the parameter it comes from: all experts [E, ...], or one of them."""
 
     module: nn.Module
     weight: str
@@ -137,11 +140,9 @@ class _Quantized:
     stride: tuple[int, ...]
     offset: int
 
-    def again(self) -> torch.Tensor:
+    def compute(self) -> torch.Tensor:
         parameter = getattr(self.module, self.weight).detach()
+        if len(self.shape) == parameter.ndim:
+            return fake_quantized(self.module, parameter).as_strided(self.shape, self.stride, self.offset)
         expert, offset = divmod(self.offset, parameter[0].numel())
-        if len(self.shape) < parameter.ndim:  # a loop over experts keeps them one by one
-            parameter = parameter[expert]
-        else:
-            offset = self.offset
-        return fake_quantized(self.module, parameter).as_strided(self.shape, self.stride, offset)
+        return fake_quantized(self.module, parameter[expert]).as_strided(self.shape, self.stride, offset)

@@ -4,12 +4,15 @@
     RUN/metrics.jsonl        opd/metrics.py
     RUN/checkpoints/         opd/checkpoint.py
     RUN/rollouts/            rollout/replay.py, with rollout.save=true
-    RUN/student/             Hugging Face folder of the trained model, when the run is finished
+    RUN/student/             Hugging Face folder of the trained model, when the run is finished; experts that trained under FP4 hold its values in
+                             the dtype of training (their masters are in the checkpoints)
     RUN/evaluation.json      opd/comparison.py (in a folder of `opd evaluate`)
     RUN/export.json          opd/export.py (in a folder of `opd export`)
     RUN/divergence.csv       opd/bench_divergence.py (in a folder of `opd bench`)
     RUN/qat.csv              opd/bench_qat.py (the same)
     RUN/.lock                held by the process that writes here
+
+Files with a schema version may gain fields under the same version; a field that changes its meaning or goes raises it.
 
 Nothing is written before every part of the run has been built and checked. A folder that holds a run with another
 configuration is refused rather than mixed.

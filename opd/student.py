@@ -49,7 +49,8 @@ def load_student_tokenizer(cfg: StudentConfig) -> PreTrainedTokenizerBase:
 
 
 def build_student(cfg: StudentConfig, tokenizer: PreTrainedTokenizerBase, quant: QuantConfig | None = None) -> PreTrainedModel:
-    """The student on the CPU, with frozen parts marked; that what `quant` asks for fits it is verified, and attached by the engine.
+    """The student on the CPU, with frozen parts marked and its indexer quantised, so that the sampler's copy has it too; that its experts can be
+    quantised is verified here, and the engine does it.
 
     Raises ValueError where neither or both of model and architecture are given, and for a setting that the family would ignore.
     """
@@ -70,8 +71,13 @@ def build_student(cfg: StudentConfig, tokenizer: PreTrainedTokenizerBase, quant:
             if isinstance(layer, GradientCheckpointingLayer):
                 layer.training = True  # the model is in evaluation mode, in which transformers would not checkpoint
     _freeze(model, cfg)
-    if quant is not None:
-        _check_quantization(model, cfg, quant)
+    quant = quant or QuantConfig()
+    if has_quantized_indexer(model.config) and not quant.indexer:
+        raise ValueError(f"the student at {cfg.model} has its indexer in FP4: set quant.indexer=true")
+    if quant.indexer:
+        quantize_indexer(model, "student")
+    if quant.experts is ExpertFormat.mxfp4:
+        _require_experts_for_fp4(model, cfg)
     return model
 
 
@@ -81,7 +87,7 @@ def copy_for_sampling(model: PreTrainedModel, device: torch.device, quant: Quant
     Call it before the engine wraps the first.
     """
     is_packed = quant is not None and quant.experts is ExpertFormat.mxfp4
-    copied = copy_with_packed_experts(model) if is_packed else copy.deepcopy(model)
+    copied = copy_with_packed_experts(model, "student") if is_packed else copy.deepcopy(model)
     return copied.to(device).eval().requires_grad_(False)
 
 
@@ -94,15 +100,12 @@ def fill_hash_tables(model: nn.Module) -> None:
             table.copy_(scores.argsort(dim=1)[:, : table.shape[1]])
 
 
-def _check_quantization(model: PreTrainedModel, cfg: StudentConfig, quant: QuantConfig) -> None:
-    """Attach the quantised indexer. Raises ValueError where the student cannot train as `quant` says, or would silently change by it."""
-    if has_quantized_indexer(model.config) and not quant.indexer:
-        raise ValueError(f"the student at {cfg.model} has its indexer in FP4: set quant.indexer=true")
-    if quant.indexer:
-        quantize_indexer(model, "student")
-    if quant.experts is ExpertFormat.none:
-        return
-    experts = require_quantizable(model, "student")
+def _require_experts_for_fp4(model: PreTrainedModel, cfg: StudentConfig) -> None:
+    """Raises ValueError where FP4 cannot be attached to the experts, or would change the weights of a checkpoint that says they are FP4 already."""
+    try:
+        experts = require_quantizable(model, "student")
+    except ValueError as error:
+        raise ValueError(f"{error}: set quant=none") from error
     if cfg.model is None or not is_fp4(read_config(cfg, "student")):
         return
     for name, module in experts.items():

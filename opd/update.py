@@ -16,6 +16,7 @@ from opd.config import RunConfig
 from opd.distributed import Group, reduce_sum
 from opd.engine import Engine
 from opd.metrics import DomainTotals, add_losses, loss_metrics
+from opd.quant_config import ExpertFormat
 from rollout.config import schedule_value
 from rollout.replay import rollout_key
 from rollout.types import Rollout
@@ -62,7 +63,7 @@ def _train(engine: Engine, batches: list[MicroBatch], cfg: RunConfig, teachers: 
     metrics = {}
     if engine.recorder.routers and cfg.student.router_probe_every and engine.policy_step % cfg.student.router_probe_every == 0:
         metrics = engine.probe_routing(batches[0])
-    if engine.measures_quantization():
+    if engine.is_quantization_due():
         metrics |= measure_quantization(engine, [rollout for batch in batches if not batch.is_filler for rollout in batch.rollouts], cfg)
     engine.recorder.start_step()
     own_sequences = sum(len(batch.rollouts) for batch in batches if not batch.is_filler)
@@ -91,17 +92,20 @@ def measure_quantization(engine: Engine, rollouts: list[Rollout], cfg: RunConfig
     matches = torch.zeros(2, dtype=torch.float64)
     for batch in supervised_batches(chosen, dict.fromkeys(cfg.domains, 1.0), cfg.batch):
         batch = batch.to(engine.device)
-        kl_N, batch_matches = engine.measure_quantization(batch)
-        if batch.is_filler:
-            continue
-        matches += batch_matches.cpu()
-        for number, rollout in enumerate(batch.rollouts) if kl_N is not None else ():
-            mask_N = batch.mask_N & (batch.rollout_N == number)
-            totals.add(rollout.prompt.domain, kl=float(kl_N[mask_N].double().sum()), tokens=int(mask_N.sum()))
+        if cfg.quant.indexer:
+            matches += engine.indexer_matches(batch) * (not batch.is_filler)
+        if cfg.quant.experts is not ExpertFormat.none:
+            _add_kl(totals, batch, engine.expert_kl(batch))
     sums_of = totals.reduced(("kl", "tokens"))
     metrics = {f"quant/{domain}/kl_per_token": sums["kl"] / sums["tokens"] for domain, sums in sums_of.items() if sums["tokens"]}
     matched, total = reduce_sum(matches, Group.data).tolist()
-    return metrics | ({"quant/indexer_recall": matched / total} if cfg.quant.indexer and total else {})
+    return metrics | ({"quant/indexer_recall": matched / total} if total else {})
+
+
+def _add_kl(totals: DomainTotals, batch: MicroBatch, kl_N: torch.Tensor) -> None:
+    for number, rollout in enumerate(batch.rollouts) if not batch.is_filler else ():
+        mask_N = batch.mask_N & (batch.rollout_N == number)
+        totals.add(rollout.prompt.domain, kl=float(kl_N[mask_N].double().sum()), tokens=int(mask_N.sum()))
 
 
 def _require_finite(batches: list[MicroBatch], finite: list[torch.Tensor]) -> None:

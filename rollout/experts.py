@@ -20,7 +20,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from rollout.fp4 import BLOCK, PackedFP4, decode, fake_quantize, quantize
+from rollout.fp4 import BLOCK, PackedFP4, decode, fake_quantize, quantize, scale_spread
 
 EXPERT_WEIGHTS = ("gate_up_proj", "down_proj")
 """Parameters of a module of routed experts that are matrices; biases stay as they are."""
@@ -48,13 +48,13 @@ def require_quantizable(model: PreTrainedModel, role: str) -> dict[str, nn.Modul
     """
     experts = find_experts(model)
     if not experts:
-        raise ValueError(f"the {role} ({model.config.model_type}) has no routed experts to quantise to FP4: set quant=none")
+        raise ValueError(f"the {role} ({model.config.model_type}) has no routed experts to quantise to FP4")
     for name, module in experts.items():
         if "is_transposed" not in vars(module):  # set by the decorator that makes the class use the registry
-            raise ValueError(f"the experts {name} of the {role} ({type(module).__name__}) are not multiplied through transformers' registry: set quant=none")
+            raise ValueError(f"the experts {name} of the {role} ({type(module).__name__}) are not multiplied through transformers' registry: FP4 needs that")
         for weight, (_, inputs) in ((weight, _matrix_shape(module, weight)) for weight in EXPERT_WEIGHTS):
             if inputs % BLOCK:
-                raise ValueError(f"{name}.{weight} of the {role} has {inputs} inputs, no multiple of FP4's block of {BLOCK}: set quant=none")
+                raise ValueError(f"{name}.{weight} of the {role} has {inputs} inputs, no multiple of FP4's block of {BLOCK}")
     return experts
 
 
@@ -78,12 +78,12 @@ def fake_quantized(module: nn.Module, weight: torch.Tensor) -> torch.Tensor:
     return input_last(module, fake_quantize(input_last(module, weight))).contiguous()
 
 
-def copy_with_packed_experts(model: PreTrainedModel) -> PreTrainedModel:
+def copy_with_packed_experts(model: PreTrainedModel, role: str) -> PreTrainedModel:
     """A copy of a model whose routed experts are held packed and decoded, layer by layer, when they are multiplied.
 
     The experts' weights never exist twice in full. Raises as `require_quantizable`.
     """
-    experts = require_quantizable(model, "student")
+    experts = require_quantizable(model, role)
     shared = {id(getattr(module, weight)): getattr(module, weight) for module in experts.values() for weight in EXPERT_WEIGHTS}
     packed = copy.deepcopy(model, memo=shared)
     substitute_weights(packed, _decoded_product)
@@ -105,6 +105,13 @@ def find_packed(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
         buffers = dict(module.named_buffers(recurse=False))
         found |= {f"{name}.{weight}": (module, weight) for weight in EXPERT_WEIGHTS if _codes(weight) in buffers}
     return found
+
+
+def scale_spread_of_experts(weight: str, packed: PackedFP4) -> torch.Tensor:
+    """Spread of the scales in each 128 x 128 block of the experts' matrices, flattened; gate and up projections are two matrices, not one."""
+    parts = 2 if weight == "gate_up_proj" else 1
+    codes, scale = (tensor.unflatten(-2, (parts, -1)) for tensor in (packed.codes, packed.scale))
+    return scale_spread(PackedFP4(codes, scale)).flatten()
 
 
 def is_packed_buffer(name: str) -> bool:

@@ -7,9 +7,10 @@ bfloat16, so that every holder of a packed weight multiplies with the same numbe
     e = ceil(log2(amax / 6))        of the block's largest magnitude, taken from the bits of amax: log2 would err beside 6 * 2^k
     q = round(w / 2^e)              to the nearest of the eight magnitudes, ties to the even code; saturates at 6, which e never asks for
 
-It is DeepSeek-V4's rule (arXiv:2606.19348, 5.2.1; the quantiser of its published kernels) and torchao's RCEIL, byte for byte. The OCP rule
-floor(log2 amax) - 2 has a little less error on Gaussian weights and clips four blocks of ten; a search over two scales has less again; both would
-make other numbers than DeepSeek's. Stochastic rounding would make training differ from what samples.
+It is the rule of the quantiser in DeepSeek's published kernels and of torchao's RCEIL, byte for byte; what rule made the weights of DeepSeek-V4's own
+experts (arXiv:2606.19348, 5.2.1), DeepSeek does not say. The OCP rule floor(log2 amax) - 2 has up to a twentieth less error on Gaussian weights and
+clips three or four blocks of ten; a search over two scales has less again. Any of them decodes the same way. Stochastic rounding would make training
+differ from what samples.
 
 Storage is DeepSeek-V4's: two codes to a byte, the even column in the low nibble, bit 3 the sign; the scale is E8M0, the byte e + 127. Zero keeps its
 sign. A block whose largest magnitude is at most 6 * 2^-127 has byte 0 and decodes to zeros. Quantising decoded values gives the same values (of blocks
@@ -139,7 +140,7 @@ def round_to_e2m1(magnitude: torch.Tensor) -> torch.Tensor:
 def _scale(blocks_N32: torch.Tensor) -> torch.Tensor:
     """int32 [N]: exponent + 127 of each block."""
     bits_N = blocks_N32.abs().amax(1).float().view(torch.int32) & 0x7FFFFFFF  # amax may set the sign of NaN
-    return ((bits_N >> 23) - 2 + ((bits_N & 0x7FFFFF) > 0x400000).int()).clamp(min=0)
+    return ((bits_N >> 23) - 2 + ((bits_N & 0x7FFFFF) > 0x400000).int()).clamp(min=0)  # 6 is 1.5 * 4, and 0x400000 the mantissa of 1.5
 
 
 def _rounded(blocks_N32: torch.Tensor, scale_N: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

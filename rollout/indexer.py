@@ -43,11 +43,11 @@ def quantize_indexer(model: PreTrainedModel, role: str) -> None:
     indexers = find_indexers(model)
     if not indexers:
         raise ValueError(
-            f"quant.indexer=true needs a DeepSeek-V4 student with compressed sparse attention; the {role} ({model.config.model_type}) has no such indexer"
+            f"an indexer in FP4 needs a DeepSeek-V4 model with compressed sparse attention; the {role} ({model.config.model_type}) has no such indexer"
         )
     width = model.config.index_head_dim
     if width < BLOCK or width & (width - 1):
-        raise ValueError(f"quant.indexer=true needs an index_head_dim that is a power of two and at least {BLOCK}; that of the {role} is {width}")
+        raise ValueError(f"an indexer in FP4 needs an index_head_dim that is a power of two and at least {BLOCK}; that of the {role} is {width}")
     for indexer in indexers.values():
         if _quantize_inputs not in indexer.scorer._forward_pre_hooks.values():
             indexer.scorer.register_forward_pre_hook(_quantize_inputs)

@@ -127,12 +127,12 @@ def test_forward_and_gradients_are_those_of_a_plain_model_that_holds_the_decoded
 def test_packed_experts_give_the_logits_of_a_plain_model_that_holds_the_decoded_values(family, new_model):
     model, tokens_BL = new_model(family), torch.randint(3, 60, (3, 20), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
-        assert torch.equal(copy_with_packed_experts(model)(tokens_BL).logits, decoded(model)(tokens_BL).logits)
+        assert torch.equal(copy_with_packed_experts(model, "student")(tokens_BL).logits, decoded(model)(tokens_BL).logits)
 
 
 def test_packed_experts_take_4_25_bits_per_weight_and_leave_the_student_as_it_was(v4_model):
     before = {name: tensor.clone() for name, tensor in v4_model.state_dict().items()}
-    packed = copy_with_packed_experts(v4_model)
+    packed = copy_with_packed_experts(v4_model, "student")
     num_weights = sum(parameter.numel() for parameter in expert_parameters(v4_model).values())
     assert 8 * sum(packed_weight(*where).num_bytes for where in find_packed(packed).values()) == 4.25 * num_weights
     assert sum(parameter.numel() for parameter in v4_model.parameters()) - sum(parameter.numel() for parameter in packed.parameters()) == num_weights
@@ -144,7 +144,8 @@ def test_packed_experts_take_4_25_bits_per_weight_and_leave_the_student_as_it_wa
 @pytest.mark.parametrize("dtype", list(Dtype))
 @pytest.mark.parametrize("stage", [1, 3])
 def test_one_run_gives_the_same_logits_in_trainer_sampler_and_export(stage, dtype, quant, architecture, tokenizer, device, make_config, batches, tmp_path):
-    cfg = make_config(stage=stage, student={"architecture": architecture("deepseek_v4_tiny"), "dtype": dtype}, quant=quant, optim={"lr": 1e-2})
+    student = {"architecture": architecture("deepseek_v4_tiny", index_head_dim=32), "dtype": dtype}
+    cfg = make_config(stage=stage, student=student, quant=quant, optim={"lr": 1e-2})
     seed_everything(0)
     model = build_student(cfg.student, tokenizer, quant)
     sampler = LocalSampler(copy_for_sampling(model, device, quant), [tokenizer.eos_token_id], seed=0)
@@ -234,12 +235,14 @@ class StoragesOfShape(TorchDispatchMode):
         return len({reference.cdata for reference in self.found if not reference.expired()})
 
 
-@pytest.mark.parametrize(("implementation", "quantizes_again", "held"), [("grouped_mm", True, 0), ("eager", True, 0), ("grouped_mm", False, 6)])
-def test_zero_3_holds_no_fake_quantised_copy_from_forward_to_backward(implementation, quantizes_again, held, qwen3_moe_model, quantized_engine, batches):
-    qwen3_moe_model.set_experts_implementation(implementation)
-    engine = quantized_engine(qwen3_moe_model, stage=3)
-    engine.quantizer.quantizes_again = quantizes_again
-    shapes = {tensor.shape for tensor in expert_parameters(qwen3_moe_model).values()}
+@pytest.mark.parametrize("family", ["qwen3_moe_tiny", "gpt_oss"])
+@pytest.mark.parametrize(("implementation", "recomputes"), [("grouped_mm", True), ("eager", True), ("grouped_mm", False)])
+def test_zero_3_holds_no_fake_quantised_copy_from_forward_to_backward(implementation, recomputes, family, new_model, quantized_engine, batches):
+    model = new_model(family)
+    model.set_experts_implementation(implementation)
+    engine = quantized_engine(model, stage=3)
+    engine.quantizer.recomputes = recomputes
+    shapes, held = {tensor.shape for tensor in expert_parameters(model).values()}, 0 if recomputes else len(expert_parameters(model))
     with StoragesOfShape(shapes) as storages:
         loss = forward(engine, batches[0])
         partitioned = {parameter.data.shape for parameter in expert_parameters(engine.model).values()}
@@ -289,16 +292,18 @@ def test_flipped_is_the_share_of_fp4_values_that_an_update_changed(stage, qwen3_
 
 
 def test_scale_spread_is_the_largest_among_the_experts(qwen3_moe_model, quantized_engine, batches):
-    """Of these small experts, each matrix is within one tile of 128 x 128."""
+    """Of these small experts, gate, up and down projection are each within one tile of 128 x 128."""
     with torch.no_grad():
         qwen3_moe_model.model.layers[1].mlp.experts.down_proj[3, 5] *= 2.0**-7
+        qwen3_moe_model.model.layers[1].mlp.experts.gate_up_proj[:, :64] *= 2.0**-20  # all gates: no spread within a matrix
     engine = quantized_engine(qwen3_moe_model)
     engine.backward(forward(engine, batches[0]))
     metrics, spreads = engine.step(), []
-    for parameter in expert_parameters(engine.model).values():
+    for name, parameter in expert_parameters(engine.model).items():
         for expert in parameter.detach():
-            exponents = (expert.reshape(-1, 32).abs().amax(1) / 6).log2().ceil()
-            spreads.append(float(exponents.max() - exponents.min()))
+            for matrix in expert.chunk(2) if "gate_up" in name else [expert]:
+                exponents = (matrix.reshape(-1, 32).abs().amax(1) / 6).log2().ceil()
+                spreads.append(float(exponents.max() - exponents.min()))
     assert metrics["quant/scale_spread"] == max(spreads) > 5
 
 
@@ -321,7 +326,8 @@ def test_quantisation_kl_is_that_of_whole_logits(qwen3_moe_model, quantized_engi
 @pytest.mark.parametrize("stage", [1, 3])
 def test_the_recall_of_the_fp4_indexer_is_logged(stage, architecture, tokenizer, device, make_config, examples):
     quant = QuantConfig(indexer=True, measure_every=1)
-    cfg = make_config({"law": DomainConfig()}, stage=stage, student={"architecture": architecture("deepseek_v4_tiny")}, quant=quant)
+    student = {"architecture": architecture("deepseek_v4_tiny", index_head_dim=32)}
+    cfg = make_config({"law": DomainConfig()}, stage=stage, student=student, quant=quant)
     seed_everything(0)
     student = build_student(cfg.student, tokenizer, quant)
     matched = total = 0
@@ -390,7 +396,7 @@ def test_experts_that_a_checkpoint_calls_fp4_and_are_not_are_refused_as_a_studen
 
 
 def test_a_student_whose_indexer_is_fp4_is_not_trained_without_it(architecture, tokenizer, tmp_path):
-    student = build_student(StudentConfig(architecture=architecture("deepseek_v4_tiny")), tokenizer, QuantConfig(indexer=True))
+    student = build_student(StudentConfig(architecture=architecture("deepseek_v4_tiny", index_head_dim=32)), tokenizer, QuantConfig(indexer=True))
     save_model(tmp_path / "student", student, tokenizer, student.state_dict())
     with pytest.raises(ValueError, match=r"has its indexer in FP4: set quant\.indexer=true"):
         build_student(StudentConfig(model=str(tmp_path / "student")), tokenizer, MXFP4)

@@ -19,7 +19,7 @@ LENGTH = 31
 """Seven compressed entries at the last token, of which the indexer keeps two."""
 
 CSA = "compressed_sparse_attention"
-TWO_LAYERS = {"layer_types": [CSA, CSA, "heavily_compressed_attention"]}
+STUDENT = {"layer_types": [CSA, CSA, "heavily_compressed_attention"], "index_head_dim": 32}
 EVEN_CODES_FIRST = np.array([0, 1, 2, 4, 0.5, 1.5, 3, 6])
 """Values of E2M1: of two at the same distance the one with the even code is found first."""
 
@@ -27,7 +27,7 @@ EVEN_CODES_FIRST = np.array([0, 1, 2, 4, 0.5, 1.5, 3, 6])
 @pytest.fixture(scope="module")
 def plain(new_student):
     """A student with two layers of compressed sparse attention, its indexers as transformers makes them."""
-    return new_student("deepseek_v4_tiny", **TWO_LAYERS)
+    return new_student("deepseek_v4_tiny", **STUDENT)
 
 
 @pytest.fixture
@@ -243,7 +243,7 @@ def test_a_saved_model_says_that_its_indexer_is_quantised_and_is_loaded_so(model
 
 def test_a_new_model_follows_its_architecture(architecture, tokenizer):
     for settings in ({}, {"indexer_dtype": "fp4"}):
-        model = build_model(architecture("deepseek_v4_tiny", **settings), len(tokenizer), ModelConfig(), "student")
+        model = build_model(architecture("deepseek_v4_tiny", **STUDENT, **settings), len(tokenizer), ModelConfig(), "student")
         assert bool(scorer_of(model)._forward_pre_hooks) is has_quantized_indexer(model.config) is bool(settings)
 
 
@@ -255,8 +255,8 @@ def test_a_format_that_is_not_known_is_refused(architecture, tokenizer):
 @pytest.mark.parametrize(
     ("name", "changes", "message"),
     [
-        ("qwen3_moe_tiny", {}, r"needs a DeepSeek-V4 student with compressed sparse attention; the student \(qwen3_moe\) has no such indexer"),
-        ("deepseek_v4_tiny", {"layer_types": ["sliding_attention"] * 3}, "needs a DeepSeek-V4 student with compressed sparse attention"),
+        ("qwen3_moe_tiny", {}, r"needs a DeepSeek-V4 model with compressed sparse attention; the student \(qwen3_moe\) has no such indexer"),
+        ("deepseek_v4_tiny", {"layer_types": ["sliding_attention"] * 3}, "needs a DeepSeek-V4 model with compressed sparse attention"),
         ("deepseek_v4_tiny", {"index_head_dim": 16}, "a power of two and at least 32; that of the student is 16"),
         ("deepseek_v4_tiny", {"index_head_dim": 96}, "a power of two and at least 32; that of the student is 96"),
     ],
@@ -339,7 +339,7 @@ def test_queries_that_see_no_more_entries_than_are_kept_do_not_count(length, mod
 
 def test_recall_is_one_where_queries_and_keys_are_fp4_values_already(new_student, tokens_BL):
     """A width of 64 makes the rotation and its inverse exact; without RoPE what the projections give is what the scorer gets."""
-    model = new_student("deepseek_v4_tiny", **TWO_LAYERS, index_head_dim=64)
+    model = new_student("deepseek_v4_tiny", **STUDENT | {"index_head_dim": 64})
     quantize_indexer(model, "student")
 
     def to_fp4(_module, _inputs, output):
