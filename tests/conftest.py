@@ -1,13 +1,16 @@
 """Fixtures that the tests of all packages share: the two tiny families, a saved model, and factories of prompts and rollouts.
 
 A model fixture without a scope in its name is a fresh copy for each test, so that a test may change it.
+
+Files are dealt out whole to two processes, in whatever order these come to them: no test may count on one of another file.
 """
 
 import copy
+import gc
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers and datasets are imported: no test may reach the network
@@ -23,6 +26,7 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from opd.config import StudentConfig
+from opd.distributed import start_processes, stop_processes
 from opd.student import build_student, seed_everything
 from rollout.experts import EXPERT_WEIGHTS, fake_quantized, find_experts
 from rollout.model import save_model
@@ -34,6 +38,13 @@ CONF = ROOT / "conf"
 
 torch.set_num_threads(1)  # the models are too small to gain from more, and the tests share their machine
 
+LONG = ["test_ranks", "test_pipeline", "test_resume", "test_engine", "test_loss_settings", "test_cli"]
+"""Files that take longest, and so are begun first: one that is begun last would leave the other process idle."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
+
 
 @pytest.fixture(scope="session")
 def conf_dir() -> Path:
@@ -43,6 +54,14 @@ def conf_dir() -> Path:
 @pytest.fixture(scope="session")
 def golden_dir() -> Path:
     return Path(__file__).parent / "golden"
+
+
+@pytest.fixture(scope="session")
+def device() -> Iterator[torch.device]:
+    """This process as a process group of its own, until the session ends; what trains in the tests' own process asks for it."""
+    gc.freeze()  # DeepSpeed collects garbage whenever it makes an engine: half a second over everything that was imported
+    yield start_processes()
+    stop_processes()
 
 
 @pytest.fixture(scope="session")
@@ -71,16 +90,28 @@ def new_student(architecture, tokenizer) -> Callable[..., PreTrainedModel]:
     return build
 
 
+def unchanged(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
+    """Lend a model to the tests of all files; a weight, a frozen parameter or a mode that is another at the end fails the last of them."""
+    before, frozen, training = copy.deepcopy(model.state_dict()), frozen_of(model), model.training
+    yield model
+    assert (frozen_of(model), model.training) == (frozen, training), "a test froze a model that is not its own"
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items()), "a test changed a model that is not its own"
+
+
+def frozen_of(model: PreTrainedModel) -> list[str]:
+    return [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
+
+
 @pytest.fixture(scope="session")
-def session_v4_model(new_student) -> PreTrainedModel:
+def session_v4_model(new_student) -> Iterator[PreTrainedModel]:
     """The DeepSeek-V4 student, built once; for tests that do not change it."""
-    return new_student("deepseek_v4_tiny")
+    yield from unchanged(new_student("deepseek_v4_tiny"))
 
 
 @pytest.fixture(scope="session")
-def session_qwen3_moe_model(new_student) -> PreTrainedModel:
+def session_qwen3_moe_model(new_student) -> Iterator[PreTrainedModel]:
     """The Qwen3-MoE student, built once; for tests that do not change it."""
-    return new_student("qwen3_moe_tiny")
+    yield from unchanged(new_student("qwen3_moe_tiny"))
 
 
 @pytest.fixture

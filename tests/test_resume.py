@@ -9,19 +9,25 @@ import time
 
 import pytest
 
+from opd.__main__ import load_config
+from opd.distill import distill
 from rollout.model import save_model
 
 SETTINGS = [
-    "distill", "domain=[arithmetic]", "domains.arithmetic.prompts.rows=50", "num_steps=8", "rollout.prompts_per_step=8", "rollout.max_new_tokens=6",
-    "rollout.decode_width=8", "checkpoint.every=2", "optim.lr=1e-3", "logger=none",
+    "domain=[arithmetic]", "domains.arithmetic.prompts.rows=50", "num_steps=8", "rollout.prompts_per_step=8", "rollout.max_new_tokens=6",
+    "rollout.decode_width=8", "checkpoint.every=2", "optim.lr=1e-3", "logger=none", "threads=1",
 ]  # fmt: skip
 
 
-def start(run_dir, models, *more: str) -> subprocess.Popen:
+def settings(run_dir, models) -> list[str]:
     student, teacher = models
-    arguments = [*SETTINGS, f"run_dir={run_dir}", f"student.model={student}", f"domains.arithmetic.teacher.model={teacher}", *more]
+    return [*SETTINGS, f"run_dir={run_dir}", f"student.model={student}", f"domains.arithmetic.teacher.model={teacher}"]
+
+
+def start(run_dir, models) -> subprocess.Popen:
+    command = [sys.executable, "-m", "opd", "distill", *settings(run_dir, models)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen([sys.executable, "-m", "opd", *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
 
 
 def finish(process: subprocess.Popen) -> str:
@@ -49,10 +55,10 @@ def models(tmp_path_factory, saved_v4, new_student, tokenizer):
 
 
 @pytest.fixture(scope="module")
-def whole_run(models, tmp_path_factory):
-    """A run that nobody disturbed."""
+def whole_run(models, device, tmp_path_factory):
+    """A run that nobody disturbed, in the tests' own process."""
     run_dir = tmp_path_factory.mktemp("runs") / "whole"
-    finish(start(run_dir, models))
+    distill(load_config("distill", settings(run_dir, models)))
     return run_dir
 
 
@@ -67,7 +73,7 @@ def test_a_run_that_is_interrupted_and_killed_continues_bit_for_bit(models, whol
     process = start(run_dir, models)
     wait_for(process, run_dir, 4)
     process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=300)
     assert process.returncode == 130
     assert errors.strip().splitlines()[-1].startswith("opd: interrupted")
 
@@ -83,8 +89,6 @@ def test_a_run_that_is_interrupted_and_killed_continues_bit_for_bit(models, whol
 
 
 def test_a_run_folder_refuses_another_configuration(models, whole_run):
-    process = start(whole_run, models, "optim.lr=2e-3")
-    _, errors = process.communicate(timeout=300)
-    assert process.returncode == 2
-    assert "optim.lr" in errors
-    assert "fresh=true" in errors
+    """With exit code 2 (tests/opd/test_cli.py)."""
+    with pytest.raises(ValueError, match=r"optim\.lr.*fresh=true"):
+        distill(load_config("distill", [*settings(whole_run, models), "optim.lr=2e-3"]))

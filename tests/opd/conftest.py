@@ -1,8 +1,7 @@
-"""Fixtures of the tests of `opd`: this process as a group of one, engines around a model, teachers on disk, and one short run."""
+"""Fixtures of the tests of `opd`: engines around a model, teachers on disk, and one short run."""
 
 import copy
-import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,18 +11,9 @@ from transformers import PreTrainedModel
 from opd.__main__ import load_config
 from opd.config import BatchConfig, DistillConfig, LoggerConfig, LoggerKind, OptimConfig, StudentConfig
 from opd.distill import distill
-from opd.distributed import start_processes, stop_processes
 from opd.engine import Engine
 from rollout.model import save_model
 from teachers.config import DomainConfig
-
-
-@pytest.fixture(scope="session")
-def device() -> Iterator[torch.device]:
-    """This process as a process group of its own, until the session ends."""
-    gc.freeze()  # DeepSpeed collects garbage whenever it makes an engine: half a second over everything that was imported
-    yield start_processes()
-    stop_processes()
 
 
 @pytest.fixture(scope="session")

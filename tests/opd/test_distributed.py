@@ -45,11 +45,7 @@ def test_a_single_process_leaves_no_address_that_its_children_would_take_for_the
 
 
 def test_a_process_of_a_launcher_takes_its_place_from_the_environment():
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # of the launcher, as torchrun's: no port to lose
     script = (
         "import torch, sys, subprocess, os\n"
         "from opd.distributed import *\n"
@@ -59,7 +55,8 @@ def test_a_process_of_a_launcher_takes_its_place_from_the_environment():
         "print(own, num_ranks(Group.data), num_ranks(Group.expert), is_main(), total, gather_objects(own, Group.data), broadcast_object(own))\n"
     )
     places = [{"RANK": str(place), "LOCAL_RANK": str(place)} for place in range(2)]
-    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    shared = address | {"WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
     processes = [
         subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, env=os.environ | shared | place) for place in places
     ]

@@ -2,11 +2,14 @@
 
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 
 from opd.__main__ import load_config
-from opd.run import open_run
+from opd.run import lock, open_run
 
 
 def config(folder, *overrides: str):
@@ -66,11 +69,36 @@ def test_a_folder_of_another_command_is_refused(tmp_path):
         open_run(config(tmp_path / "run"), "specialize")
 
 
+LOCK = """
+import fcntl, sys
+file = open(sys.argv[1], "w")
+try:
+    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    print("locked", flush=True)
+except BlockingIOError:
+    print("refused", flush=True)
+sys.stdin.read()
+"""
+"""What opd.run.lock does, without the seconds that its imports take."""
+
+
+@contextmanager
+def another_process(folder: Path) -> Iterator[str]:
+    """A process that asks for the folder's lock, and keeps it for the block; gives what came of it."""
+    process = subprocess.Popen([sys.executable, "-c", LOCK, str(folder / ".lock")], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    yield process.stdout.readline().strip()
+    process.communicate()
+
+
 def test_two_processes_do_not_write_to_one_folder(tmp_path):
-    folder = open_run(config(tmp_path / "run"), "distill")
-    script = f"from pathlib import Path; from opd.run import lock; print(lock(Path({str(folder)!r})))"
-    other = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert "another process is writing" in other.stdout
+    ours, theirs = tmp_path / "ours", tmp_path / "theirs"
+    with another_process(open_run(config(ours), "distill")) as outcome:
+        assert outcome == "refused"
+    theirs.mkdir()
+    with another_process(theirs) as outcome:
+        assert outcome == "locked"
+        assert "another process is writing" in lock(theirs)
+    assert lock(theirs) is None, "it has ended"
 
 
 @pytest.mark.parametrize("path", ["file", "file/below"])

@@ -1,5 +1,6 @@
 """One teacher: its hidden states are those of each rollout alone, row t predicts completion token t, and grouping changes nothing."""
 
+import copy
 import itertools
 
 import pytest
@@ -16,7 +17,8 @@ SHAPES = [("law", 9, 20), ("law", 3, 1), ("law", 1, 7), ("law", 20, 12), ("law",
 
 @pytest.fixture(params=["session_v4_model", "session_qwen3_moe_model"], scope="module")
 def model(request):
-    return request.getfixturevalue(request.param)
+    """A copy, since a Teacher freezes its model."""
+    return copy.deepcopy(request.getfixturevalue(request.param))
 
 
 @pytest.fixture(scope="module")
