@@ -1,4 +1,4 @@
-"""Settings of quantisation: what trains under FP4, and how a model is exported."""
+"""Settings of quantisation-aware training."""
 
 from dataclasses import dataclass
 from enum import Enum
@@ -16,9 +16,9 @@ class QuantConfig:
     """Quantisation-aware training of the student (arXiv:2606.19348, 5.2.1).
 
     experts: format of the routed experts; router, shared experts and everything else stay in the student's dtype.
-    indexer: also quantise queries and keys of DeepSeek-V4's lightning indexer to FP4.
-    measure_every: steps between two measurements of flipped values, scale spread, and the KL that quantisation costs; 0 never.
-    measure_rollouts: rollouts of each domain and rank that the KL is measured on.
+    indexer: quantise queries and keys of DeepSeek-V4's lightning indexer to FP4.
+    measure_every: steps between two measurements of flipped values, scale spread, recall, and the KL that quantised experts cost; 0 never.
+    measure_rollouts: rollouts of each domain that the KL and the indexer's recall are measured on, shared among the ranks (one each at least).
     """
 
     experts: ExpertFormat = ExpertFormat.none

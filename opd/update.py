@@ -13,7 +13,7 @@ import torch
 
 from opd.batch import MicroBatch, distillation_batches, supervised_batches
 from opd.config import RunConfig
-from opd.distributed import Group, reduce_sum
+from opd.distributed import Group, num_ranks, reduce_sum
 from opd.engine import Engine
 from opd.metrics import DomainTotals, add_losses, loss_metrics
 from opd.quant_config import ExpertFormat
@@ -86,9 +86,10 @@ def _train(engine: Engine, batches: list[MicroBatch], cfg: RunConfig, teachers: 
 
 
 def measure_quantization(engine: Engine, rollouts: list[Rollout], cfg: RunConfig) -> dict[str, float]:
-    """What quantisation changes, over a few rollouts of each domain and rank (names: opd/metrics.py); every rank calls it."""
+    """What quantisation changes, over a few rollouts of each domain (names: opd/metrics.py); every rank calls it."""
     ordered, totals = sorted(rollouts, key=rollout_key), DomainTotals(list(cfg.domains))
-    chosen = [r for name in cfg.domains for r in [r for r in ordered if r.prompt.domain == name][: cfg.quant.measure_rollouts]]
+    share = -(-cfg.quant.measure_rollouts // num_ranks(Group.data))
+    chosen = [r for name in cfg.domains for r in [r for r in ordered if r.prompt.domain == name][:share]]
     matches = torch.zeros(2, dtype=torch.float64)
     for batch in supervised_batches(chosen, dict.fromkeys(cfg.domains, 1.0), cfg.batch):
         batch = batch.to(engine.device)

@@ -10,6 +10,7 @@ B: rows. L: positions. D: hidden size. V: vocabulary.
 """
 
 import json
+import logging
 import math
 import shutil
 from pathlib import Path
@@ -80,6 +81,9 @@ def load_model(cfg: ModelConfig, role: str, device: torch.device | str = "cpu") 
     absent = sorted(report["missing_keys"]) + sorted(f"{name} (its shape differs)" for name, *_ in report["mismatched_keys"])
     if absent:
         raise ValueError(f"the checkpoint {cfg.model} of the {role} lacks {len(absent)} of the model's weights, {absent[0]} first")
+    if report["unexpected_keys"]:
+        surplus = sorted(report["unexpected_keys"])
+        logging.getLogger(__name__).warning("the checkpoint %s of the %s holds %d unused weights, %s first", cfg.model, role, len(surplus), surplus[0])
     if quantization_of(config):
         forget_quantization(model)
     return prepare_model(model, cfg, role)
