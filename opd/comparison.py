@@ -90,7 +90,9 @@ def _accuracy_record(result: DomainResult) -> dict:
 
 
 def print_comparison(record: dict) -> None:
-    """The table of a comparison: per domain accuracy of base, teacher and student, and recovery."""
+    """The table of a comparison: per domain accuracy of base, teacher and student, recovery, and KL to the teacher. Below it the difference of student and
+    base, where there is one, and the domains with many completions that were cut.
+    """
     roles = ("base", "teacher", "student")
     rows = []
     for name, domain in record["domains"].items():

@@ -7,12 +7,15 @@ Written out name by name: transformers reads the released names and cannot write
 `model.` prefix), and a rule that fits almost every name would lose the one it does not fit. A name that is not here is an error.
 
 Routed experts are MXFP4 (I8 codes, F8_E8M0 scales, rollout/fp4.py). Attention and shared experts can be FP8 (opd/fp8.py); router, norms, embedding,
-head, compressor, the indexer's weights_proj and the hyper-connections stay in the dtype of training, as in DeepSeek's release (arXiv:2606.19348, 5.2.1).
+head, compressor, the indexer's weights_proj and the hyper-connections are kept (arXiv:2606.19348, 5.2.1). DeepSeek's release has hyper-connections, sinks
+and ape in FP32 and the rest of these in BF16; here all of them keep the dtype of training. modules_to_not_convert in the config is for transformers, and
+nothing but transformers has read such an export here.
 
 E: experts.
 """
 
 import re
+from collections.abc import Callable
 from functools import lru_cache, partial
 from typing import Any
 
@@ -22,7 +25,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from opd.fp8 import BLOCK, quantize_blocks
 from opd.shards import StoredTensor
 from rollout.fp4 import BLOCK as FP4_BLOCK
-from rollout.fp4 import quantize
+from rollout.fp4 import PackedFP4, quantize
 
 FAMILY = "deepseek_v4"
 
@@ -94,7 +97,7 @@ def released_name(name: str) -> str:
         return OUTSIDE_LAYERS[name]
     found = re.fullmatch(r"model\.layers\.(\d+)\.(.+)", name)
     if found is None or found[2] not in IN_A_LAYER:
-        raise ValueError(f"{name} has no place in DeepSeek-V4's layout, which opd/deepseek_layout.py writes out name by name: export with format=plain")
+        raise ValueError(f"{name} has no place in DeepSeek-V4's layout, which opd/deepseek_layout.py writes out name by name")
     return f"layers.{found[1]}.{IN_A_LAYER[found[2]]}"
 
 
@@ -123,29 +126,36 @@ def released_tensors(model: PreTrainedModel, fp8: set[str]) -> list[StoredTensor
     weights = {name: weight.detach() for name, weight in model.state_dict().items()}
     if model.config.tie_word_embeddings:
         del weights["lm_head.weight"]
+    # one packed weight is held, and is packed once: its tensors stand one after the other, and are written so, but for one that fills a file by itself
     pack_experts = lru_cache(maxsize=1)(lambda name: quantize(weights[name]))
     pack_matrix = lru_cache(maxsize=1)(lambda name: quantize_blocks(weights[name]))
     tensors = []
     for name, weight in weights.items():
         projections = expert_projections(name, weight)
         if projections:
-            tensors += _expert_tensors(weight, projections, partial(pack_experts, name))
+            tensors += _expert_tensors(projections, weight.shape, partial(pack_experts, name))
         elif name in fp8:
-            module = released_name(name).removesuffix(".weight")
-            rows, columns = weight.shape
-            values = torch.empty(rows, columns, dtype=torch.float8_e4m3fn, device="meta")
-            scale = torch.empty(rows // BLOCK, columns // BLOCK, dtype=torch.float8_e8m0fnu, device="meta")
-            tensors.append(StoredTensor(name=f"{module}.weight", kind="fp8", form=values, make=lambda name=name: pack_matrix(name)[0]))
-            tensors.append(StoredTensor(name=f"{module}.scale", kind="fp8", form=scale, make=lambda name=name: pack_matrix(name)[1].view(torch.float8_e8m0fnu)))
+            tensors += _fp8_tensors(released_name(name).removesuffix(".weight"), weight.shape, partial(pack_matrix, name))
         else:
             form = torch.empty_like(weight, device="meta")
             tensors.append(StoredTensor(name=released_name(name), kind="kept", form=form, make=lambda weight=weight: weight))
     return tensors
 
 
-def _expert_tensors(weight: torch.Tensor, projections: dict[str, slice], pack) -> list[StoredTensor]:
+def _fp8_tensors(module: str, shape: torch.Size, pack: Callable[[], tuple[torch.Tensor, torch.Tensor]]) -> list[StoredTensor]:
+    """Values and scale of a matrix."""
+    rows, columns = shape
+    values = torch.empty(rows, columns, dtype=torch.float8_e4m3fn, device="meta")
+    scale = torch.empty(rows // BLOCK, columns // BLOCK, dtype=torch.float8_e8m0fnu, device="meta")
+    return [
+        StoredTensor(name=f"{module}.weight", kind="fp8", form=values, make=lambda: pack()[0]),
+        StoredTensor(name=f"{module}.scale", kind="fp8", form=scale, make=lambda: pack()[1].view(torch.float8_e8m0fnu)),
+    ]
+
+
+def _expert_tensors(projections: dict[str, slice], shape: torch.Size, pack: Callable[[], PackedFP4]) -> list[StoredTensor]:
     """Codes and scale of each expert's projections."""
-    num_experts, _, columns = weight.shape
+    num_experts, _, columns = shape
     tensors = []
     for expert in range(num_experts):
         for pattern, rows in projections.items():
@@ -179,6 +189,7 @@ def released_config(config: PretrainedConfig, kept: list[str]) -> dict[str, Any]
         "expert_dtype": "fp4",
         "quantization_config": quantization | {"modules_to_not_convert": kept},
         "compress_ratios": [config.compress_rates.get(kind, 0) for kind in config.layer_types],  # 0: sliding attention alone
+        "topk_method": "noaux_tc",  # experts are chosen with the balance bias, which transformers always does
         "num_nextn_predict_layers": 0,  # transformers' model has no multi-token-prediction layers, so none are written
     }
     num_hash = config.mlp_layer_types.count("hash_moe")

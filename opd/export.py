@@ -12,15 +12,15 @@ export.json (schema version 1):
 
     {"schema": 1, "source", "family", "format": "fp4" | "plain", "dtype", "rest": "keep" | "fp8",
      "tensors": {"fp4", "fp8", "kept"}, "bytes": {"fp4", "fp8", "kept"},
-     "experts": {"weights", "share_off_grid", "share_changed", "bits_per_weight", "zero_scale_blocks", "largest_spread", "spread": [n, ...]} | null,
-     "weights_equal": true, "logits_equal": true,
+     "experts": {"weights", "share_off_grid", "bits_per_weight", "zero_scale_blocks", "spread": [n, ...]} | null,
+     "verified": {"tensors", "probe_tokens"},
      "kl": {DOMAIN: {"per_token": {"value", "low", "high"}, "per_sequence": {...}}} | null,
      "kept": [MODULE, ...], "sha256": {FILE: hash}}
 
-share_off_grid is that of experts' weights that were no FP4 values, 0 for a student trained under FP4; share_changed that of those rounded. spread counts
-128 x 128 blocks by the spread of their scales, from 0. What only packing has is null in format plain; experts is null where FP4 fits none. kl is
-KL(exported || given) on the exported model's own completions, null without domains. A folder that is there has passed: what fails stays as
-RUN/student.partial.
+share_off_grid is that of experts' weights that were no FP4 values, 0 for a student trained under FP4; they were rounded if config.yaml has round_experts.
+spread counts 128 x 128 blocks by the spread of their scales, from 0. What only packing has is null in format plain; experts is null where FP4 fits none.
+verified says how many tensors, and logits of how many tokens, were found equal when the folder was loaded again. kl is KL(exported || given) on the
+exported model's own completions, null without domains. A folder that is there has passed: what fails stays as RUN/student.partial.
 """
 
 import hashlib
@@ -32,6 +32,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from opd.config import EvaluateConfig, EvaluationConfig
@@ -40,7 +41,7 @@ from opd.deepseek_layout import FAMILY, kept_modules, released_config, released_
 from opd.distributed import Group, num_ranks, start_processes
 from opd.evaluate import Evaluator
 from opd.export_check import require_equal
-from opd.export_config import ExportConfig, ExportFormat, RestFormat
+from opd.export_config import ExportConfig, ExportFormat, RestFormat, shard_bytes
 from opd.export_rounding import ExpertFigures, round_experts, round_matrices
 from opd.run import belongs_to, lock, write_config
 from opd.shards import StoredTensor, write_shards
@@ -54,19 +55,22 @@ from teachers.config import DomainConfig, TeachersConfig
 from teachers.pool import TeacherPool
 
 SCHEMA = 1
+KINDS = ("fp4", "fp8", "kept")
+"""How a tensor can be stored."""
 
 
 def export(cfg: ExportConfig) -> None:
     """Write RUN/student, verify it, and report. Raises ValueError, before anything is written, for a model that cannot be exported as asked."""
     device = start_processes()
     run_dir = _own_folder(cfg)
-    source = _source(cfg)
+    source, kind = _source(cfg)
     tokenizer = load_tokenizer(source.model, source.revision, source.trust_remote_code)
     model = load_model(source, "student")
     evaluator = _evaluator(model, tokenizer, source, cfg, device)
-    kind = chosen_format(cfg.format, model.config)
-    figures, fp8 = _round(model, kind, cfg)
-    tensors = released_tensors(model, fp8) if kind is ExportFormat.fp4 else None
+    experts = _experts(model, kind, cfg)
+    figures = None if experts is None else round_experts(experts, kind is ExportFormat.fp4, cfg.round_experts)
+    fp8 = round_matrices(model) if cfg.rest is RestFormat.fp8 else set()
+    tensors = _tensors(model, fp8) if kind is ExportFormat.fp4 else None
 
     run_dir.mkdir(parents=True, exist_ok=True)
     problem = lock(run_dir)
@@ -75,39 +79,45 @@ def export(cfg: ExportConfig) -> None:
     partial = run_dir / "student.partial"
     shutil.rmtree(partial, ignore_errors=True)
     if tensors is None:
-        write_model(partial, model, tokenizer, model.state_dict(), _shard_size(cfg))
+        write_model(partial, model, tokenizer, model.state_dict(), shard_bytes(cfg))
+        written = {"kept": sum(path.stat().st_size for path in partial.glob("*.safetensors"))}
     else:
-        write_released(partial, model, tokenizer, tensors, _shard_size(cfg))
-    require_equal(partial, model, source.dtype)
+        written = write_released(partial, model, tokenizer, tensors, shard_bytes(cfg))
+    verified = require_equal(partial, model, source)
     record = {"schema": SCHEMA, "source": source.model, "family": model.config.model_type, "format": kind.value, "dtype": source.dtype.value}
-    record |= {"rest": cfg.rest.value} | _sizes(tensors, partial) | {"experts": _expert_record(figures, tensors, cfg.round_experts)}
-    record |= {"weights_equal": True, "logits_equal": True, "kl": _divergence(evaluator, model.to(device), cfg.seed)}
+    record |= {"rest": cfg.rest.value} | _sizes(tensors, written) | {"experts": None if figures is None else _expert_record(figures, written)}
+    record |= {"verified": verified, "kl": _divergence(evaluator, model.to(device), cfg.seed)}
     record["kept"] = [] if tensors is None else kept_modules(tensors)
     record["sha256"] = {path.name: _sha256(path) for path in sorted(partial.iterdir())}
     (run_dir / "export.json").unlink(missing_ok=True)
     replace_folder(partial, run_dir / "student")
     write_config(run_dir, cfg, "export")
     replace_text(run_dir / "export.json", json.dumps(record, indent=2) + "\n")
-    print_export(record, run_dir)
+    print_export(record, run_dir, cfg.round_experts)
 
 
-def chosen_format(asked: ExportFormat, config: PretrainedConfig) -> ExportFormat:
-    """The format of a family. Raises ValueError where fp4 is asked for and the family has no such layout."""
-    if asked is ExportFormat.auto:
-        return ExportFormat.fp4 if config.model_type == FAMILY else ExportFormat.plain
-    if asked is ExportFormat.fp4 and config.model_type != FAMILY:
+def chosen_format(cfg: ExportConfig, config: PretrainedConfig) -> ExportFormat:
+    """The format of a family. Raises ValueError where its own layout, or what belongs to that, is asked for and the family has none."""
+    if config.model_type == FAMILY:
+        return ExportFormat.fp4 if cfg.format is ExportFormat.auto else cfg.format
+    if cfg.format is ExportFormat.fp4:
         raise ValueError(f"{config.model_type} has no FP4 layout of its own (only {FAMILY} has): set format=plain")
-    return asked
+    if cfg.rest is RestFormat.fp8:
+        raise ValueError(f"rest=fp8 belongs to {FAMILY}'s layout and {config.model_type} is exported as plain: set rest=keep")
+    return ExportFormat.plain
 
 
-def write_released(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tensors: list[StoredTensor], max_shard_size: int | str) -> None:
-    """A folder in DeepSeek's layout."""
+def write_released(
+    folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tensors: list[StoredTensor], max_shard_size: int
+) -> dict[str, int]:
+    """A folder in DeepSeek's layout; returns the bytes of weights written of each kind."""
     folder.mkdir()
-    write_shards(folder, tensors, max_shard_size)
+    written = write_shards(folder, tensors, max_shard_size)
     config = released_config(model.config, kept_modules(tensors)) | {"architectures": [type(model).__name__]}
     (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     model.generation_config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    return written
 
 
 def _own_folder(cfg: ExportConfig) -> Path:
@@ -124,39 +134,43 @@ def _own_folder(cfg: ExportConfig) -> Path:
     return run_dir
 
 
-def _source(cfg: ExportConfig) -> ModelConfig:
-    """The model to read, in its own dtype."""
+def _source(cfg: ExportConfig) -> tuple[ModelConfig, ExportFormat]:
+    """The model to read, in its own dtype, and the format it is to have. Raises ValueError for all that settings and the model's config rule out."""
+    if cfg.domains and cfg.rest is RestFormat.keep and not cfg.round_experts:
+        raise ValueError("nothing is rounded with rest=keep and round_experts=false, so domains would be ignored: remove them")
     source = ModelConfig(model=cfg.student.model, revision=cfg.student.revision, trust_remote_code=cfg.student.trust_remote_code)
     require_folder(source.model, "student")
-    dtype = str(read_config(source, "student").get_text_config().dtype).removeprefix("torch.")
+    config = read_config(source, "student")
+    dtype = str(config.get_text_config().dtype).removeprefix("torch.")
     known = [member.value for member in Dtype]
     if dtype not in known:
         raise ValueError(f"the config.json of the student says dtype {dtype}, and only {' and '.join(known)} can be exported: convert it first")
     source.dtype = Dtype(dtype)
-    return source
+    return source, chosen_format(cfg, config)
 
 
-def _round(model: PreTrainedModel, kind: ExportFormat, cfg: ExportConfig) -> tuple[ExpertFigures | None, set[str]]:
-    """Figures of the experts (None where there are none that FP4 fits), and the weights that become FP8."""
-    is_packed = kind is ExportFormat.fp4
-    if cfg.rest is RestFormat.fp8 and not is_packed:
-        raise ValueError(f"rest=fp8 belongs to {FAMILY}'s layout and {model.config.model_type} is exported as plain: set rest=keep")
+def _experts(model: PreTrainedModel, kind: ExportFormat, cfg: ExportConfig) -> dict[str, nn.Module] | None:
+    """The modules of routed experts; None where FP4 fits none and none is asked for."""
     try:
-        experts = require_quantizable(model, "student")
+        return require_quantizable(model, "student")
     except ValueError as error:
-        if is_packed or cfg.round_experts:
-            raise ValueError(str(error).replace("set quant=none", "set format=plain and round_experts=false")) from error
-        return None, set()
-    figures = round_experts(experts, is_packed, cfg.round_experts)
-    return figures, round_matrices(model) if cfg.rest is RestFormat.fp8 else set()
+        asked = ["format=plain"] * (kind is ExportFormat.fp4) + ["round_experts=false"] * cfg.round_experts
+        if asked:
+            raise ValueError(f"{error}: set {' and '.join(asked)}") from error
+        return None
+
+
+def _tensors(model: PreTrainedModel, fp8: set[str]) -> list[StoredTensor]:
+    try:
+        return released_tensors(model, fp8)
+    except ValueError as error:
+        raise ValueError(f"{error}: set format=plain") from error
 
 
 def _evaluator(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, source: ModelConfig, cfg: ExportConfig, device: torch.device) -> Evaluator | None:
     """What measures the KL, with the given model as every domain's teacher; None where no domain is selected."""
     if not cfg.domains:
         return None
-    if cfg.rest is RestFormat.keep and not cfg.round_experts:
-        raise ValueError("nothing is rounded with rest=keep and round_experts=false, so domains would be ignored: remove them")
     domains = {name: DomainConfig(teacher=source, prompts=domain.prompts, held_out=domain.held_out) for name, domain in cfg.domains.items()}
     evaluation = EvaluationConfig(prompts=cfg.kl_prompts, max_new_tokens=cfg.max_new_tokens, decode_width=cfg.decode_width)
     teachers = TeacherPool(domains, TeachersConfig(), tokenizer, device)
@@ -174,30 +188,17 @@ def _divergence(evaluator: Evaluator | None, model: PreTrainedModel, seed: int) 
     return {name: {"per_token": asdict(found.kl_per_token), "per_sequence": asdict(found.kl_per_sequence)} for name, found in results.items()}
 
 
-def _shard_size(cfg: ExportConfig) -> int | str:
-    return int(cfg.max_shard_size) if cfg.max_shard_size.isdigit() else cfg.max_shard_size
+def _sizes(tensors: list[StoredTensor] | None, written: dict[str, int]) -> dict[str, dict[str, int | None]]:
+    """Tensors and bytes by kind; a plain folder's tensors are not counted."""
+    counts = Counter(tensor.kind for tensor in tensors or ())
+    return {"tensors": {kind: None if tensors is None else counts[kind] for kind in KINDS}, "bytes": {kind: written.get(kind, 0) for kind in KINDS}}
 
 
-def _sizes(tensors: list[StoredTensor] | None, folder: Path) -> dict[str, dict[str, int]]:
-    """Tensors and bytes by kind; a plain folder's tensors are not counted, its files are all kept."""
-    kinds = ("fp4", "fp8", "kept")
-    if tensors is None:
-        return {"tensors": dict.fromkeys(kinds), "bytes": {"fp4": 0, "fp8": 0, "kept": sum(path.stat().st_size for path in folder.glob("*.safetensors"))}}
-    counts, sizes = Counter(tensor.kind for tensor in tensors), Counter()
-    for tensor in tensors:
-        sizes[tensor.kind] += tensor.form.nbytes
-    return {"tensors": {kind: counts[kind] for kind in kinds}, "bytes": {kind: sizes[kind] for kind in kinds}}
-
-
-def _expert_record(figures: ExpertFigures | None, tensors: list[StoredTensor] | None, is_rounded: bool) -> dict[str, Any] | None:
-    if figures is None:
-        return None
-    record = {"weights": figures.weights, "share_off_grid": figures.share_off_grid, "share_changed": figures.share_off_grid if is_rounded else 0.0}
-    if tensors is None:
-        return record | dict.fromkeys(("bits_per_weight", "zero_scale_blocks", "largest_spread", "spread"))
-    packed_bytes = sum(tensor.form.nbytes for tensor in tensors if tensor.kind == "fp4")
-    scales = {"zero_scale_blocks": figures.zero_scale_blocks, "largest_spread": figures.largest_spread, "spread": figures.spread}
-    return record | {"bits_per_weight": 8 * packed_bytes / figures.weights} | scales
+def _expert_record(figures: ExpertFigures, written: dict[str, int]) -> dict[str, Any]:
+    record = {"weights": figures.weights, "share_off_grid": figures.share_off_grid}
+    if "fp4" not in written:
+        return record | dict.fromkeys(("bits_per_weight", "zero_scale_blocks", "spread"))
+    return record | {"bits_per_weight": 8 * written["fp4"] / figures.weights, "zero_scale_blocks": figures.zero_scale_blocks, "spread": figures.spread}
 
 
 def _sha256(path: Path) -> str:
@@ -205,7 +206,7 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def print_export(record: dict[str, Any], run_dir: Path) -> None:
+def print_export(record: dict[str, Any], run_dir: Path, is_rounded: bool) -> None:
     """The table of an export: what is stored how, and what was verified."""
     names = {"fp4": "routed experts, MXFP4", "fp8": "attention and shared experts, FP8", "kept": f"kept in {record['dtype']}"}
     rows = []
@@ -214,11 +215,13 @@ def print_export(record: dict[str, Any], run_dir: Path) -> None:
             count = record["tensors"][kind]
             rows.append([what, "" if count is None else str(count), f"{record['bytes'][kind]:,}"])
     print_table("", ["stored", "tensors", "bytes"], rows)
-    print(f"{record['family']} as format {record['format']}: loaded again, every weight and the logits are equal")
+    verified = f"every weight ({record['verified']['tensors']} tensors) and the logits of {record['verified']['probe_tokens']} tokens are equal"
+    print(f"{record['family']} as format {record['format']}: loaded again, {verified}")
     experts = record["experts"]
     if experts is not None:
-        packed = "" if experts["bits_per_weight"] is None else f"{experts['bits_per_weight']:.2f} bits each, largest scale spread {experts['largest_spread']}, "
-        print(f"expert weights: {packed}{experts['share_off_grid']:.1%} were no FP4 values, {experts['share_changed']:.1%} changed")
+        spread = max((spread for spread, count in enumerate(experts["spread"] or []) if count), default=0)
+        packed = "" if experts["bits_per_weight"] is None else f"{experts['bits_per_weight']:.2f} bits each, largest scale spread {spread}, "
+        print(f"expert weights: {packed}{experts['share_off_grid']:.1%} were no FP4 values{' and were rounded' if is_rounded else ''}")
     for name, kl in (record["kl"] or {}).items():
         value = kl["per_token"]
         print(f"{name}: KL(exported || given) {value['value']:.2e} [{value['low']:.2e}, {value['high']:.2e}] nats per token")

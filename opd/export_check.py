@@ -6,12 +6,13 @@ and device: the two models then multiply the same numbers in the same way. Decod
 B: rows. L: positions.
 """
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel
 
-from rollout.config import Dtype, ModelConfig
+from rollout.config import ModelConfig
 from rollout.model import context_length, load_model
 
 PROBE_TOKENS = 256
@@ -19,9 +20,14 @@ PROBE_TOKENS = 256
 
 
 @torch.no_grad()
-def require_equal(folder: Path, model: PreTrainedModel, dtype: Dtype) -> None:
-    """Raises ValueError, naming the tensor, where the model in a folder is not the given one bit for bit."""
-    loaded = load_model(ModelConfig(model=str(folder), dtype=dtype), "exported model")
+def require_equal(folder: Path, model: PreTrainedModel, source: ModelConfig) -> dict[str, int]:
+    """What was compared, in numbers: tensors, and tokens of which the logits were.
+
+    source: how the given model was loaded; the folder is loaded in the same way.
+
+    Raises ValueError, naming the tensor, where the model in the folder is not the given one bit for bit.
+    """
+    loaded = load_model(replace(source, model=str(folder), revision=None), "exported model")
     ours, theirs = model.state_dict(), loaded.state_dict()
     different = [name for name in ours if name not in theirs or not _same_bits(ours[name], theirs[name])] + [name for name in theirs if name not in ours]
     if different:
@@ -29,6 +35,7 @@ def require_equal(folder: Path, model: PreTrainedModel, dtype: Dtype) -> None:
     tokens_BL = probe_tokens(model)
     if not torch.equal(model(input_ids=tokens_BL, use_cache=False).logits, loaded(input_ids=tokens_BL, use_cache=False).logits):
         raise ValueError(f"{folder} loads with equal weights and computes other logits than the model it was made from; it stays there to be looked at")
+    return {"tensors": len(ours), "probe_tokens": tokens_BL.numel()}
 
 
 def probe_tokens(model: PreTrainedModel) -> torch.Tensor:

@@ -6,6 +6,8 @@ from enum import Enum
 
 from teachers.config import DomainConfig
 
+UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+
 
 class ExportFormat(Enum):
     """fp4: DeepSeek-V4's released layout with packed experts. plain: transformers' own. auto: fp4 for the families that have it, else plain."""
@@ -69,9 +71,17 @@ class ExportConfig:
 
 def check_export(cfg: ExportConfig) -> None:
     """Raises ValueError for settings that do not fit each other."""
-    if not re.fullmatch(r"[1-9]\d*|\d+(\.\d+)? ?[KMGT]B", cfg.max_shard_size):
-        raise ValueError(f"max_shard_size must be bytes or a number with KB, MB, GB or TB, as in 5GB, not {cfg.max_shard_size!r}")
+    shard_bytes(cfg)
     if cfg.rest is RestFormat.fp8 and cfg.format is ExportFormat.plain:
         raise ValueError("rest=fp8 belongs to DeepSeek-V4's layout and would be ignored with format=plain: remove one")
     if cfg.rest is RestFormat.fp8 and not cfg.domains:
         raise ValueError("rest=fp8 changes the model, and its KL is measured on held-out prompts: select some with 'domain=[a,b]'")
+
+
+def shard_bytes(cfg: ExportConfig) -> int:
+    """max_shard_size as a number. Raises ValueError where it is none, or less than a byte."""
+    found = re.fullmatch(r"(\d+)|(\d+(?:\.\d+)?) ?([KMGT]B)", cfg.max_shard_size)
+    size = 0 if found is None else int(found[1]) if found[1] else round(float(found[2]) * UNITS[found[3]])
+    if size < 1:
+        raise ValueError(f"max_shard_size must be bytes or a number with KB, MB, GB or TB, as in 5GB, and not zero; it is {cfg.max_shard_size!r}")
+    return size

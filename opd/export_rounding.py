@@ -8,6 +8,8 @@ Two more things are looked for that an engine would get wrong without a word: a 
 far apart in a 128 x 128 block that no FP8 value with one scale holds them all (arXiv:2606.19348, 5.2.1).
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -16,8 +18,8 @@ from transformers import PreTrainedModel
 
 from opd.deepseek_layout import FP8_MODULES, may_be_fp8
 from opd.fp8 import dequantize_blocks, quantize_blocks
-from rollout.experts import EXPERT_WEIGHTS, input_last
-from rollout.fp4 import BLOCK, MAX_SPREAD, PackedFP4, dequantize, quantize, scale_spread
+from rollout.experts import EXPERT_WEIGHTS, input_last, scale_spread_of_experts
+from rollout.fp4 import BLOCK, MAX_SPREAD, PackedFP4, dequantize, quantize
 
 
 @dataclass(slots=True)
@@ -38,24 +40,22 @@ class ExpertFigures:
     def share_off_grid(self) -> float:
         return self.off_grid / self.weights
 
-    @property
-    def largest_spread(self) -> int:
-        return max((spread for spread, count in enumerate(self.spread) if count), default=0)
-
 
 @torch.no_grad()
 def round_experts(experts: dict[str, nn.Module], is_packed: bool, may_change: bool) -> ExpertFigures:
     """Put the experts on FP4's grid; `is_packed`: they will be stored as FP4, so that scales matter and values off the grid are no option.
 
-    Raises ValueError, naming the weight, for scales that would be stored wrongly, and for experts that are not on the grid and may not change.
+    Raises ValueError, naming the weight, for NaN, infinity and scales that would be stored wrongly, and for experts that are not on the grid and may not
+    change.
     """
     figures = ExpertFigures()
     for name, module in experts.items():
         for weight in EXPERT_WEIGHTS:
             own = input_last(module, getattr(module, weight))
-            packed = quantize(own)
-            if is_packed:
-                _require_no_lost_block(own, packed, f"{name}.{weight}")
+            with _naming(f"{name}.{weight}"):
+                packed = quantize(own)
+                if is_packed:
+                    _require_no_lost_block(own, packed)
             values = dequantize(packed, own.dtype)
             figures.weights += own.numel()
             figures.off_grid += int((values != own).sum())
@@ -63,7 +63,8 @@ def round_experts(experts: dict[str, nn.Module], is_packed: bool, may_change: bo
                 own.copy_(values)
                 packed = quantize(own)
             if is_packed:
-                _count_scales(figures, packed, 2 if weight == "gate_up_proj" else 1, f"{name}.{weight}")
+                with _naming(f"{name}.{weight}"):
+                    _count_scales(figures, weight, packed)
     if is_packed and figures.off_grid and not may_change:
         raise ValueError(
             f"the routed experts are not FP4 values: packing would change {figures.share_off_grid:.1%} of their weights; "
@@ -76,31 +77,40 @@ def round_experts(experts: dict[str, nn.Module], is_packed: bool, may_change: bo
 def round_matrices(model: PreTrainedModel) -> set[str]:
     """Put every matrix that DeepSeek releases in FP8, and that is made of whole blocks, on FP8's grid; returns their names.
 
-    Raises ValueError where there is none.
+    Raises ValueError where there is none, and for NaN and infinity, naming the weight.
     """
     rounded = set()
     for name, parameter in model.named_parameters():
         if may_be_fp8(name, parameter, model.config):
-            parameter.copy_(dequantize_blocks(*quantize_blocks(parameter), parameter.dtype))
+            with _naming(name):
+                parameter.copy_(dequantize_blocks(*quantize_blocks(parameter), parameter.dtype))
             rounded.add(name)
     if not rounded:
         raise ValueError(f"none of {', '.join(FP8_MODULES)} is made of whole 128 x 128 blocks in this model, so rest=fp8 would convert nothing: set rest=keep")
     return rounded
 
 
-def _require_no_lost_block(own: torch.Tensor, packed: PackedFP4, name: str) -> None:
+@contextmanager
+def _naming(weight: str) -> Iterator[None]:
+    """Raises the ValueErrors from within with the weight's name before them."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{weight}: {error}") from error
+
+
+def _require_no_lost_block(own: torch.Tensor, packed: PackedFP4) -> None:
     is_zero = packed.scale == 0
     if is_zero.any() and (is_zero & (own.unflatten(-1, (-1, BLOCK)) != 0).any(-1)).any():
-        raise ValueError(f"{name} has a block of weights so small (below 2^-124) that FP4 stores them as zeros: retrain it, or set format=plain")
+        raise ValueError("a block of weights is so small (below 2^-124) that FP4 stores it as zeros: retrain it, or set format=plain")
 
 
-def _count_scales(figures: ExpertFigures, packed: PackedFP4, projections: int, name: str) -> None:
+def _count_scales(figures: ExpertFigures, weight: str, packed: PackedFP4) -> None:
     figures.zero_scale_blocks += int((packed.scale == 0).sum())
-    for codes, scale in zip(packed.codes.chunk(projections, -2), packed.scale.chunk(projections, -2), strict=True):  # stored as separate matrices
-        counts = scale_spread(PackedFP4(codes, scale)).flatten().long().bincount(minlength=len(figures.spread)).tolist()
-        if len(counts) > len(figures.spread):
-            raise ValueError(
-                f"the scales of a 128 x 128 block of {name} differ by 2^{len(counts) - 1}, more than the 2^{MAX_SPREAD} that an engine can hold in FP8: "
-                "train it further under FP4, or set format=plain"
-            )
-        figures.spread = [total + count for total, count in zip(figures.spread, counts, strict=True)]
+    counts = scale_spread_of_experts(weight, packed).long().bincount(minlength=len(figures.spread)).tolist()
+    if len(counts) > len(figures.spread):
+        raise ValueError(
+            f"the scales of a 128 x 128 block differ by 2^{len(counts) - 1}, more than the 2^{MAX_SPREAD} that an engine can hold in FP8: "
+            "train it further under FP4, or set format=plain"
+        )
+    figures.spread = [total + count for total, count in zip(figures.spread, counts, strict=True)]

@@ -40,14 +40,31 @@ from opd.run import belongs_to, lock, write_config
 from rollout.files import read_json, replace_text
 
 SCHEMA = 1
-PRODUCTS = {"distill": "student/config.json", "specialize": "student/config.json", "export": "export.json", "evaluate": "evaluation.json"}
-"""The commands of stages, each with the file that its folder has when it is done."""
-
-ONE_STEP = ("export", "evaluate")
-"""Commands without optimizer steps, and so without a logger."""
-
 POLL_SECONDS = 0.5
 LIBC = ctypes.CDLL(None)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Command:
+    """What the pipeline knows of a command.
+
+    product: the file that its folder has when it is done.
+    trains: it takes optimizer steps, and so has a logger.
+    is_parallel: it takes as many processes as there are, unless told otherwise; else one.
+    """
+
+    product: str
+    trains: bool = True
+    is_parallel: bool = True
+
+
+COMMANDS = {
+    "specialize": Command(product="student/config.json"),
+    "distill": Command(product="student/config.json"),
+    "export": Command(product="export.json", trains=False, is_parallel=False),
+    "evaluate": Command(product="evaluation.json", trains=False),
+}
+"""The commands that a stage can run."""
 
 
 @dataclass(slots=True)
@@ -67,8 +84,12 @@ class Stage:
 
     @property
     def is_done(self) -> bool:
-        product = self.folder / PRODUCTS[self.cfg.command]
+        product = self.folder / self.command.product
         return self.record.get("hash") == self.hash and self.record.get("state") == "done" and product.is_file()
+
+    @property
+    def command(self) -> Command:
+        return COMMANDS[self.cfg.command]
 
 
 def run_pipeline(cfg: PipelineConfig) -> None:
@@ -113,7 +134,7 @@ def plan(cfg: PipelineConfig) -> dict[str, Stage]:
     stages: dict[str, Stage] = {}
     for name, stage in cfg.stages.items():
         unknown = [before for before in stage.after if before not in stages]
-        if stage.command not in PRODUCTS:
+        if stage.command not in COMMANDS:
             raise ValueError(f"stage {name} runs {stage.command!r}, which is no command of a pipeline")
         if unknown:
             raise ValueError(f"stage {name} comes after {unknown[0]!r}, which is not a stage before it")
@@ -121,7 +142,7 @@ def plan(cfg: PipelineConfig) -> dict[str, Stage]:
         overrides = [*stage.overrides, f"run_dir={folder}", f"seed={cfg.seed}"]
         config = load_config(stage.command, overrides)
         identity = OmegaConf.to_yaml(OmegaConf.structured(config)) + "".join(stages[before].hash for before in stage.after)
-        if stage.command not in ONE_STEP:
+        if COMMANDS[stage.command].trains:
             overrides += _logger_overrides(cfg.logger)
         state_file = _state_file(Path(cfg.run_dir), name)
         if folder.exists() and not state_file.is_file():
@@ -132,7 +153,7 @@ def plan(cfg: PipelineConfig) -> dict[str, Stage]:
             folder=folder,
             arguments=[stage.command, *overrides],
             hash=hashlib.sha256(identity.encode()).hexdigest(),
-            num_steps=1 if stage.command in ONE_STEP else config.num_steps,
+            num_steps=config.num_steps if COMMANDS[stage.command].trains else 1,
             record=read_json(state_file) if state_file.is_file() else {},
         )
     return stages
@@ -158,7 +179,7 @@ def _logger_overrides(cfg: LoggerConfig) -> list[str]:
 
 def _start_ready(stages: dict[str, Stage], free: list[int], run_dir: Path, threads: int, display: ProgressDisplay) -> None:
     for stage in stages.values():
-        wanted = stage.cfg.processes or (1 if stage.cfg.command == "export" else len(free) + _busy(stages))
+        wanted = stage.cfg.processes or (len(free) + _busy(stages) if stage.command.is_parallel else 1)
         ready = not stage.is_done and stage.process is None and all(stages[before].is_done for before in stage.cfg.after)
         if ready and wanted <= len(free):
             stage.slots = tuple(free[:wanted])
@@ -290,7 +311,7 @@ def _write_state(run_dir: Path, stage: Stage) -> None:
 
 
 def _last_error(log: Path) -> str:
-    """The last sentence of the stage's own, else the last exception in its log, else its last line."""
+    """Why a stage failed: the last line that opd itself wrote as an error, else the last exception in the log, else the log's last line."""
     lines = [re.sub(r"^\[rank\d+\]: ", "", line).strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
     own = [line.removeprefix("opd: ") for line in lines if line.startswith("opd: ")]
     exceptions = [line for line in lines if re.match(r"[\w.]*(Error|Exception|Interrupt)\b", line)]

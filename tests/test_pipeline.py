@@ -7,9 +7,12 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from opd.__main__ import load_config
 from opd.pipeline import _last_error, run_pipeline
+from rollout.config import ModelConfig
+from rollout.model import load_model
 
 PIPELINE = """# @package _global_
 stages:
@@ -123,12 +126,25 @@ def test_finished_stages_are_skipped_and_changed_ones_done_again(finished, opd):
 @pytest.mark.multi
 def test_a_student_trained_under_fp4_is_exported_without_changing_a_weight(finished):
     workspace, _ = finished
-    record = json.loads((workspace / "runs/small/export/export.json").read_text())
-    assert record["experts"]["share_off_grid"] == 0
-    assert record["logits_equal"] is True
+    assert json.loads((workspace / "runs/small/export/export.json").read_text())["experts"]["share_off_grid"] == 0
+    distilled, exported = (load_model(ModelConfig(model=str(workspace / f"runs/small/{stage}/student")), "student") for stage in ("distill", "export"))
+    ours, theirs = distilled.state_dict(), exported.state_dict()
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    tokens = torch.arange(64)[None] % distilled.config.vocab_size
+    with torch.no_grad():
+        assert torch.equal(distilled(tokens).logits, exported(tokens).logits)
 
 
-def test_a_failed_stage_is_explained_by_its_last_sentence(tmp_path):
-    """What a stage says before, such as what it attached FP4 to, is no error."""
-    (tmp_path / "stage.log").write_text("opd: MXFP4 attached\nValueError: cut short\nopd: the student is not at ./no/student\n")
-    assert _last_error(tmp_path / "stage.log") == "the student is not at ./no/student"
+@pytest.mark.parametrize(
+    ("log", "found"),
+    [
+        ("MXFP4 attached to 3 layers\nopd: the student is not at ./no/student\n[rank1]: ChildFailedError: \n", "the student is not at ./no/student"),
+        ("MXFP4 attached to 3 layers\n[rank1]: RuntimeError: out of memory\nat exit\n", "RuntimeError: out of memory"),
+        ("MXFP4 attached to 3 layers\nKilled\n\n", "Killed"),
+        ("", "nothing"),
+    ],
+)
+def test_a_failed_stage_is_explained_by_its_own_sentence_else_by_an_exception(log, found, tmp_path):
+    (tmp_path / "stage.log").write_text(log)
+    assert _last_error(tmp_path / "stage.log") == found

@@ -13,6 +13,9 @@ def test_the_quickstart_recovers_every_domain(tmp_path):
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
     summary = json.loads((tmp_path / "runs/quickstart/summary.json").read_text())
     assert set(summary["domains"]) == {"arithmetic", "sorting", "brackets", "tools"}
+    exported = json.loads((tmp_path / "runs/quickstart/export/export.json").read_text())
+    assert exported["format"] == "fp4"
+    assert exported["experts"]["share_off_grid"] == 0
     for name, domain in summary["domains"].items():
         assert 0.10 <= domain["base"]["accuracy"] <= 0.45, name
         assert domain["teacher"]["accuracy"] >= 0.98, name

@@ -2,9 +2,12 @@
 
 import hashlib
 import json
+import math
 import shutil
+import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -16,14 +19,17 @@ from opd.deepseek_layout import released_config, released_name, released_tensors
 from opd.evaluate import Evaluator
 from opd.export import export
 from opd.export_check import probe_tokens, require_equal
-from opd.fp8 import dequantize_blocks, quantize_blocks
+from opd.export_config import shard_bytes
+from opd.shards import write_shards
 from opd.specialize import specialize
 from rollout.config import Dtype, ModelConfig, SamplingConfig
-from rollout.fp4 import fake_quantize
+from rollout.fp4 import fake_quantize, quantize
 from rollout.model import load_model, save_model
 from rollout.sampler import LocalSampler
 
 E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
+E4M3 = np.array([m / 8 * 2.0**-6 if e == 0 else (1 + m / 8) * 2.0 ** (e - 7) for m in (0, 2, 4, 6, 1, 3, 5, 7) for e in range(16) if (e, m) != (15, 7)])
+"""Magnitudes of FP8: of two at the same distance the one with the even code is found first."""
 WIDE = {"hidden_size": 128, "moe_intermediate_size": 128, "q_lora_rank": 128, "o_groups": 1, "o_lora_rank": 128}
 """Sizes at which most matrices are made of FP8 blocks."""
 KL = ["domain=[tools]", "domains.tools.held_out.rows=6", "max_new_tokens=6", "decode_width=6"]
@@ -99,6 +105,18 @@ def shape(value):
     return [shape(inner) for inner in value] if isinstance(value, list) else "number" if isinstance(value, int | float) else type(value).__name__
 
 
+def naive_fp8(weight: torch.Tensor) -> torch.Tensor:
+    """Each block of 128 x 128 over the smallest power of two that needs no value above 448, to the nearest value of E4M3, ties to the even code."""
+    rounded = weight.double().numpy().copy()
+    for row in range(0, weight.shape[0], 128):
+        for column in range(0, weight.shape[1], 128):
+            block = rounded[row : row + 128, column : column + 128]
+            power = 2.0 ** math.ceil(math.log2(np.abs(block).max() / 448))
+            for values in block:
+                values[:] = np.copysign(E4M3[np.abs((np.abs(values) / power)[:, None] - E4M3).argmin(-1)] * power, values)
+    return torch.from_numpy(rounded).to(weight.dtype)
+
+
 # The layout
 
 
@@ -143,6 +161,7 @@ def test_the_config_says_what_deepseeks_says(exported, record):
     assert quantization == expected
     assert config["compress_ratios"] == [0, 4, 8]
     assert config["num_hash_layers"] == 1
+    assert config["topk_method"] == "noaux_tc"
     assert config["num_nextn_predict_layers"] == 0
 
 
@@ -157,7 +176,7 @@ def test_transformers_reads_the_same_settings_from_the_released_config(architect
     read, own = AutoConfig.from_pretrained(tmp_path).to_dict(), config.to_dict()
     assert read["rope_parameters"]["compress"].pop("type") == "yarn"
     different = {name for name in read | own if read.get(name) != own.get(name)}
-    assert different == {"expert_dtype", "quantization_config", "num_nextn_predict_layers", "_name_or_path"}
+    assert different == {"expert_dtype", "quantization_config", "num_nextn_predict_layers", "topk_method", "_name_or_path"}
 
 
 @pytest.mark.parametrize("rest", ["keep", "fp8"])
@@ -185,7 +204,8 @@ def test_a_large_export_is_split_into_files_with_an_index_and_says_what_it_did(s
     assert same({name: tensor for tensors in shards.values() for name, tensor in tensors.items()}, stored)
     printed = capsys.readouterr().out
     assert "routed experts, MXFP4" in printed
-    assert "deepseek_v4 as format fp4: loaded again, every weight and the logits are equal" in printed
+    assert "deepseek_v4 as format fp4: loaded again, every weight (" in printed
+    assert "tensors) and the logits of 256 tokens are equal" in printed
     assert "4.25 bits each" in printed
 
 
@@ -200,10 +220,26 @@ def test_tied_embeddings_stay_tied(new_student, tokenizer, device, tmp_path):
     assert torch.equal(again.lm_head.weight, model.lm_head.weight)
 
 
-def test_a_weight_without_a_place_in_the_layout_is_refused_by_name(v4_model):
-    v4_model.model.layers[1].self_attn.register_parameter("extra", torch.nn.Parameter(torch.zeros(2)))
-    with pytest.raises(ValueError, match=r"model\.layers\.1\.self_attn\.extra has no place in DeepSeek-V4's layout"):
-        released_tensors(v4_model, set())
+def test_a_weight_without_a_place_in_the_layout_is_refused_by_name(fp4_student, tmp_path, monkeypatch):
+    def load_with_another(*arguments):
+        model = load_model(*arguments)
+        model.model.layers[1].self_attn.register_parameter("extra", torch.nn.Parameter(torch.zeros(2)))
+        return model
+
+    monkeypatch.setattr("opd.export.load_model", load_with_another)
+    with pytest.raises(ValueError, match=r"model\.layers\.1\.self_attn\.extra has no place in DeepSeek-V4's layout, .* name by name: set format=plain$"):
+        run(fp4_student("bfloat16"), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_each_weight_is_packed_once_though_each_tensor_has_a_file_of_its_own(session_v4_model, tmp_path, monkeypatch):
+    packed = []
+    monkeypatch.setattr("opd.deepseek_layout.quantize", lambda weight: packed.append(weight) or quantize(weight))
+    tensors = released_tensors(session_v4_model, set())
+    written = write_shards(tmp_path, tensors, 1)
+    assert len(packed) == 3 * 2
+    assert len(list(tmp_path.glob("*.safetensors"))) == len(tensors)
+    assert written["fp4"] == sum(tensor.form.nbytes for tensor in tensors if tensor.kind == "fp4")
 
 
 # Verified
@@ -241,7 +277,7 @@ def test_one_changed_bit_is_found_and_named(released, named, exported, fp4_stude
     weights[released].view(torch.uint8).flatten()[5] ^= 1
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ValueError, match=f"does not load as the model it was made from: {named} is another one"):
-        require_equal(folder, loaded(fp4_student("bfloat16")), Dtype.bfloat16)
+        require_equal(folder, loaded(fp4_student("bfloat16")), ModelConfig(dtype=Dtype.bfloat16))
 
 
 def test_a_failed_verification_leaves_no_folder_under_the_final_name(fp4_student, device, tmp_path, monkeypatch):
@@ -264,7 +300,9 @@ def test_the_record_has_the_format_on_file_and_its_figures_are_those_of_the_file
     }
     assert record["experts"]["bits_per_weight"] == 4 + 8 / 32
     assert record["experts"]["weights"] == 3 * 8 * 3 * 64 * 64
-    assert record["experts"]["share_changed"] == record["experts"]["share_off_grid"] == 0
+    assert record["experts"]["share_off_grid"] == 0
+    assert record["tensors"] == {"fp4": 3 * len(EXPERTS), "fp8": 0, "kept": len(NAMES) - 3 * len(EXPERTS)}
+    assert record["verified"] == {"tensors": len(loaded(exported / "student").state_dict()), "probe_tokens": 256}
     assert sum(record["experts"]["spread"]) == 3 * 8 * 3
     assert record["sha256"]["model.safetensors"] == hashlib.sha256((exported / "student" / "model.safetensors").read_bytes()).hexdigest()
     assert set(record["sha256"]) == {path.name for path in (exported / "student").iterdir()}
@@ -285,7 +323,7 @@ def test_experts_are_rounded_where_that_is_asked_for_and_its_kl_is_measured(save
     exported = loaded(tmp_path / "run" / "student", Dtype.float32).state_dict()
     for name, weight in weights.items():
         assert torch.equal(exported[name], fake_quantize(weight) if name.endswith(("gate_up_proj", "down_proj")) else weight)
-    assert record["experts"]["share_changed"] == record["experts"]["share_off_grid"] > 0.99
+    assert record["experts"]["share_off_grid"] > 0.99
     assert record["kl"]["tools"]["per_token"]["low"] > 0
 
 
@@ -312,7 +350,7 @@ def test_an_fp8_export_loads_as_the_rounded_student(exported_fp8, fp4_student):
         if "experts." in name and "shared" not in name:
             assert torch.equal(exported[name], weight)
         elif stored[released_name(name)].dtype == torch.float8_e4m3fn:
-            assert torch.equal(exported[name], dequantize_blocks(*quantize_blocks(weight), torch.float32))
+            assert torch.equal(exported[name], naive_fp8(weight))
             assert 0 < (exported[name] - weight).norm() / weight.norm() < 0.04
         else:
             assert torch.equal(exported[name], weight)
@@ -344,7 +382,9 @@ def test_another_family_is_written_plain_and_loads_again(saved_qwen3_moe, device
     assert record["format"] == "plain"
     assert "qwen3_moe as format plain" in capsys.readouterr().out
     assert record["experts"]["share_off_grid"] > 0.99
-    assert record["experts"]["share_changed"] == 0
+    assert record["experts"]["spread"] is None
+    assert record["tensors"] == {"fp4": None, "fp8": None, "kept": None}
+    assert record["bytes"] == {"fp4": 0, "fp8": 0, "kept": sum(path.stat().st_size for path in (tmp_path / "run" / "student").glob("*.safetensors"))}
     assert len(list((tmp_path / "run" / "student").glob("*.safetensors"))) > 2
     assert same(loaded(tmp_path / "run" / "student", Dtype.float32).state_dict(), loaded(saved_qwen3_moe, Dtype.float32).state_dict())
 
@@ -354,6 +394,32 @@ def test_plain_experts_are_rounded_where_that_is_asked_for(saved_qwen3_moe, tmp_
     before, after = (loaded(folder, Dtype.float32).state_dict() for folder in (saved_qwen3_moe, tmp_path / "run" / "student"))
     for name, weight in before.items():
         assert torch.equal(after[name], fake_quantize(weight) if name.endswith(("gate_up_proj", "down_proj")) else weight)
+
+
+OWN_CODE = """from transformers import LlamaConfig, LlamaForCausalLM
+
+
+class OurConfig(LlamaConfig):
+    model_type = "our_own"
+
+
+class OurModel(LlamaForCausalLM):
+    config_class = OurConfig
+"""
+
+
+def test_a_model_that_brings_its_own_code_is_exported_with_it(tokenizer, device, tmp_path, monkeypatch):
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2}
+    model, folder = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", vocab_size=len(tokenizer), **sizes)), tmp_path / "student"
+    save_model(folder, model, tokenizer, model.state_dict())
+    (folder / "our_model.py").write_text(OWN_CODE)
+    code = {"model_type": "our_own", "auto_map": {"AutoConfig": "our_model.OurConfig", "AutoModelForCausalLM": "our_model.OurModel"}}
+    (folder / "config.json").write_text(json.dumps(json.loads((folder / "config.json").read_text()) | code))
+    record = run(folder, tmp_path / "run", "student.trust_remote_code=true")
+    assert record["family"] == "our_own"
+    assert record["verified"]["tensors"] == len(model.state_dict())
 
 
 # Refused
@@ -373,7 +439,7 @@ def test_scales_too_far_apart_for_fp8_are_refused_by_name(fp4_student, tmp_path)
         weight[7] *= 2.0**-13
 
     source = edited(fp4_student("float32"), tmp_path / "student", spread)
-    with pytest.raises(ValueError, match=r"of model\.layers\.1\.mlp\.experts\.gate_up_proj differ by 2\^1[2-5], more than the 2\^11 .* set format=plain"):
+    with pytest.raises(ValueError, match=r"^model\.layers\.1\.mlp\.experts\.gate_up_proj: .* differ by 2\^1[2-5], more than the 2\^11 .* set format=plain"):
         run(source, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
@@ -383,8 +449,48 @@ def test_weights_that_fp4_would_lose_are_refused_by_name_even_where_rounding_is_
         weight[7] = 2.0**-127
 
     source = edited(fp4_student("float32"), tmp_path / "student", shrink)
-    with pytest.raises(ValueError, match=r"model\.layers\.1\.mlp\.experts\.gate_up_proj has a block of weights so small"):
+    with pytest.raises(ValueError, match=r"^model\.layers\.1\.mlp\.experts\.gate_up_proj: a block of weights is so small"):
         run(source, tmp_path / "run", "round_experts=true")
+
+
+@pytest.mark.parametrize("settings", [[], ["format=plain"], ["round_experts=true"]])
+def test_experts_that_are_nan_are_refused_by_name(settings, fp4_student, tmp_path):
+    def damage(weight: torch.Tensor) -> None:
+        weight[7, 5] = math.nan
+
+    source = edited(fp4_student("float32"), tmp_path / "student", damage)
+    with pytest.raises(ValueError, match=r"^model\.layers\.1\.mlp\.experts\.gate_up_proj: a weight to be quantised to FP4 is NaN or infinite"):
+        run(source, tmp_path / "run", *settings)
+
+
+def test_a_matrix_that_is_nan_is_refused_by_name_where_it_would_be_fp8(fp4_student, changed_checkpoint, tmp_path):
+    def damage(weights: dict[str, torch.Tensor]) -> None:
+        weights["model.layers.2.attn.wq_b.weight"][7, 5] = math.nan
+
+    source = changed_checkpoint(fp4_student("float32", **WIDE), damage)
+    with pytest.raises(ValueError, match=r"^model\.layers\.2\.self_attn\.q_b_proj\.weight: a weight to be quantised to FP8 is NaN or infinite"):
+        run(source, tmp_path / "run", "rest=fp8", *KL)
+
+
+@pytest.mark.parametrize(
+    ("settings", "fix"),
+    [
+        ([], "format=plain"),
+        (["round_experts=true"], "format=plain and round_experts=false"),
+        (["format=plain", "round_experts=true"], "round_experts=false"),
+    ],
+)
+def test_experts_that_fp4_does_not_fit_are_refused_with_what_to_set(settings, fix, new_student, tokenizer, tmp_path):
+    model = new_student("deepseek_v4_tiny", moe_intermediate_size=48)
+    save_model(tmp_path / "student", model, tokenizer, model.state_dict())
+    with pytest.raises(ValueError, match=rf"down_proj of the student has 48 inputs, no multiple of FP4's block of 32: set {fix}$"):
+        run(tmp_path / "student", tmp_path / "run", *settings)
+
+
+def test_experts_that_fp4_does_not_fit_are_written_plain(new_student, tokenizer, device, tmp_path):
+    model = new_student("deepseek_v4_tiny", moe_intermediate_size=48)
+    save_model(tmp_path / "student", model, tokenizer, model.state_dict())
+    assert run(tmp_path / "student", tmp_path / "run", "format=plain")["experts"] is None
 
 
 @pytest.mark.parametrize(
@@ -394,7 +500,9 @@ def test_weights_that_fp4_would_lose_are_refused_by_name_even_where_rounding_is_
         (["rest=fp8", *KL], "rest=fp8 belongs to deepseek_v4's layout and qwen3_moe is exported as plain"),
     ],
 )
-def test_what_a_family_does_not_have_is_refused(settings, sentence, saved_qwen3_moe, tmp_path):
+def test_what_a_family_does_not_have_is_refused_before_anything_is_loaded(settings, sentence, saved_qwen3_moe, tmp_path, monkeypatch):
+    for name in ("load_model", "load_tokenizer", "TeacherPool", "Evaluator"):
+        monkeypatch.setattr(f"opd.export.{name}", None)
     with pytest.raises(ValueError, match=sentence):
         run(saved_qwen3_moe, tmp_path / "run", *settings)
     assert not (tmp_path / "run").exists()
@@ -410,8 +518,8 @@ def test_fp8_that_would_convert_nothing_is_refused(fp4_student, tmp_path):
     [
         (["rest=fp8"], r"its KL is measured on held-out prompts: select some with 'domain=\[a,b\]'"),
         (["rest=fp8", "format=plain"], "rest=fp8 belongs to DeepSeek-V4's layout and would be ignored with format=plain"),
-        (["max_shard_size=5 bytes"], "max_shard_size must be bytes or a number with KB, MB, GB or TB, as in 5GB, not '5 bytes'"),
-        (["max_shard_size=0"], "max_shard_size must be"),
+        (["max_shard_size=5 bytes"], "max_shard_size must be bytes or a number with KB, MB, GB or TB, as in 5GB, and not zero; it is '5 bytes'"),
+        *(([f"max_shard_size={size}"], f"max_shard_size must be .* and not zero; it is '{size}'") for size in ("0", "0GB", "0.0MB", "0.0001KB")),
         (["student.dtype=bfloat16"], r"export has no setting 'student\.dtype'"),
         (["kl_prompts=0"], "kl_prompts must be at least 1"),
     ],
@@ -419,6 +527,11 @@ def test_fp8_that_would_convert_nothing_is_refused(fp4_student, tmp_path):
 def test_settings_that_do_not_fit_are_refused(settings, sentence):
     with pytest.raises(ValueError, match=sentence):
         load_config("export", ["student.model=somewhere", *settings])
+
+
+@pytest.mark.parametrize(("size", "num_bytes"), [("1", 1), ("5GB", 5 * 10**9), ("2.3 MB", 2_300_000), ("0.5KB", 500)])
+def test_a_shard_size_is_read_in_decimal_units(size, num_bytes):
+    assert shard_bytes(load_config("export", [f"max_shard_size={size}"])) == num_bytes
 
 
 def test_nothing_to_export_domains_without_use_and_folders_of_others_are_refused(exported, fp4_student, tmp_path):

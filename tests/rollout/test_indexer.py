@@ -371,7 +371,11 @@ def test_measuring_changes_no_result_and_leaves_nothing_behind(model, tokens_BL)
     assert hooks == [(len(module._forward_pre_hooks), len(module._forward_hooks)) for module in model.modules()]
 
 
-def test_a_bfloat16_student_loaded_with_the_setting_samples_as_its_copy_trains(model, tokenizer, tokens_BL, tmp_path):
-    save_model(tmp_path / "fp4", model, tokenizer, model.state_dict())
-    loaded = load_model(ModelConfig(model=str(tmp_path / "fp4"), dtype=Dtype.bfloat16), "student")
-    assert torch.equal(logits(copy.deepcopy(loaded), tokens_BL), logits(loaded, tokens_BL))
+def test_a_bfloat16_student_loaded_with_the_setting_computes_as_one_quantised_after_it_was_loaded(plain, model, tokenizer, tokens_BL, tmp_path):
+    loaded = {}
+    for name, student in (("plain", plain), ("fp4", model)):
+        save_model(tmp_path / name, student, tokenizer, student.state_dict())
+        loaded[name] = load_model(ModelConfig(model=str(tmp_path / name), dtype=Dtype.bfloat16), "student")
+    assert not torch.equal(logits(loaded["plain"], tokens_BL), logits(loaded["fp4"], tokens_BL))
+    quantize_indexer(loaded["plain"], "student")
+    assert torch.equal(logits(loaded["plain"], tokens_BL), logits(loaded["fp4"], tokens_BL))

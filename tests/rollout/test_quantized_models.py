@@ -1,6 +1,8 @@
 """Quantised checkpoints: decoded bit for bit into plain models, refused where they are damaged."""
 
+import copy
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -14,7 +16,7 @@ from opd.shards import write_shards
 from rollout.config import Dtype, ModelConfig
 from rollout.fp4 import quantize
 from rollout.model import load_model, save_model
-from rollout.quantized_models import is_fp4, quantization_of, read_config
+from rollout.quantized_models import decode_on_load, is_fp4, quantization_of, read_config
 from teachers.compatibility import check_compatible
 
 E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
@@ -171,27 +173,111 @@ def test_fp8_with_scales_in_float32_is_decoded(tokenizer, tmp_path):
     assert all(torch.equal(loaded[name], values) for name, values in expected.items())
 
 
-def test_gpt_oss_in_mxfp4_is_decoded(tokenizer, tmp_path):
+GPT_OSS = "model.layers.0.mlp.experts.gate_up_proj"
+
+
+@pytest.fixture(scope="module")
+def gpt_oss(tokenizer, tmp_path_factory) -> tuple[Path, torch.Tensor]:
+    """Folder of a gpt-oss whose gate and up projections are MXFP4, and what these decode to."""
+    folder = tmp_path_factory.mktemp("gpt_oss") / "model"
     sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 32}
     rest = {"num_local_experts": 4, "layer_types": ["full_attention"], "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model("gpt_oss", vocab_size=len(tokenizer), **sizes, **rest))
-    save_model(tmp_path / "model", model, tokenizer, model.state_dict())
-    weights = {name: torch.randn(tensor.shape) for name, tensor in load_file(tmp_path / "model" / "model.safetensors").items()}
-    expected = {}
-    for name in [name for name in weights if name.endswith("gate_up_proj")]:
-        packed = quantize(weights.pop(name).transpose(1, 2).contiguous())
-        weights[f"{name}_blocks"] = packed.codes.view(torch.uint8).unflatten(-1, (-1, 16))
-        weights[f"{name}_scales"] = packed.scale
-        for expert in range(4):
-            tensors = {"x.weight": packed.codes[expert], "x.scale": packed.scale[expert]}
-            expected[name, expert] = decoded_fp4(tensors, "x").T.float()
-    save_file({name: tensor.contiguous() for name, tensor in weights.items()}, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
-    config = json.loads((tmp_path / "model" / "config.json").read_text())
-    (tmp_path / "model" / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "mxfp4"}}))
-    loaded = load_model(config_of(tmp_path / "model"), "student")
-    assert len(expected) == 4
-    assert all(torch.equal(loaded.state_dict()[name][expert], values) for (name, expert), values in expected.items())
+    save_model(folder, model, tokenizer, model.state_dict())
+    weights = {name: torch.randn(tensor.shape) for name, tensor in load_file(folder / "model.safetensors").items()}
+    packed = quantize(weights.pop(GPT_OSS).transpose(1, 2).contiguous())
+    weights |= {f"{GPT_OSS}_blocks": packed.codes.view(torch.uint8).unflatten(-1, (-1, 16)), f"{GPT_OSS}_scales": packed.scale}
+    save_file({name: tensor.contiguous() for name, tensor in weights.items()}, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "mxfp4"}}))
+    pairs = zip(packed.codes, packed.scale, strict=True)
+    return folder, torch.stack([decoded_fp4({"x.weight": codes, "x.scale": scale}, "x").T.float() for codes, scale in pairs])
+
+
+def test_gpt_oss_in_mxfp4_is_fp4_and_is_decoded(gpt_oss):
+    folder, expected = gpt_oss
+    assert is_fp4(read_config(config_of(folder), "student"))
+    loaded = load_model(config_of(folder), "student")
+    assert expected.shape == (4, 64, 128)
+    assert torch.equal(loaded.state_dict()[GPT_OSS], expected)
     assert quantization_of(loaded.config) == {}
+    assert not is_fp4(loaded.config)
+
+
+def zero_a_gpt_oss_scale(weights: dict) -> None:
+    weights[f"{GPT_OSS}_scales"][2, 77, 1] = 0
+
+
+def drop_the_gpt_oss_scales(weights: dict) -> None:
+    del weights[f"{GPT_OSS}_scales"]
+
+
+def nan_gpt_oss_scale(weights: dict) -> None:
+    weights[f"{GPT_OSS}_scales"][3, 0, 0] = 255
+
+
+def turn_the_gpt_oss_scales(weights: dict) -> None:
+    weights[f"{GPT_OSS}_scales"] = weights[f"{GPT_OSS}_scales"].transpose(0, 1).contiguous()
+
+
+@pytest.mark.parametrize(
+    ("edit", "sentence"),
+    [
+        (zero_a_gpt_oss_scale, rf"the scales of {GPT_OSS}_blocks of the student are zero where its weights are not"),
+        (drop_the_gpt_oss_scales, rf"{GPT_OSS}_blocks of the student is stored in U8 without its scale"),
+        (nan_gpt_oss_scale, rf"the scales of {GPT_OSS}_blocks of the student hold NaN"),
+        (turn_the_gpt_oss_scales, rf"{GPT_OSS}_blocks of the student has sizes \[4, 128, 32\] and scales \(128, 4, 2\), which are not blocks"),
+    ],
+)
+def test_a_damaged_gpt_oss_is_refused(gpt_oss, changed_checkpoint, edit, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        load_model(config_of(changed_checkpoint(gpt_oss[0], edit)), "student")
+
+
+def test_a_zero_scale_of_gpt_oss_under_zeros_is_no_damage(gpt_oss, changed_checkpoint):
+    def zero_block(weights: dict) -> None:
+        weights[f"{GPT_OSS}_scales"][2, 77, 1] = 0
+        weights[f"{GPT_OSS}_blocks"][2, 77, 1] = 0x08  # -0
+
+    assert not load_model(config_of(changed_checkpoint(gpt_oss[0], zero_block)), "student").state_dict()[GPT_OSS][2, 32:, 77].any()
+
+
+# Cost
+
+
+def test_the_scales_of_a_checkpoint_are_read_once_as_long_as_it_stays_as_it_is(changed, monkeypatch):
+    folder, read = changed(), []
+    monkeypatch.setattr("rollout.quantized_models._require_whole_scale", lambda name, *_: read.append(name))
+    load_model(config_of(folder), "student")
+    assert f"{EXPERT}.w2.weight" in read
+    read.clear()
+    load_model(config_of(folder), "student")
+    assert not read
+    file = folder / "model.safetensors"
+    os.utime(file, ns=(0, file.stat().st_mtime_ns + 1))
+    load_model(config_of(folder), "student")
+    assert read
+
+
+def test_a_checkpoint_that_is_damaged_after_it_was_loaded_is_refused_each_time(changed):
+    folder = changed()
+    load_model(config_of(folder), "student")
+    weights = load_file(folder / "model.safetensors")
+    zero_one_scale(weights)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    for _ in range(2):
+        with pytest.raises(ValueError, match=rf"the scales of {EXPERT}\.w2\.weight of the student are zero"):
+            load_model(config_of(folder), "student")
+
+
+def test_the_config_that_is_decoded_is_a_copy(released, saved_v4):
+    config = read_config(config_of(released), "student")
+    before = copy.deepcopy(config.to_dict())
+    decoded = decode_on_load(config, config_of(released), "student")
+    assert quantization_of(decoded)["dequantize"] is True
+    assert config.to_dict() == before
+    plain = read_config(config_of(saved_v4), "student")
+    assert decode_on_load(plain, config_of(saved_v4), "student") is plain
 
 
 # Refused
@@ -289,3 +375,8 @@ def test_another_quantisation_is_refused_with_what_to_do(changed):
     folder = changed(config={"quantization_config": {"quant_method": "awq", "bits": 4}})
     with pytest.raises(ValueError, match=r"the teacher of law at .* is quantised with awq, which is not read here: dequantise it offline"):
         load_model(config_of(folder), "teacher of law")
+
+
+def test_a_quantisation_without_a_name_is_refused(changed):
+    with pytest.raises(ValueError, match="is quantised with a method that its config does not name, which is not read here"):
+        load_model(config_of(changed(config={"quantization_config": {"weight_block_size": [128, 128]}})), "student")
