@@ -66,6 +66,7 @@ def export(cfg: ExportConfig) -> None:
     source, kind = _source(cfg)
     tokenizer = load_tokenizer(source.model, source.revision, source.trust_remote_code)
     model = load_model(source, "student")
+    _require_finite(model)
     evaluator = _evaluator(model, tokenizer, source, cfg, device)
     experts = _experts(model, kind, cfg)
     figures = None if experts is None else round_experts(experts, kind is ExportFormat.fp4, cfg.round_experts)
@@ -76,6 +77,7 @@ def export(cfg: ExportConfig) -> None:
     problem = lock(run_dir)
     if problem is not None:
         raise ValueError(problem)
+    write_config(run_dir, cfg, "export")  # first of all, so that an export that is cut off can be run again
     partial = run_dir / "student.partial"
     shutil.rmtree(partial, ignore_errors=True)
     if tensors is None:
@@ -91,7 +93,6 @@ def export(cfg: ExportConfig) -> None:
     record["sha256"] = {path.name: _sha256(path) for path in sorted(partial.iterdir())}
     (run_dir / "export.json").unlink(missing_ok=True)
     replace_folder(partial, run_dir / "student")
-    write_config(run_dir, cfg, "export")
     replace_text(run_dir / "export.json", json.dumps(record, indent=2) + "\n")
     print_export(record, run_dir, cfg.round_experts)
 
@@ -121,17 +122,28 @@ def write_released(
 
 
 def _own_folder(cfg: ExportConfig) -> Path:
-    """The run folder, if it is ours to write and not where the model is."""
+    """The run folder, if it is ours to write and holds nothing of the model that is read."""
     run_dir = Path(cfg.run_dir)
     if cfg.student.model is None:
         raise ValueError("there is nothing to export: set student.model to a folder or hub id")
     if num_ranks(Group.data) > 1:
         raise ValueError("opd export runs in one process: start it without torchrun")
-    if run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())) and not belongs_to(run_dir, "export"):
+    is_used = run_dir.exists() and (not run_dir.is_dir() or any(path.name != ".lock" for path in run_dir.iterdir()))
+    if is_used and not belongs_to(run_dir, "export"):
         raise ValueError(f"{run_dir} is not a folder of `opd export`: choose another run_dir")
-    if Path(cfg.student.model).resolve() == (run_dir / "student").resolve():
+    source = Path(cfg.student.model).resolve()
+    replaced = [(run_dir / name).resolve() for name in ("student", "student.partial", "student.old")]
+    if any(folder in (source, *source.parents) for folder in replaced):
         raise ValueError(f"the export would take the place of {cfg.student.model}, which it reads: choose another run_dir")
+    if source in run_dir.resolve().parents:
+        raise ValueError(f"run_dir={run_dir} is inside of the model that is exported: choose another run_dir")
     return run_dir
+
+
+def _require_finite(model: PreTrainedModel) -> None:
+    for name, tensor in model.state_dict().items():
+        if not tensor.isfinite().all():
+            raise ValueError(f"{name} of the student holds NaN or infinity: its training has diverged, or its file is damaged")
 
 
 def _source(cfg: ExportConfig) -> tuple[ModelConfig, ExportFormat]:

@@ -1,4 +1,4 @@
-"""Settings of quantisation-aware training."""
+"""Settings of quantisation-aware training: what of the student is in FP4, and what is measured of it."""
 
 from dataclasses import dataclass
 from enum import Enum

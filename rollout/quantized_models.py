@@ -1,9 +1,9 @@
 """Quantised checkpoints: read for training in the dtype asked for, and refused where transformers would read them wrongly without a word.
 
 DeepSeek's layout is `quant_method: fp8`: FP8 (E4M3) matrices with a scale for each block, and in V4 routed experts in MXFP4. gpt-oss's is `mxfp4`: routed
-experts alone. Values times powers of two are exact in float32 and bfloat16, so that a decoded model is what the checkpoint says. transformers decodes while it loads; it does not look at what a damaged
-or misnamed scale does: zeroed scales leave a fluent, worse model, and sizes that are no multiple of a block are cut into other blocks. Both are looked for
-here, in the files, before they are loaded.
+experts alone. Values times powers of two are exact in float32 and bfloat16, so that a decoded model is what the checkpoint says. transformers decodes
+while it loads; it does not look at what a damaged or misnamed scale does: zeroed scales leave a fluent, worse model, and sizes that are no multiple of a
+block are cut into other blocks. Both are looked for here, in the files, before they are loaded.
 
 A decoded model forgets that it was quantised: saved, it is a plain model in its dtype.
 """

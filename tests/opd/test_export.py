@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -453,23 +454,50 @@ def test_weights_that_fp4_would_lose_are_refused_by_name_even_where_rounding_is_
         run(source, tmp_path / "run", "round_experts=true")
 
 
+@pytest.mark.parametrize("name", ["model.layers.1.mlp.experts.gate_up_proj", "lm_head.weight"])
 @pytest.mark.parametrize("settings", [[], ["format=plain"], ["round_experts=true"]])
-def test_experts_that_are_nan_are_refused_by_name(settings, fp4_student, tmp_path):
-    def damage(weight: torch.Tensor) -> None:
-        weight[7, 5] = math.nan
+def test_a_weight_that_is_nan_is_refused_by_name(settings, name, fp4_student, tmp_path, monkeypatch):
+    def load_damaged(*arguments):
+        model = load_model(*arguments)
+        with torch.no_grad():
+            model.get_parameter(name)[0, 5] = math.nan
+        return model
 
-    source = edited(fp4_student("float32"), tmp_path / "student", damage)
-    with pytest.raises(ValueError, match=r"^model\.layers\.1\.mlp\.experts\.gate_up_proj: a weight to be quantised to FP4 is NaN or infinite"):
-        run(source, tmp_path / "run", *settings)
+    monkeypatch.setattr("opd.export.load_model", load_damaged)
+    with pytest.raises(ValueError, match=rf"^{re.escape(name)} of the student holds NaN or infinity"):
+        run(fp4_student("float32"), tmp_path / "run", *settings)
+    assert not (tmp_path / "run").exists()
 
 
-def test_a_matrix_that_is_nan_is_refused_by_name_where_it_would_be_fp8(fp4_student, changed_checkpoint, tmp_path):
-    def damage(weights: dict[str, torch.Tensor]) -> None:
-        weights["model.layers.2.attn.wq_b.weight"][7, 5] = math.nan
+def test_an_export_that_was_cut_off_can_be_run_again(fp4_student, tmp_path, monkeypatch):
+    def cut_off(*_arguments):
+        raise KeyboardInterrupt
 
-    source = changed_checkpoint(fp4_student("float32", **WIDE), damage)
-    with pytest.raises(ValueError, match=r"^model\.layers\.2\.self_attn\.q_b_proj\.weight: a weight to be quantised to FP8 is NaN or infinite"):
-        run(source, tmp_path / "run", "rest=fp8", *KL)
+    with monkeypatch.context() as patch:
+        patch.setattr("opd.export.require_equal", cut_off)
+        with pytest.raises(KeyboardInterrupt):
+            run(fp4_student("float32"), tmp_path / "run")
+    assert not (tmp_path / "run" / "student").exists()
+    assert (tmp_path / "run" / "student.partial").exists()
+    assert run(fp4_student("float32"), tmp_path / "run")["verified"]["tensors"] > 0
+    assert not (tmp_path / "run" / "student.partial").exists()
+
+
+@pytest.mark.parametrize("inside", ["student", "student/mine", "student.partial"])
+def test_an_export_does_not_replace_what_it_reads(inside, fp4_student, tmp_path):
+    run(fp4_student("float32"), tmp_path / "run")
+    source = tmp_path / "run" / inside
+    if inside != "student":
+        shutil.copytree(fp4_student("float32"), source)
+    with pytest.raises(ValueError, match=r"would take the place of .*, which it reads"):
+        run(source, tmp_path / "run")
+    assert (source / "config.json").is_file()
+
+
+def test_an_export_is_not_written_into_the_model_it_reads(fp4_student, tmp_path):
+    source = shutil.copytree(fp4_student("float32"), tmp_path / "student")
+    with pytest.raises(ValueError, match="is inside of the model that is exported"):
+        run(source, source / "export")
 
 
 @pytest.mark.parametrize(
