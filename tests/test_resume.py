@@ -14,7 +14,7 @@ from opd.distill import distill
 from rollout.model import save_model
 
 SETTINGS = [
-    "domain=[arithmetic]", "domains.arithmetic.prompts.rows=50", "num_steps=8", "rollout.prompts_per_step=8", "rollout.max_new_tokens=6",
+    "domain=[arithmetic]", "domains.arithmetic.prompts.rows=50", "num_steps=30", "rollout.prompts_per_step=8", "rollout.max_new_tokens=6",
     "rollout.decode_width=8", "checkpoint.every=2", "optim.lr=1e-3", "logger=none", "threads=1", "quant=mxfp4_experts",
 ]  # fmt: skip
 
@@ -78,12 +78,12 @@ def test_a_run_that_is_interrupted_and_killed_continues_bit_for_bit(models, whol
     assert errors.strip().splitlines()[-1].startswith("opd: interrupted")
 
     process = start(run_dir, models)
-    wait_for(process, run_dir, 7)
+    wait_for(process, run_dir, 9)
     process.send_signal(signal.SIGKILL)
     process.communicate()
 
     finish(start(run_dir, models))
-    assert [record["step"] for record in records(run_dir)] == list(range(9)), "no step twice, none missing"
+    assert [record["step"] for record in records(run_dir)] == list(range(31)), "no step twice, none missing"
     assert [numbers(record) for record in records(run_dir)] == [numbers(record) for record in records(whole_run)]
     assert (run_dir / "student" / "model.safetensors").read_bytes() == (whole_run / "student" / "model.safetensors").read_bytes()
 
