@@ -207,7 +207,8 @@ def _start(stage: Stage, run_dir: Path, threads: int) -> None:
 
 
 def _end_with_parent() -> None:
-    """Have Linux interrupt this process when the pipeline is gone, however it went."""
+    """Have Linux interrupt this process when the pipeline is gone, however it went; a shell that started it in the background has it ignore that."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     LIBC.prctl(1, signal.SIGINT)  # PR_SET_PDEATHSIG
 
 

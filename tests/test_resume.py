@@ -27,7 +27,12 @@ def settings(run_dir, models) -> list[str]:
 def start(run_dir, models) -> subprocess.Popen:
     command = [sys.executable, "-m", "opd", "distill", *settings(run_dir, models)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, preexec_fn=heed_interrupts)
+
+
+def heed_interrupts() -> None:
+    """What a shell starts in the background, the tests perhaps, ignores them, and so would all that it starts."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def finish(process: subprocess.Popen) -> str:
