@@ -20,7 +20,7 @@ import torch
 from opd.config import BenchConfig
 from opd.console import print_table
 from opd.distributed import num_cores
-from opd.run import belongs_to, write_config
+from opd.run import write_config
 from rollout.files import replace_text
 
 BUSY = 0.5
@@ -32,12 +32,6 @@ Run = Callable[[], Any]
 
 def device_kind() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def require_own_folder(folder: Path) -> None:
-    """Raises ValueError where a folder holds something that is not of `opd bench`."""
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())) and not belongs_to(folder, "bench"):
-        raise ValueError(f"{folder} is not a folder of `opd bench`: choose another run_dir")
 
 
 def begin_folder(folder: Path, cfg: BenchConfig) -> None:

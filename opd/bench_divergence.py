@@ -24,13 +24,14 @@ from pathlib import Path
 import psutil
 import torch
 
-from opd.bench import begin_folder, device_kind, machine_caption, machine_columns, print_lines, require_own_folder, take_turns, timed, write_csv
+from opd.bench import begin_folder, device_kind, machine_caption, machine_columns, print_lines, take_turns, timed, write_csv
 from opd.bench_contenders import OWN, Contender, Problem, Run, make_inputs, reference, require_agreement
 from opd.bench_memory import Peak, measure_peak, require_high_water_mark
 from opd.bench_peers import PEERS
 from opd.config import DivergenceBenchConfig
 from opd.console import ProgressDisplay
 from opd.errors import nearest
+from opd.run import require_own_folder
 
 SCHEMA = 1
 MIB = 1 << 20
@@ -41,7 +42,7 @@ def bench_divergence(cfg: DivergenceBenchConfig) -> None:
     """Measure, print a table per size, and write RUN/divergence.csv, which grows size by size."""
     device, folder = device_kind(), Path(cfg.run_dir)
     machine = machine_columns(device, PACKAGES)
-    require_own_folder(folder)
+    require_own_folder(folder, "bench")
     if cfg.memory:
         require_high_water_mark(device)
     problems = [_problem(cfg, num_tokens, vocab_size, device) for vocab_size in cfg.vocab_sizes for num_tokens in cfg.num_tokens]

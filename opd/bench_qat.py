@@ -26,12 +26,13 @@ import statistics
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from opd.bench import begin_folder, device_kind, machine_caption, machine_columns, print_lines, require_own_folder, take_turns, timed, write_csv
+from opd.bench import begin_folder, device_kind, machine_caption, machine_columns, print_lines, take_turns, timed, write_csv
 from opd.bench_kernels import Experts, Kernel, choose_kernels, make_experts
 from opd.bench_step import PHASES, QUANTS, STEP, PhaseTime, measure_steps, phase_time, sampler_memory, step_config
 from opd.config import QatBenchConfig
 from opd.console import ProgressDisplay
 from opd.distributed import start_processes
+from opd.run import require_own_folder
 
 SCHEMA = 1
 PACKAGES = ("triton", "torchao", "transformers", "deepspeed")
@@ -48,7 +49,7 @@ def bench_qat(cfg: QatBenchConfig) -> None:
     """Measure, print three tables and a summary, and write RUN/qat.csv, which grows table by table."""
     kind, folder = device_kind(), Path(cfg.run_dir)
     machine = machine_columns(kind, PACKAGES)
-    require_own_folder(folder)
+    require_own_folder(folder, "bench")
     settings = step_config(cfg, QUANTS[1])
     kernels, missing = choose_kernels()
     experts = make_experts(cfg.shape, cfg.tokens_per_expert, cfg.seed, kind)

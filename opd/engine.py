@@ -180,8 +180,8 @@ class Engine:
         with self.quantizer.off():
             plain = self.trained.states(batch)
         with self._gathered([plain.head_VD]):
-            backend = LossConfig(backend=self.trained.loss.backend)
-            _, losses = full_divergence(plain, quantized, torch.ones_like(batch.weight_N), backend, self.trained.vocab_size)
+            exact = LossConfig(backend=self.trained.loss.backend)
+            _, losses = full_divergence(plain, quantized, torch.ones_like(batch.weight_N), exact, self.trained.vocab_size)
         return losses.loss_N
 
     @torch.no_grad()

@@ -21,7 +21,7 @@ from opd.divergence import ModelStates
 from opd.estimators import distillation_loss, signal_of
 from opd.intervals import Interval, mean, proportion
 from opd.loss_config import Backend, LossConfig
-from opd.run import belongs_to, write_config
+from opd.run import require_own_folder, write_config
 from rollout.chat import decode_completion
 from rollout.config import SamplingConfig
 from rollout.files import replace_text
@@ -164,8 +164,7 @@ def evaluate(cfg: EvaluateConfig) -> None:
     """`opd evaluate`: base, teachers and student on every domain's held-out prompts; writes RUN/evaluation.json and prints the table."""
     device = start_processes()
     folder = Path(cfg.run_dir)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())) and not belongs_to(folder, "evaluate"):
-        raise ValueError(f"{folder} is not a folder of `opd evaluate`: choose another run_dir")
+    require_own_folder(folder, "evaluate")
     if cfg.student.model is None:
         raise ValueError("there is nothing to evaluate: set student.model to a folder or hub id")
     tokenizer = load_tokenizer(cfg.student.model, cfg.student.revision, cfg.student.trust_remote_code)

@@ -43,7 +43,7 @@ from opd.evaluate import Evaluator
 from opd.export_check import require_equal
 from opd.export_config import ExportConfig, ExportFormat, RestFormat, shard_bytes
 from opd.export_rounding import ExpertFigures, round_experts, round_matrices
-from opd.run import belongs_to, lock, write_config
+from opd.run import lock, require_own_folder, write_config
 from opd.shards import StoredTensor, write_shards
 from rollout.config import Dtype, ModelConfig
 from rollout.experts import require_quantizable
@@ -128,9 +128,7 @@ def _own_folder(cfg: ExportConfig) -> Path:
         raise ValueError("there is nothing to export: set student.model to a folder or hub id")
     if num_ranks(Group.data) > 1:
         raise ValueError("opd export runs in one process: start it without torchrun")
-    is_used = run_dir.exists() and (not run_dir.is_dir() or any(path.name != ".lock" for path in run_dir.iterdir()))
-    if is_used and not belongs_to(run_dir, "export"):
-        raise ValueError(f"{run_dir} is not a folder of `opd export`: choose another run_dir")
+    require_own_folder(run_dir, "export")
     source = Path(cfg.student.model).resolve()
     replaced = [(run_dir / name).resolve() for name in ("student", "student.partial", "student.old")]
     if any(folder in (source, *source.parents) for folder in replaced):

@@ -36,7 +36,7 @@ from opd.config import LoggerConfig, PipelineConfig, StageConfig
 from opd.console import ProgressDisplay
 from opd.distributed import num_cores
 from opd.metrics import headline
-from opd.run import belongs_to, lock, write_config
+from opd.run import lock, require_own_folder, write_config
 from rollout.files import read_json, replace_text
 
 SCHEMA = 1
@@ -95,19 +95,19 @@ class Stage:
 def run_pipeline(cfg: PipelineConfig) -> None:
     """Run what is not done yet, then write the summary and print its table. Raises ValueError where a stage fails."""
     run_dir = Path(cfg.run_dir)
-    if run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())) and not belongs_to(run_dir, "pipeline"):
-        raise ValueError(f"{run_dir} is not a folder of `opd pipeline`: choose another run_dir")
+    require_own_folder(run_dir, "pipeline")
     stages, free = plan(cfg), _slots(cfg)
     threads = max(1, num_cores() // len(free))
-    (run_dir / "stages").mkdir(parents=True, exist_ok=True)
+    run_dir.mkdir(parents=True, exist_ok=True)
     problem = lock(run_dir)
     if problem is not None:
         raise ValueError(problem)
+    write_config(run_dir, cfg, "pipeline")  # first of all, so that a pipeline that is cut off can be run again
+    (run_dir / "stages").mkdir(exist_ok=True)
     if cfg.fresh:
         for stage in stages.values():
             shutil.rmtree(stage.folder, ignore_errors=True)
             stage.record = {}
-    write_config(run_dir, cfg, "pipeline")
     peak_memory = _Peak()
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))  # end the stages too
     with ProgressDisplay() as display:

@@ -12,9 +12,9 @@ parameter and the view is kept in its place: all experts at once where they are 
 quantises again from the parameter, which DeepSpeed has gathered by then. With gradient checkpointing nothing is kept anyway.
 
 A master that holds decoded values stands on an edge. Where a block's largest code is 6, its largest element is exactly 6 * 2^e, and any step outwards
-doubles the scale and rounds the whole block anew: of a student taken up from an export, or from another run's student folder, about a tenth of the
-values change in the first update, however small (0.01 % of one with ordinary masters). A resumed run keeps its masters and has no such step. The record of
-the first step shows it as quant/flipped.
+doubles the scale and rounds the whole block anew: of a student taken up from an export, or from another run's student folder, up to a tenth of the values
+change in the first update, however small (one in 20,000 of one with ordinary masters). A resumed run keeps its masters and has no such step. The record
+of the first step shows it as quant/flipped.
 
 Rejected: torch's parametrize (renames parameters in every checkpoint, quantises on every access); stochastic rounding (training would differ from what
 samples); a clipping mask in the gradient (the scale never lets a weight saturate, so it would be all ones).

@@ -36,6 +36,8 @@ from rollout.model import save_model
 MAY_DIFFER = ("fresh", "threads", "logger", "checkpoint", "run_dir")
 """Fields that may change when a run is resumed."""
 
+LOCK_FILE = ".lock"
+
 _LOCKS: dict[Path, IO] = {}
 """Lock files this process holds open, by folder; a lock lasts as long as its process."""
 
@@ -65,11 +67,18 @@ def belongs_to(folder: Path, command: str) -> bool:
     return stored.is_file() and stored.read_text().startswith(_mark(command))
 
 
+def require_own_folder(folder: Path, command: str) -> None:
+    """Raises ValueError where a folder holds something that is not of a command; a lock file alone is what one leaves that was killed at its start."""
+    is_used = folder.exists() and (not folder.is_dir() or any(path.name != LOCK_FILE for path in folder.iterdir()))
+    if is_used and not belongs_to(folder, command):
+        raise ValueError(f"{folder} is not a folder of `opd {command}`: choose another run_dir")
+
+
 def lock(folder: Path) -> str | None:
     """Keep other processes out of a folder until this one ends; returns the problem where one is in it already."""
     if folder.resolve() in _LOCKS:
         return None
-    file = (folder / ".lock").open("w")
+    file = (folder / LOCK_FILE).open("w")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -84,10 +93,11 @@ def _mark(command: str) -> str:
 
 def _prepare(folder: Path, cfg: RunConfig, command: str) -> str | None:
     try:
-        if folder.exists() and any(folder.iterdir()) and not belongs_to(folder, command):
-            return f"{folder} is not a folder of `opd {command}`: choose another run_dir"
         folder.mkdir(parents=True, exist_ok=True)
+        require_own_folder(folder, command)
         problem = lock(folder)
+    except ValueError as error:
+        return str(error)
     except OSError as error:
         return f"run_dir={folder} cannot be used: {error.strerror}"
     return problem or (_clear(folder, cfg) if cfg.fresh else None) or _compare(folder, cfg, command)

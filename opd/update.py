@@ -89,7 +89,9 @@ def measure_quantization(engine: Engine, rollouts: list[Rollout], cfg: RunConfig
     """What quantisation changes, over a few rollouts of each domain (names: opd/metrics.py); every rank calls it."""
     ordered, totals = sorted(rollouts, key=rollout_key), DomainTotals(list(cfg.domains))
     share = -(-cfg.quant.measure_rollouts // num_ranks(Group.data))
-    chosen = [r for name in cfg.domains for r in [r for r in ordered if r.prompt.domain == name][:share]]
+    chosen: list[Rollout] = []
+    for name in cfg.domains:
+        chosen += [rollout for rollout in ordered if rollout.prompt.domain == name][:share]
     matches = torch.zeros(2, dtype=torch.float64)
     for batch in supervised_batches(chosen, dict.fromkeys(cfg.domains, 1.0), cfg.batch):
         batch = batch.to(engine.device)

@@ -69,6 +69,13 @@ def test_a_folder_of_another_command_is_refused(tmp_path):
         open_run(config(tmp_path / "run"), "specialize")
 
 
+def test_a_folder_with_nothing_but_a_lock_file_can_be_taken(tmp_path):
+    """What a run leaves that was killed between its lock and its configuration."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / ".lock").touch()
+    assert (open_run(config(tmp_path / "run"), "distill") / "config.yaml").is_file()
+
+
 LOCK = """
 import fcntl, sys
 file = open(sys.argv[1], "w")
