@@ -21,6 +21,7 @@ from opd.distributed import Group, reduce_max
 from rollout.padding import completion_span, group_by_length, pad_right, sequence_length
 from rollout.types import Rollout
 from teachers.config import SignalKind
+from teachers.pool import TeacherPool
 from teachers.types import ScoredRollout, TeacherSignal
 
 PACKING_FAMILIES = ("qwen3", "qwen3_moe")
@@ -39,6 +40,7 @@ class MicroBatch:
     rollout_N: index into `rollouts` of each token.
     teacher, signal: who scored and what was given; None for supervised examples.
     teacher_hidden_ND, teacher_token_NK, teacher_logprob_NK: what was given (teachers/types.py); the others are None.
+    waiting: the rollouts' signals while their hidden states are in the pool's store; `with_hidden` brings them.
     """
 
     rollouts: tuple[Rollout, ...]
@@ -55,6 +57,7 @@ class MicroBatch:
     teacher_hidden_ND: torch.Tensor | None = None
     teacher_token_NK: torch.Tensor | None = None
     teacher_logprob_NK: torch.Tensor | None = None
+    waiting: tuple[TeacherSignal, ...] = ()
     is_filler: bool = False
 
     def to(self, device: torch.device) -> "MicroBatch":
@@ -99,9 +102,23 @@ def _signals(signals: list[TeacherSignal]) -> dict[str, Any]:
     """The teacher's fields of a micro-batch, from those of its rollouts."""
     (kind,) = {signal.kind for signal in signals}
     if kind is SignalKind.hidden_states:
+        if any(signal.stored is not None for signal in signals):
+            return {"signal": kind, "waiting": tuple(signals)}
         return {"signal": kind, "teacher_hidden_ND": torch.cat([signal.hidden_TD for signal in signals])}
     tokens, logprobs = torch.cat([signal.token_TK for signal in signals]), torch.cat([signal.logprob_TK for signal in signals])
     return {"signal": kind, "teacher_token_NK": tokens, "teacher_logprob_NK": logprobs}
+
+
+def with_hidden(batch: MicroBatch, teachers: TeacherPool) -> MicroBatch:
+    """The micro-batch with its teacher's hidden states, taken from the pool's store, where they then are no more; a filler's are 0."""
+    if not batch.waiting:
+        return batch
+    if batch.is_filler:
+        stored = batch.waiting[0].stored
+        hidden_ND = torch.zeros(len(batch.target_N), stored.shape[1], dtype=stored.dtype)
+    else:
+        hidden_ND = torch.cat([teachers.hidden(signal, rollout) for signal, rollout in zip(batch.waiting, batch.rollouts, strict=True)])
+    return replace(batch, teacher_hidden_ND=hidden_ND, waiting=())
 
 
 def supervised_batches(examples: list[Rollout], token_weight: dict[str, float], cfg: BatchConfig) -> list[MicroBatch]:

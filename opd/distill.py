@@ -6,7 +6,7 @@ from opd.distributed import start_processes
 from opd.engine import Engine
 from opd.evaluate import Evaluator, evaluation_metrics
 from opd.metrics import data_metrics, rollout_metrics
-from opd.rollouts import build_stream
+from opd.rollouts import build_stream, data_ranks
 from opd.run import finish_run, open_run
 from opd.student import build_student, load_student_tokenizer, seed_everything
 from opd.tracker import Tracker
@@ -20,7 +20,7 @@ def distill(cfg: DistillConfig) -> None:
     seed_everything(cfg.seed)
     tokenizer = load_student_tokenizer(cfg.student)
     student = build_student(cfg.student, tokenizer, cfg.quant)           # MoE; what must not train is frozen
-    teachers = TeacherPool(cfg.domains, cfg.teachers, tokenizer, device) # frozen; grouped, few resident at a time
+    teachers = TeacherPool(cfg.domains, cfg.teachers, tokenizer, device, data_ranks())  # frozen; grouped, few in memory at a time
     stream = build_stream(cfg, student, tokenizer, device)               # prompts, sampler, replay: its own answers
     teachers.require_context(stream.longest_rollouts)
     evaluator = Evaluator(cfg, student, tokenizer, teachers)

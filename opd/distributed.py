@@ -44,10 +44,14 @@ def set_threads(threads: int | None) -> int:
     Two busy threads per core are far slower than one (up to thirty times, measured on two cores), and a spare core keeps
     data loading, logging and the neighbours of a shared machine from stopping a matrix product half-way.
     """
-    local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    chosen = threads or max(1, num_cores() // local_processes - 1)
+    chosen = threads or max(1, num_cores() // num_local_processes() - 1)
     torch.set_num_threads(chosen)
     return chosen
+
+
+def num_local_processes() -> int:
+    """Processes of this job on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def num_cores() -> int:

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from opd.batch import teacher_batches
+from opd.batch import teacher_batches, with_hidden
 from opd.comparison import DomainResult, comparison, print_comparison
 from opd.config import BatchConfig, DistillConfig, EvaluateConfig, RunConfig
 from opd.distributed import Group, gather_objects, is_main, num_ranks, rank, reduce_sum, start_processes
@@ -101,7 +101,7 @@ class Evaluator:
             whole = BatchConfig(max_tokens_per_micro_batch=self.teachers.cfg.max_tokens_per_forward)
             batches = teacher_batches(self.teachers.score(rollouts, SignalKind.hidden_states), dict.fromkeys(self.domains, 1.0), whole)
             for batch in batches:
-                batch = batch.to(model.device)
+                batch = with_hidden(batch, self.teachers).to(model.device)
                 hidden_ND = backbone_of(model)(input_ids=batch.tokens_BL, use_cache=False)[0].flatten(0, 1)[batch.position_N]
                 student = ModelStates(hidden_ND, head_of(model).weight, logit_transform(model.config, "student"))
                 signal = signal_of(batch, self.teachers.head(batch.teacher))

@@ -1,30 +1,35 @@
 """The rollout stream of a training run: rollout/stream.py joined to the run's ranks, student and domains."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from opd.config import DistillConfig
-from opd.distributed import Group, gather_objects, num_ranks, rank
+from opd.distributed import Group, gather_objects, num_local_processes, num_ranks, rank
 from opd.student import copy_for_sampling
 from rollout.model import context_length, end_tokens
 from rollout.prompts import PromptMixture, load_prompts, require_answers
 from rollout.replay import load_rollouts, replay_file
 from rollout.sampler import LocalSampler
 from rollout.stream import RolloutStream
-from rollout.types import Rollout
 
 
 @dataclass(frozen=True, slots=True)
 class DataRanks:
-    """The data-parallel ranks as `rollout.stream.Ranks`."""
+    """The data-parallel ranks, as `rollout.stream.Ranks` and `teachers.pool.Ranks`."""
 
     index: int
     count: int
+    local_count: int
 
-    def gather(self, rollouts: list[Rollout]) -> list[list[Rollout]]:
-        return gather_objects(rollouts, Group.data)
+    def gather(self, value: Any) -> list[Any]:
+        return gather_objects(value, Group.data)
+
+
+def data_ranks() -> DataRanks:
+    return DataRanks(rank(Group.data), num_ranks(Group.data), num_local_processes())
 
 
 def build_stream(cfg: DistillConfig, student: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, device: torch.device) -> RolloutStream:
@@ -44,4 +49,4 @@ def build_stream(cfg: DistillConfig, student: PreTrainedModel, tokenizer: PreTra
             load_rollouts(replay_file(run, max(0, cfg.num_steps - 1)))
     mixture = PromptMixture(prompts, cfg.rollout.prompts_per_step, cfg.seed)
     sampler = LocalSampler(copy_for_sampling(student, device, cfg.quant), end_tokens(student, tokenizer), cfg.seed, len(tokenizer))
-    return RolloutStream(mixture, sampler, cfg.rollout, cfg.run_dir, DataRanks(rank(Group.data), num_ranks(Group.data)))
+    return RolloutStream(mixture, sampler, cfg.rollout, cfg.run_dir, data_ranks())

@@ -11,7 +11,7 @@ N: completion tokens of a micro-batch.
 
 import torch
 
-from opd.batch import MicroBatch, distillation_batches, supervised_batches
+from opd.batch import MicroBatch, distillation_batches, supervised_batches, with_hidden
 from opd.config import RunConfig
 from opd.distributed import Group, num_ranks, reduce_sum
 from opd.engine import Engine
@@ -29,8 +29,8 @@ def update(engine: Engine, teachers: TeacherPool, scored: list[ScoredRollout], c
     """Distil one step's scored rollouts (this rank's) into the student; returns the step's metrics."""
     weights, metrics = domain_weights([item.rollout for item in scored], cfg, engine.policy_step)
     batches = distillation_batches(scored, weights, cfg.batch)
-    metrics["system/teacher_loads"] = teachers.loads_since_asked()
-    return metrics | _train(engine, batches, cfg, teachers)
+    metrics |= _train(engine, batches, cfg, teachers)
+    return metrics | teachers.metrics()
 
 
 def supervised_update(engine: Engine, examples: list[Rollout], cfg: RunConfig) -> dict[str, float]:
@@ -70,8 +70,11 @@ def _train(engine: Engine, batches: list[MicroBatch], cfg: RunConfig, teachers: 
     balance_scale = 1.0 / float(reduce_sum(torch.tensor(float(own_sequences)), Group.data))
     finite: list[torch.Tensor] = []
     for number, batch in enumerate(batches):
+        head = None
+        if batch.signal is SignalKind.hidden_states:
+            batch = with_hidden(batch, teachers)
+            head = teachers.head(batch.teacher, _next_teacher(batches, number))
         batch = batch.to(engine.device)
-        head = teachers.head(batch.teacher) if batch.signal is SignalKind.hidden_states else None
         scale = 0.0 if batch.is_filler else balance_scale
         loss, losses = engine.loss(batch, head, number == len(batches) - 1, scale)
         engine.backward(loss)
@@ -83,6 +86,11 @@ def _train(engine: Engine, batches: list[MicroBatch], cfg: RunConfig, teachers: 
     if cfg.student.router_bias_speed:
         engine.recorder.update_bias(cfg.student.router_bias_speed)
     return metrics | engine.recorder.metrics() | loss_metrics(totals, is_distillation=teachers is not None)
+
+
+def _next_teacher(batches: list[MicroBatch], number: int) -> str | None:
+    """The teacher whose head is needed after that of a micro-batch."""
+    return next((batch.teacher for batch in batches[number:] if batch.teacher != batches[number].teacher and batch.signal is SignalKind.hidden_states), None)
 
 
 def measure_quantization(engine: Engine, rollouts: list[Rollout], cfg: RunConfig) -> dict[str, float]:

@@ -117,7 +117,7 @@ def prepare_model(model: PreTrainedModel, cfg: ModelConfig, role: str) -> PreTra
         model.set_experts_implementation(cfg.experts.value)
     if has_quantized_indexer(model.config):  # the checkpoint says so
         quantize_indexer(model, role)
-    _unify_dtypes(model, torch_dtype(cfg.dtype))
+    unify_dtypes(model, torch_dtype(cfg.dtype))
     model.eval()
     if cfg.attention is Attention.flash_attention_2:  # a student is still on the CPU, where that does not run
         model.set_attn_implementation(Attention.eager.value)
@@ -204,7 +204,7 @@ def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> se
     return {tokenizer.eos_token_id, *(token for token in listed if token is not None)}
 
 
-def _unify_dtypes(model: nn.Module, dtype: torch.dtype) -> None:
+def unify_dtypes(model: nn.Module, dtype: torch.dtype) -> None:
     """Parameters in one dtype, floating-point buffers in float32: what DeepSpeed makes of a trained model, so that student, sampler and
     a teacher with the same weights compute the same. transformers keeps some small parameters of DeepSeek-V4 in float32 otherwise.
     """

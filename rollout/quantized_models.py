@@ -67,7 +67,7 @@ def decode_on_load(config: PretrainedConfig, cfg: ModelConfig, role: str) -> Pre
     """
     quantization = quantization_of(config)
     if quantization:
-        require_whole_scales(_weight_files(cfg), quantization.get("weight_block_size"), role)
+        require_whole_scales(weight_files(cfg), quantization.get("weight_block_size"), role)
         config = copy.deepcopy(config)
         config.quantization_config = quantization | {"dequantize": True}
     return config
@@ -76,10 +76,24 @@ def decode_on_load(config: PretrainedConfig, cfg: ModelConfig, role: str) -> Pre
 def forget_quantization(model: PreTrainedModel) -> None:
     """Make a decoded model a plain one. transformers would go on to call it FP4 in its config, and to fail when it saves it."""
     for config in {id(config): config for config in (model.config, model.config.get_text_config())}.values():
-        for name in ("quantization_config", "expert_dtype"):
-            if name in vars(config):
-                delattr(config, name)
+        _forget(config)
     model._weight_conversions = None  # how it was loaded, decoding included; transformers finds the plain conversions by itself
+
+
+def plain_config(config: PretrainedConfig) -> PretrainedConfig:
+    """The config of a quantised checkpoint once it is decoded, a changed copy; a plain model's own."""
+    if not quantization_of(config):
+        return config
+    config = copy.deepcopy(config)
+    _forget(config)
+    _forget(config.get_text_config())
+    return config
+
+
+def _forget(config: PretrainedConfig) -> None:
+    for name in ("quantization_config", "expert_dtype"):
+        if name in vars(config):
+            delattr(config, name)
 
 
 def require_whole_scales(files: list[Path], block_size: list[int] | None, role: str) -> None:
@@ -87,7 +101,7 @@ def require_whole_scales(files: list[Path], block_size: list[int] | None, role: 
 
     The scales of a set of files are read once in a process, as long as the files stay as they are: a teacher may be loaded at every step.
     """
-    opened = {file: _open(file, role) for file in files}
+    opened = {file: open_weights(file, role) for file in files}
     versions = tuple((file.resolve(), file.stat().st_size, file.stat().st_mtime_ns) for file in files)
     if (versions, str(block_size)) in VERIFIED:
         return
@@ -153,14 +167,15 @@ def _scale_names(weight: str) -> tuple[str, ...]:
     return (weight.removesuffix("weight") + "scale", f"{weight}_scale_inv")
 
 
-def _open(file: Path, role: str):
+def open_weights(file: Path, role: str) -> safe_open:
+    """A safetensors file, opened. Raises ValueError where it is damaged or cut off."""
     try:
         return safe_open(file, framework="pt")
     except (OSError, SafetensorError) as error:
         raise ValueError(f"the {role} cannot be loaded from {file}: {first_sentence(error)}") from error
 
 
-def _weight_files(cfg: ModelConfig) -> list[Path]:
+def weight_files(cfg: ModelConfig) -> list[Path]:
     """The safetensors files of a model, fetched where it is a hub id."""
     absent = {"revision": cfg.revision, "_raise_exceptions_for_missing_entries": False}
     index = cached_file(cfg.model, SAFE_WEIGHTS_INDEX_NAME, **absent)

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
-from rollout.config import GraderKind, HeldOutConfig, ModelConfig, PromptsConfig
+from rollout.config import Dtype, GraderKind, HeldOutConfig, ModelConfig, PromptsConfig
 
 
 class SignalKind(Enum):
@@ -38,17 +38,51 @@ class DomainConfig:
     loss_weight: Any = 1.0
 
 
+class Placement(Enum):
+    """Where a teacher's weights are while it scores: whole on every rank, or some rows of each weight on each (torch's FSDP2).
+
+    auto: whole where two of that size fit into the memory for teachers, else in shards.
+    """
+
+    auto = "auto"
+    replicated = "replicated"
+    sharded = "sharded"
+
+
+class OnFailure(Enum):
+    """What happens to a run whose teacher fails twice: it stops, or goes on without the teacher's domains until it is resumed."""
+
+    stop = "stop"
+    drop = "drop"
+
+
 @dataclass(slots=True)
 class TeachersConfig:
     """How the pool holds teachers, and what they give.
 
-    max_resident: teachers kept in memory; the least recently used one makes room.
+    placement: whether teachers are whole on every rank or sharded over the ranks.
+    memory_gb: memory of a rank's device for teachers' weights, in 10**9 bytes; null takes half of what is free at the start.
+    max_resident: teachers that stay in memory, of which the least recently used one makes room; null takes as many as fit into memory_gb.
+    prefetch: read the next teacher while one scores, into memory for one more.
+    load_timeout_seconds: of reading one teacher's weights.
+    hidden_dtype: of the hidden states that are kept for the update; null takes the teacher's own.
+    hidden_memory_gb: hidden states kept in shared memory; what is more goes to files. Null takes half of what is free there.
+    hidden_folder: folder of those files, on a disk of the node; null takes the system's for temporary files.
+    on_failure: what happens when a teacher fails twice.
     max_tokens_per_forward: padded tokens of one scoring forward.
     signal: what a teacher gives for each token; what is less than hidden_states is for comparison with systems whose teachers have no more.
     top_k: number of tokens of signal=top_k.
     """
 
-    max_resident: int = 1
+    placement: Placement = Placement.auto
+    memory_gb: float | None = None
+    max_resident: int | None = None
+    prefetch: bool = True
+    load_timeout_seconds: float = 600.0
+    hidden_dtype: Dtype | None = None
+    hidden_memory_gb: float | None = None
+    hidden_folder: str | None = None
+    on_failure: OnFailure = OnFailure.stop
     max_tokens_per_forward: int = 16384
     signal: SignalKind = SignalKind.hidden_states
     top_k: int = 64

@@ -1,42 +1,89 @@
-"""TeacherPool: domain -> teacher. Rollouts are grouped by teacher, so that each is fetched once per step, however many there are.
+"""TeacherPool: domain -> teacher. Rollouts are grouped by teacher, so that each is brought in once per step, however many there are.
 
-Domains whose teachers are the same checkpoint share one teacher. At most `max_resident` are in memory; a step that meets more
-loads the others from disk in turn, once each, since their heads stay in host memory for the loss. Loading is verified
-(rollout/model.py), and tokenizer and vocabulary are compared with the student's at start-up, before any compute is spent.
+Domains whose teachers are the same checkpoint share one. Those in memory score first, while the next is read (teachers/library.py); hidden states wait for the
+update in a store (teachers/hidden_store.py), so that memory follows the step's tokens and the largest teacher, not the number of teachers or the vocabulary.
+
+A teacher that raises, takes too long, or gives NaN or the wrong length is read again from disk and scores again; when that fails too the run stops with its
+name or, with teachers.on_failure=drop, goes on without its domains on all ranks. Never is a signal made up.
 """
 
-from collections import OrderedDict
-from dataclasses import replace
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from rollout.config import ModelConfig
-from rollout.model import load_model
+from rollout.errors import first_sentence
+from rollout.model import torch_dtype
 from rollout.types import Rollout
 from teachers.compatibility import check_teacher
-from teachers.config import DomainConfig, SignalKind, TeachersConfig
+from teachers.config import DomainConfig, OnFailure, SignalKind, TeachersConfig
+from teachers.figures import ScoringFigures, TeacherFigures, teacher_metrics
+from teachers.hidden_store import HiddenLostError, HiddenStore
+from teachers.library import TeacherLibrary
+from teachers.placement import free_memory, plan_placement
 from teachers.teacher import Teacher
-from teachers.types import OutputHead, ScoredRollout
+from teachers.types import OutputHead, ScoredRollout, TeacherFailure, TeacherSignal
+
+Result = TypeVar("Result")
+
+
+class Ranks(Protocol):
+    """The ranks that share a step's rollouts; `local_count` of them are processes of this machine."""
+
+    count: int
+    local_count: int
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's value, in rank order; every rank calls it."""
+
+
+@dataclass(frozen=True, slots=True)
+class OneRank:
+    count: int = 1
+    local_count: int = 1
+
+    def gather(self, value: Any) -> list[Any]:
+        return [value]
 
 
 class TeacherPool:
     """All teachers of a run; `score` gives every rollout the signal of its domain's teacher."""
 
-    def __init__(self, domains: dict[str, DomainConfig], cfg: TeachersConfig, tokenizer: PreTrainedTokenizerBase, device: torch.device):
-        """Checks every teacher (teachers/compatibility.py). Raises ValueError with the domain's name where one does not fit."""
-        self.cfg, self.device, self.vocab_size = cfg, device, len(tokenizer)
+    def __init__(
+        self, domains: dict[str, DomainConfig], cfg: TeachersConfig, tokenizer: PreTrainedTokenizerBase, device: torch.device, ranks: Ranks | None = None
+    ):
+        """Checks every teacher (teachers/compatibility.py), reads the headers of its files, and decides where weights will be; loads nothing.
+
+        Raises ValueError with the domain's name where a teacher does not fit.
+        """
+        self.cfg, self.device, self.vocab_size, self.ranks = cfg, device, len(tokenizer), ranks or OneRank()
         if cfg.signal is SignalKind.top_k and cfg.top_k >= len(tokenizer):
             raise ValueError(f"teachers.top_k={cfg.top_k} leaves no tail in a vocabulary of {len(tokenizer)}: lower it, or use teachers.signal=hidden_states")
         self.teacher_of = {name: _identity(domain.teacher) for name, domain in domains.items()}
         self.configs: dict[str, tuple[str, ModelConfig]] = {}
         for name, domain in domains.items():
             self.configs.setdefault(self.teacher_of[name], (name, domain.teacher))
-        self.resident: OrderedDict[str, Teacher] = OrderedDict()
-        self.host_heads: dict[str, OutputHead] = {}
-        self.device_head: tuple[str, OutputHead] | None = None
-        self.num_loads = self.loads_told = 0
         self.context = {teacher: check_teacher(name, teacher_cfg, tokenizer) for teacher, (name, teacher_cfg) in self.configs.items()}
+        self.library = TeacherLibrary(device)
+        for teacher, (name, teacher_cfg) in self.configs.items():
+            self.library.add(teacher, teacher_cfg, f"teacher of {name}")
+        plan = plan_placement(self.library.sizes(), cfg, free_memory(device, self.ranks.local_count), self.ranks.count)
+        logging.getLogger(__name__).info("%s", plan.description)
+        self.library.place(plan, cfg.load_timeout_seconds)
+        self.store = HiddenStore(cfg.hidden_memory_gb, cfg.hidden_folder, self.ranks.local_count)
+        self.dropped: dict[str, str] = {}
+        self.scoring: dict[str, ScoringFigures] = {}
+
+    @property
+    def num_loads(self) -> int:
+        """Readings of whole teachers so far."""
+        return self.library.weights.num_loads
 
     def require_context(self, longest: dict[str, int]) -> None:
         """Raises ValueError where a domain's longest sequence (prompt and completion, in tokens) exceeds its teacher's context."""
@@ -49,55 +96,133 @@ class TeacherPool:
                 )
 
     def score(self, rollouts: list[Rollout], kind: SignalKind | None = None) -> list[ScoredRollout]:
-        """The rollouts with their teachers' signals (None: teachers.signal of the config), in the same order.
+        """The rollouts with their teachers' signals (None: teachers.signal of the config), in the same order; without those of dropped domains.
 
-        Raises ValueError for a rollout of an unknown domain, and for a teacher whose signal is not finite.
+        Every rank calls it. Raises ValueError for a rollout of an unknown domain, and TeacherFailure where a teacher fails twice.
         """
         by_teacher: dict[str, list[int]] = {}
         for index, rollout in enumerate(rollouts):
             if rollout.prompt.domain not in self.teacher_of:
                 raise ValueError(f"a rollout belongs to domain {rollout.prompt.domain!r}, which has no teacher in this run")
-            by_teacher.setdefault(self.teacher_of[rollout.prompt.domain], []).append(index)
+            if rollout.prompt.domain not in self.dropped:
+                by_teacher.setdefault(self.teacher_of[rollout.prompt.domain], []).append(index)
         scored: list[ScoredRollout | None] = [None] * len(rollouts)
-        for teacher, indices in sorted(by_teacher.items(), key=lambda item: item[0] not in self.resident):
-            scorer = self.get(teacher)
-            hidden = scorer.hidden([rollouts[i] for i in indices], self.cfg.max_tokens_per_forward)
-            for index, hidden_TD in zip(indices, hidden, strict=True):
-                if not hidden_TD.isfinite().all():
-                    raise ValueError(f"the teacher of {rollouts[index].prompt.domain} gave NaN or infinity on request {rollouts[index].prompt.request}")
-                signal = scorer.signal(rollouts[index], hidden_TD, kind or self.cfg.signal, self.cfg.top_k, self.vocab_size)
+        failed: dict[str, str] = {}
+        order = sorted(by_teacher, key=lambda teacher: teacher not in self.library.weights)  # those in memory first
+        for position, teacher in enumerate(order):
+            indices, later = by_teacher[teacher], order[position + 1 :]
+            try:
+                signals = self._signals(teacher, [rollouts[i] for i in indices], kind or self.cfg.signal, later)
+            except TeacherFailure as error:
+                if self.cfg.on_failure is OnFailure.stop:
+                    raise
+                failed[teacher] = str(error)
+                continue
+            for index, signal in zip(indices, signals, strict=True):
                 scored[index] = ScoredRollout(rollout=rollouts[index], signal=signal)
-        return scored
+        if self.cfg.on_failure is OnFailure.drop:
+            self._drop(failed)
+        return self._without_dropped(rollouts, scored)
 
-    def loads_since_asked(self) -> int:
-        """Teachers loaded from disk since this was last asked."""
-        loads, self.loads_told = self.num_loads - self.loads_told, self.num_loads
-        return loads
+    def hidden(self, signal: TeacherSignal, rollout: Rollout) -> torch.Tensor:
+        """hidden_TD of a signal, taken from the store; the teacher scores the rollout again where it is lost or damaged there."""
+        if signal.stored is None:
+            return signal.hidden_TD
+        try:
+            return self.store.take(signal.stored)
+        except HiddenLostError as error:
+            logging.getLogger(__name__).warning("%s: request %d is scored again", error, rollout.prompt.request)
+            self.store.drop(signal.stored)
+            (again,) = self._signals(signal.teacher, [rollout], SignalKind.hidden_states, [])
+            return self.store.take(again.stored)
 
-    def head(self, teacher: str) -> OutputHead:
-        """The head of a teacher, on the device; one is there at a time, so ask for them teacher by teacher."""
-        if self.device_head is None or self.device_head[0] != teacher:
-            if teacher not in self.host_heads:
-                self.get(teacher)
-            head = self.host_heads[teacher]
-            self.device_head = (teacher, replace(head, weight_VD=head.weight_VD.to(self.device)))
-        return self.device_head[1]
+    def head(self, teacher: str, upcoming: str | None = None) -> OutputHead:
+        """The head of a teacher on the device, valid until another is asked for; `upcoming` is the next, which is read meanwhile."""
+        return self._twice(teacher, lambda: self.library.head(teacher, upcoming))
 
     def get(self, teacher: str) -> Teacher:
-        """A teacher by its name in the pool, loaded if it is not resident."""
-        if teacher in self.resident:
-            self.resident.move_to_end(teacher)
-            return self.resident[teacher]
-        while len(self.resident) >= max(1, self.cfg.max_resident):
-            self.resident.popitem(last=False)
-        domain, cfg = self.configs[teacher]
-        self.resident[teacher] = Teacher(teacher, load_model(cfg, f"teacher of {domain}", self.device))
-        head = self.resident[teacher].head
-        self.host_heads[teacher] = replace(head, weight_VD=head.weight_VD.cpu())
-        self.num_loads += 1
-        return self.resident[teacher]
+        """A teacher by its name in the pool, its weights in memory."""
+        return self._twice(teacher, lambda: self.library.open(teacher))
+
+    def domains_of(self, teacher: str) -> list[str]:
+        """The domains that a teacher scores."""
+        return [domain for domain, name in self.teacher_of.items() if name == teacher]
+
+    def metrics(self) -> dict[str, float]:
+        """Figures of teachers since this was last asked, over all ranks (names: teachers/figures.py); every rank calls it."""
+        own = {name: TeacherFigures(scoring=self.scoring.get(name), loading=loading) for name, loading in self.library.figures().items()}
+        own |= {name: TeacherFigures(scoring=scoring) for name, scoring in self.scoring.items() if name not in own}
+        self.scoring = {}
+        everywhere = self.ranks.gather(own)
+        return teacher_metrics({"+".join(self.domains_of(name)): [rank.get(name, TeacherFigures()) for rank in everywhere] for name in self.configs})
+
+    def _signals(self, teacher: str, rollouts: list[Rollout], kind: SignalKind, later: list[str]) -> list[TeacherSignal]:
+        """A teacher's signals of some rollouts, their hidden states in the store; the first of `later` is read meanwhile."""
+        signals = self._twice(teacher, lambda: self._try_signals(teacher, rollouts, kind, later))
+        figures = self.scoring.setdefault(teacher, ScoringFigures())
+        if kind is not SignalKind.hidden_states:
+            return signals
+        dtype = torch_dtype(self.cfg.hidden_dtype) if self.cfg.hidden_dtype is not None else signals[0].hidden_TD.dtype
+        if dtype != signals[0].hidden_TD.dtype:
+            figures.rounding_kl += self.library.open(teacher).rounding_kl(signals[0].hidden_TD, dtype, self.vocab_size)
+            figures.rounded_tokens += len(signals[0].hidden_TD)
+        return [replace(signal, hidden_TD=None, stored=self.store.put(signal.hidden_TD.to(dtype))) for signal in signals]
+
+    def _try_signals(self, teacher: str, rollouts: list[Rollout], kind: SignalKind, later: list[str]) -> list[TeacherSignal]:
+        scorer = self.library.open(teacher, keep=set(later))
+        if later:
+            self.library.prefetch(later[0], keep={teacher, *later})
+        begun = time.monotonic()
+        hidden = scorer.hidden(rollouts, self.cfg.max_tokens_per_forward)
+        for rollout, hidden_TD in zip(rollouts, hidden, strict=True):
+            if len(hidden_TD) != len(rollout.completion_T):
+                raise TeacherFailure(f"it gave {len(hidden_TD)} hidden states for {len(rollout.completion_T)} tokens of request {rollout.prompt.request}")
+            if not hidden_TD.isfinite().all():
+                raise TeacherFailure(f"it gave NaN or infinity on request {rollout.prompt.request}")
+        signals = [
+            scorer.signal(rollout, hidden_TD, kind, self.cfg.top_k, self.vocab_size) for rollout, hidden_TD in zip(rollouts, hidden, strict=True)
+        ]  # fmt: skip
+        self.scoring.setdefault(teacher, ScoringFigures()).seconds += time.monotonic() - begun
+        return signals
+
+    def _twice(self, teacher: str, attempt: Callable[[], Result]) -> Result:
+        """What an attempt gives or, where it raises, a second one with the teacher read anew. Raises TeacherFailure."""
+        who = f"the teacher of {' and '.join(self.domains_of(teacher))} ({self.configs[teacher][1].model})"
+        try:
+            return attempt()
+        except Exception as error:  # whatever a teacher raises
+            logging.getLogger(__name__).warning("%s failed and is read again: %s", who, first_sentence(error))
+            self.library.discard(teacher)
+        try:
+            return attempt()
+        except Exception as error:
+            self.library.discard(teacher)
+            raise TeacherFailure(f"{who} failed twice: {first_sentence(error)}") from error
+
+    def _drop(self, failed: dict[str, str]) -> None:
+        """Go on without the domains of teachers that failed on any rank. Raises TeacherFailure where none would be left."""
+        for own in self.ranks.gather(failed):
+            for teacher, reason in own.items():
+                for domain in self.domains_of(teacher):
+                    if self.dropped.setdefault(domain, reason) is reason:
+                        logging.getLogger(__name__).warning("the run goes on without domain %s: %s", domain, reason)
+        if len(self.dropped) == len(self.teacher_of):
+            raise TeacherFailure(f"no domain is left: {next(iter(self.dropped.values()))}")
+
+    def _without_dropped(self, rollouts: list[Rollout], scored: list[ScoredRollout | None]) -> list[ScoredRollout]:
+        """What was scored of domains that are not dropped; on a rank that has nothing else, one rollout whose tokens do not count."""
+        kept = [item for item in scored if item is not None and item.rollout.prompt.domain not in self.dropped]
+        if kept or not rollouts or not self.dropped:
+            return kept
+        rollout = replace(rollouts[0], completion_mask_T=torch.zeros_like(rollouts[0].completion_mask_T))
+        token_T1 = rollout.completion_T[:, None]
+        nothing = TeacherSignal(
+            teacher=self.teacher_of[rollout.prompt.domain], kind=SignalKind.sampled_token, token_TK=token_T1, logprob_TK=torch.zeros(token_T1.shape)
+        )  # fmt: skip
+        return [ScoredRollout(rollout=rollout, signal=nothing)]
 
 
 def _identity(cfg: ModelConfig) -> str:
     """Two domains share a teacher when everything that decides its numbers is the same."""
-    return "|".join(str(part) for part in (cfg.model, cfg.revision, cfg.dtype.value, cfg.attention and cfg.attention.value, cfg.experts and cfg.experts.value))
+    model = str(Path(cfg.model).resolve()) if cfg.model is not None and Path(cfg.model).is_dir() else cfg.model
+    return "|".join(str(part) for part in (model, cfg.revision, cfg.dtype.value, cfg.attention and cfg.attention.value, cfg.experts and cfg.experts.value))

@@ -9,13 +9,16 @@ D: hidden size. V: vocabulary. T: completion tokens. C: some of them. K: tokens 
 """
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from rollout.logits import product_into, transform_
 from rollout.model import backbone_of, head_of, logit_transform
 from rollout.padding import completion_span, group_by_length, pad_right, sequence_length
 from rollout.types import Rollout
+from teachers.checkpoint_reader import unique_weights
 from teachers.config import SignalKind
+from teachers.residency import Weights
 from teachers.types import OutputHead, TeacherSignal
 
 LOGITS_AT_A_TIME = 1 << 24
@@ -23,12 +26,25 @@ LOGITS_AT_A_TIME = 1 << 24
 
 
 class Teacher:
-    """A frozen model that scores rollouts."""
+    """A frozen model that scores rollouts. Its weights may come and go: `attach` and `detach`."""
 
     def __init__(self, name: str, model: PreTrainedModel):
         self.name = name
         self.model = model.eval().requires_grad_(False)
         self.transform = logit_transform(model.config, f"teacher {name}")
+        self.places = _places_of_weights(model)
+
+    def attach(self, weights: Weights) -> None:
+        """Take these tensors as the model's weights, as they are; each tied one in all its places."""
+        for module, leaf, name in self.places:
+            if leaf in module._parameters:
+                module._parameters[leaf] = nn.Parameter(weights[name], requires_grad=False)
+            else:
+                module._buffers[leaf] = weights[name]
+
+    def detach(self) -> None:
+        """Let go of the weights, whose memory will be overwritten: the model cannot be run until others are attached."""
+        self.attach({name: tensor.detach().to("meta") for name, tensor in unique_weights(self.model).items()})
 
     @property
     def head(self) -> OutputHead:
@@ -65,9 +81,29 @@ class Teacher:
                 logprobs.append(logprob_CV.gather(1, tokens[-1]))
         return TeacherSignal(teacher=self.name, kind=kind, token_TK=torch.cat(tokens), logprob_TK=torch.cat(logprobs))
 
+    @torch.no_grad()
+    def rounding_kl(self, hidden_TD: torch.Tensor, dtype: torch.dtype, vocab_size: int) -> float:
+        """KL(teacher || teacher from hidden states in another dtype), summed over the tokens, in nats."""
+        total, rows = 0.0, max(1, LOGITS_AT_A_TIME // vocab_size)
+        for start in range(0, len(hidden_TD), rows):
+            exact_CV = self._logprobs(hidden_TD[start : start + rows], vocab_size).double()
+            rounded_CV = self._logprobs(hidden_TD[start : start + rows].to(dtype), vocab_size).double()
+            total += float((exact_CV.exp() * (exact_CV - rounded_CV)).sum())
+        return total
+
     def _logprobs(self, hidden_CD: torch.Tensor, vocab_size: int) -> torch.Tensor:
         head = self.head
         logits_CV = torch.empty(len(hidden_CD), vocab_size, device=hidden_CD.device)
         product_into(logits_CV, hidden_CD, head.weight_VD[:vocab_size])
         transform_(logits_CV, head.transform)
         return logits_CV.log_softmax(-1)
+
+
+def _places_of_weights(model: PreTrainedModel) -> list[tuple[nn.Module, str, str]]:
+    """(module, name in it, name among `unique_weights`) of every weight of a model."""
+    names = {id(tensor): name for name, tensor in unique_weights(model).items()}
+    places = []
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        path, _, leaf = name.rpartition(".")
+        places.append((model.get_submodule(path), leaf, names[id(tensor)]))
+    return places

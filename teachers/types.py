@@ -9,6 +9,7 @@ import torch
 
 from rollout.types import IDENTITY, LogitTransform, Rollout
 from teachers.config import SignalKind
+from teachers.hidden_store import StoredHidden
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -18,12 +19,14 @@ class TeacherSignal:
     teacher: name in the pool.
     kind: what is given; the other fields are None.
     hidden_TD: last hidden states after the final norm, in the teacher's dtype; the teacher's head belongs to them.
+    stored: the same, waiting in the pool's store (teachers/hidden_store.py); of the two one is None.
     token_TK, logprob_TK: tokens and their float32 log-probabilities at temperature 1: the K likeliest, or (K = 1) the sampled one.
     """
 
     teacher: str
     kind: SignalKind = SignalKind.hidden_states
     hidden_TD: torch.Tensor | None = None
+    stored: StoredHidden | None = None
     token_TK: torch.Tensor | None = None
     logprob_TK: torch.Tensor | None = None
 
@@ -42,3 +45,7 @@ class ScoredRollout:
 
     rollout: Rollout
     signal: TeacherSignal
+
+
+class TeacherFailure(ValueError):  # noqa: N818 - it is the teacher that failed
+    """A teacher that did not give its signal; the message names it."""

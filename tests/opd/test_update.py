@@ -142,11 +142,11 @@ def test_two_domains_with_one_checkpoint_give_the_divergence_of_one_domain(v4_mo
 
 def test_swapping_two_teachers_changes_exactly_their_rows(make_pool, random_rollouts):
     rollouts = random_rollouts([("law", 3, 4), ("code", 2, 5), ("tools", 4, 3), ("law", 2, 2)])
-    before = make_pool({"law": "v4", "code": "qwen3_moe", "tools": "student"}).score(rollouts)
-    after = make_pool({"law": "qwen3_moe", "code": "v4", "tools": "student"}).score(rollouts)
-    for rollout, one, other in zip(rollouts, before, after, strict=True):
+    pools = [make_pool({"law": "v4", "code": "qwen3_moe", "tools": "student"}), make_pool({"law": "qwen3_moe", "code": "v4", "tools": "student"})]
+    for rollout, one, other in zip(rollouts, pools[0].score(rollouts), pools[1].score(rollouts), strict=True):
         assert one.rollout is other.rollout is rollout
-        is_same = one.signal.hidden_TD.shape == other.signal.hidden_TD.shape and torch.equal(one.signal.hidden_TD, other.signal.hidden_TD)
+        before_TD, after_TD = pools[0].hidden(one.signal, rollout), pools[1].hidden(other.signal, rollout)
+        is_same = before_TD.shape == after_TD.shape and torch.equal(before_TD, after_TD)
         assert is_same == (rollout.prompt.domain == "tools")
 
 

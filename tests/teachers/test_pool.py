@@ -35,13 +35,14 @@ def new_pool(folders, tokenizer):
 
     def make(teachers: dict[str, str], **settings) -> TeacherPool:
         domains = {name: DomainConfig(teacher=ModelConfig(model=folders.get(teacher, teacher))) for name, teacher in teachers.items()}
-        return TeacherPool(domains, TeachersConfig(**{"max_resident": 3} | settings), tokenizer, CPU)
+        return TeacherPool(domains, TeachersConfig(**{"max_resident": 3, "prefetch": False} | settings), tokenizer, CPU)
 
     return make
 
 
-def hidden_of(scored) -> list[torch.Tensor]:
-    return [item.signal.hidden_TD for item in scored]
+def hidden_of(pool: TeacherPool, rollouts: list) -> list[torch.Tensor]:
+    """The hidden states that a pool scores rollouts with."""
+    return [pool.hidden(item.signal, item.rollout) for item in pool.score(rollouts)]
 
 
 def assert_equal(left: list[torch.Tensor], right: list[torch.Tensor]) -> None:
@@ -54,9 +55,9 @@ THREE = {"law": "v4", "code": "qwen", "math": "wide"}
 
 def test_each_rollout_gets_the_signal_of_its_domains_teacher_in_order(new_pool, rollouts, folders):
     teachers = {domain: Teacher(domain, load_model(ModelConfig(model=folders[name]), domain)) for domain, name in THREE.items()}
-    scored = new_pool(THREE).score(rollouts)
-    assert [item.rollout for item in scored] == rollouts
-    assert_equal(hidden_of(scored), [teachers[rollout.prompt.domain].hidden([rollout], 1000)[0] for rollout in rollouts])
+    pool = new_pool(THREE)
+    assert [item.rollout for item in pool.score(rollouts)] == rollouts
+    assert_equal(hidden_of(pool, rollouts), [teachers[rollout.prompt.domain].hidden([rollout], 1000)[0] for rollout in rollouts])
 
 
 def test_a_signals_teacher_names_the_head_that_belongs_to_it(new_pool, rollouts, folders):
@@ -89,8 +90,8 @@ def test_two_domains_on_one_checkpoint_share_one_teacher(new_pool, rollouts):
 def test_two_domains_on_one_checkpoint_get_the_signals_of_one_domain(new_pool, rollouts, random_rollouts):
     mixed = random_rollouts([("law" if i % 2 else "code", 5 + i, 9) for i in range(6)])
     single = random_rollouts([("law", 5 + i, 9) for i in range(6)])
-    both = hidden_of(new_pool({"law": "v4", "code": "v4"}).score(mixed))
-    one = hidden_of(new_pool({"law": "v4"}).score(single))
+    both = hidden_of(new_pool({"law": "v4", "code": "v4"}), mixed)
+    one = hidden_of(new_pool({"law": "v4"}), single)
     assert all(torch.equal(a, b) for a, b in zip(both, one, strict=True))
 
 
@@ -107,8 +108,8 @@ def test_swapping_two_teachers_changes_exactly_the_rows_of_their_domains(new_poo
         weights["model.norm.weight"] *= 1.5
 
     other = str(changed_checkpoint(folders["qwen"], perturb))
-    before = hidden_of(new_pool({"law": "qwen", "code": other, "math": "wide"}).score(rollouts))
-    after = hidden_of(new_pool({"law": other, "code": "qwen", "math": "wide"}).score(rollouts))
+    before = hidden_of(new_pool({"law": "qwen", "code": other, "math": "wide"}), rollouts)
+    after = hidden_of(new_pool({"law": other, "code": "qwen", "math": "wide"}), rollouts)
     for rollout, a, b in zip(rollouts, before, after, strict=True):
         assert torch.equal(a, b) == (rollout.prompt.domain == "math")
         if rollout.prompt.domain != "math":
@@ -119,11 +120,11 @@ def test_swapping_two_teachers_changes_exactly_the_rows_of_their_domains(new_poo
 def test_one_resident_teacher_gives_the_same_signals_and_heads_as_all(new_pool, rollouts):
     few, all_of_them = new_pool(THREE, max_resident=1), new_pool(THREE, max_resident=3)
     for _ in range(2):
+        assert all(torch.equal(a, b) for a, b in zip(hidden_of(few, rollouts), hidden_of(all_of_them, rollouts), strict=True))
         one, three = few.score(rollouts), all_of_them.score(rollouts)
-        assert all(torch.equal(a, b) for a, b in zip(hidden_of(one), hidden_of(three), strict=True))
         for a, b in zip(one, three, strict=True):
             assert torch.equal(few.head(a.signal.teacher).weight_VD, all_of_them.head(b.signal.teacher).weight_VD)
-        assert len(few.resident) == 1
+        assert len(few.library.weights.names()) == 1
     assert all_of_them.num_loads == 3
 
 
@@ -138,7 +139,7 @@ def test_the_least_recently_used_teacher_makes_room(new_pool, rollouts):
     pool = new_pool(THREE, max_resident=2)
     for domain in ("law", "code", "law", "math"):
         pool.score([rollout for rollout in rollouts if rollout.prompt.domain == domain])
-    assert list(pool.resident) == [pool.teacher_of["law"], pool.teacher_of["math"]]
+    assert pool.library.weights.names() == [pool.teacher_of["law"], pool.teacher_of["math"]]
 
 
 def test_the_head_of_a_teacher_that_made_room_needs_no_reload(new_pool, rollouts):
@@ -151,7 +152,7 @@ def test_the_head_of_a_teacher_that_made_room_needs_no_reload(new_pool, rollouts
 
 @pytest.mark.parametrize("max_tokens", [1, 30, 64])
 def test_the_size_of_a_scoring_forward_changes_signals_by_rounding_alone(new_pool, rollouts, max_tokens):
-    assert_equal(hidden_of(new_pool(THREE, max_tokens_per_forward=max_tokens).score(rollouts)), hidden_of(new_pool(THREE).score(rollouts)))
+    assert_equal(hidden_of(new_pool(THREE, max_tokens_per_forward=max_tokens), rollouts), hidden_of(new_pool(THREE), rollouts))
 
 
 def test_no_rollouts_give_no_signals(new_pool):
@@ -172,17 +173,17 @@ def test_a_teacher_that_gives_nan_is_refused_by_its_domain(new_pool, rollouts, f
         weights["model.norm.weight"][3] = torch.nan
 
     pool = new_pool({"law": "v4", "code": "qwen", "math": str(changed_checkpoint(folders["qwen"], poison))})
-    with pytest.raises(ValueError, match="the teacher of math gave NaN or infinity on request 3"):
+    with pytest.raises(ValueError, match=r"the teacher of math \(.*\) failed twice: it gave NaN or infinity on request 3"):
         pool.score(rollouts)
 
 
-def test_a_checkpoint_that_lacks_weights_is_refused_by_its_domain(new_pool, rollouts, folders, changed_checkpoint):
+def test_a_checkpoint_that_lacks_weights_is_refused_at_start_up(new_pool, folders, changed_checkpoint):
     def drop(weights: dict) -> None:
         del weights["model.layers.1.mlp.gate.weight"]
 
-    pool = new_pool({"law": "v4", "code": str(changed_checkpoint(folders["qwen"], drop)), "math": "wide"})
+    lacking = str(changed_checkpoint(folders["qwen"], drop))
     with pytest.raises(ValueError, match=r"of the teacher of code lacks 1 of the model's weights, model\.layers\.1\.mlp\.gate\.weight first"):
-        pool.score(rollouts)
+        new_pool({"law": "v4", "code": lacking, "math": "wide"})
 
 
 def test_every_teacher_is_checked_at_start_up(new_pool, folders, changed_checkpoint):
