@@ -21,6 +21,22 @@ class SignalKind(Enum):
 
 
 @dataclass(slots=True)
+class TeacherConfig(ModelConfig):
+    """A frozen specialist: a model that is loaded here, alone or with an adapter, or one that a running server holds.
+
+    server: address of a vLLM server (http://host:port) that scores in place of a model loaded here; it gives no hidden states, so
+        teachers.signal must be top_k or sampled_token. `model` is then the name (or the folder) that the server must report,
+        and may be left out where it serves one model; a local folder also gives the tokenizer that is compared with the student's.
+    adapter: PEFT LoRA adapter on top of `model`: a local folder or hub id.
+    adapter_revision: commit, tag or branch of the adapter on the hub.
+    """
+
+    server: str | None = None
+    adapter: str | None = None
+    adapter_revision: str | None = None
+
+
+@dataclass(slots=True)
 class DomainConfig:
     """One domain; its name is its key under `domains`.
 
@@ -31,7 +47,7 @@ class DomainConfig:
     loss_weight: w_d of the objective (number or schedule); the weights of the domains present in a step are divided by their sum.
     """
 
-    teacher: ModelConfig = field(default_factory=ModelConfig)
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
     prompts: PromptsConfig = field(default_factory=PromptsConfig)
     held_out: HeldOutConfig = field(default_factory=HeldOutConfig)
     grader: GraderKind | None = None

@@ -17,12 +17,11 @@ from typing import Any, Protocol, TypeVar
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from rollout.config import ModelConfig
 from rollout.errors import first_sentence
 from rollout.model import torch_dtype
 from rollout.types import Rollout
 from teachers.compatibility import check_teacher
-from teachers.config import DomainConfig, OnFailure, SignalKind, TeachersConfig
+from teachers.config import DomainConfig, OnFailure, SignalKind, TeacherConfig, TeachersConfig
 from teachers.figures import ScoringFigures, TeacherFigures, teacher_metrics
 from teachers.hidden_store import HiddenLostError, HiddenStore
 from teachers.library import TeacherLibrary
@@ -66,13 +65,13 @@ class TeacherPool:
         if cfg.signal is SignalKind.top_k and cfg.top_k >= len(tokenizer):
             raise ValueError(f"teachers.top_k={cfg.top_k} leaves no tail in a vocabulary of {len(tokenizer)}: lower it, or use teachers.signal=hidden_states")
         self.teacher_of = {name: _identity(domain.teacher) for name, domain in domains.items()}
-        self.configs: dict[str, tuple[str, ModelConfig]] = {}
+        self.configs: dict[str, tuple[str, TeacherConfig]] = {}
         for name, domain in domains.items():
             self.configs.setdefault(self.teacher_of[name], (name, domain.teacher))
         self.context = {teacher: check_teacher(name, teacher_cfg, tokenizer) for teacher, (name, teacher_cfg) in self.configs.items()}
         self.library = TeacherLibrary(device)
         for teacher, (name, teacher_cfg) in self.configs.items():
-            self.library.add(teacher, teacher_cfg, f"teacher of {name}")
+            self.library.add(teacher, _base_identity(teacher_cfg), teacher_cfg, f"teacher of {name}")
         plan = plan_placement(self.library.sizes(), cfg, free_memory(device, self.ranks.local_count), self.ranks.count)
         logging.getLogger(__name__).info("%s", plan.description)
         self.library.place(plan, cfg.load_timeout_seconds)
@@ -108,7 +107,7 @@ class TeacherPool:
                 by_teacher.setdefault(self.teacher_of[rollout.prompt.domain], []).append(index)
         scored: list[ScoredRollout | None] = [None] * len(rollouts)
         failed: dict[str, str] = {}
-        order = sorted(by_teacher, key=lambda teacher: teacher not in self.library.weights)  # those in memory first
+        order = sorted(by_teacher, key=lambda teacher: (not self.library.is_here(teacher), self.library.base_of[teacher]))  # those in memory first
         for position, teacher in enumerate(order):
             indices, later = by_teacher[teacher], order[position + 1 :]
             try:
@@ -222,7 +221,12 @@ class TeacherPool:
         return [ScoredRollout(rollout=rollout, signal=nothing)]
 
 
-def _identity(cfg: ModelConfig) -> str:
+def _identity(cfg: TeacherConfig) -> str:
     """Two domains share a teacher when everything that decides its numbers is the same."""
+    return "|".join(str(part) for part in (_base_identity(cfg), *((cfg.adapter, cfg.adapter_revision) if cfg.adapter is not None else ())))
+
+
+def _base_identity(cfg: TeacherConfig) -> str:
+    """Two teachers share a model in memory when they differ in their adapters alone."""
     model = str(Path(cfg.model).resolve()) if cfg.model is not None and Path(cfg.model).is_dir() else cfg.model
     return "|".join(str(part) for part in (model, cfg.revision, cfg.dtype.value, cfg.attention and cfg.attention.value, cfg.experts and cfg.experts.value))

@@ -16,6 +16,7 @@ from rollout.logits import product_into, transform_
 from rollout.model import backbone_of, head_of, logit_transform
 from rollout.padding import completion_span, group_by_length, pad_right, sequence_length
 from rollout.types import Rollout
+from teachers.adapters import Adapter, AdapterSlot
 from teachers.checkpoint_reader import unique_weights
 from teachers.config import SignalKind
 from teachers.residency import Weights
@@ -26,13 +27,17 @@ LOGITS_AT_A_TIME = 1 << 24
 
 
 class Teacher:
-    """A frozen model that scores rollouts. Its weights may come and go: `attach` and `detach`."""
+    """A frozen model that scores rollouts. Its weights may come and go: `attach` and `detach`.
 
-    def __init__(self, name: str, model: PreTrainedModel):
-        self.name = name
+    Several teachers may share a model that they use with an adapter each, or without any: `adapters` is then the model's place for them.
+    """
+
+    def __init__(self, name: str, model: PreTrainedModel, adapters: AdapterSlot | None = None, adapter: Adapter | None = None):
+        self.name, self.adapters, self.adapter = name, adapters, adapter
         self.model = model.eval().requires_grad_(False)
         self.transform = logit_transform(model.config, f"teacher {name}")
         self.places = _places_of_weights(model)
+        self.empty = {name: tensor.detach().to("meta") for name, tensor in unique_weights(model).items()}
 
     def attach(self, weights: Weights) -> None:
         """Take these tensors as the model's weights, as they are; each tied one in all its places."""
@@ -44,7 +49,12 @@ class Teacher:
 
     def detach(self) -> None:
         """Let go of the weights, whose memory will be overwritten: the model cannot be run until others are attached."""
-        self.attach({name: tensor.detach().to("meta") for name, tensor in unique_weights(self.model).items()})
+        self.attach(self.empty)
+
+    def activate(self) -> None:
+        """Make the model compute as this teacher, where it shares it. Raises ValueError where its adapter does not fit."""
+        if self.adapters is not None:
+            self.adapters.activate(self.adapter)
 
     @property
     def head(self) -> OutputHead:
@@ -54,6 +64,7 @@ class Teacher:
     @torch.no_grad()
     def hidden(self, rollouts: list[Rollout], max_tokens: int) -> list[torch.Tensor]:
         """hidden_TD of each rollout, in order; forwards hold at most `max_tokens` padded tokens (one rollout at least)."""
+        self.activate()
         result: list[torch.Tensor | None] = [None] * len(rollouts)
         for group in group_by_length([sequence_length(rollout) for rollout in rollouts], max_tokens):
             hidden_BLD = backbone_of(self.model)(input_ids=pad_right([rollouts[i] for i in group]).to(self.model.device), use_cache=False)[0]
