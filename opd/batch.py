@@ -109,15 +109,15 @@ def _signals(signals: list[TeacherSignal]) -> dict[str, Any]:
     return {"signal": kind, "teacher_token_NK": tokens, "teacher_logprob_NK": logprobs}
 
 
-def with_hidden(batch: MicroBatch, teachers: TeacherPool) -> MicroBatch:
-    """The micro-batch with its teacher's hidden states, taken from the pool's store, where they then are no more; a filler's are 0."""
+def with_hidden(batch: MicroBatch, teachers: TeacherPool, keep: bool = False) -> MicroBatch:
+    """The micro-batch with its teacher's hidden states, taken from the pool's store, where they then are no more unless kept; a filler's are 0."""
     if not batch.waiting:
         return batch
     if batch.is_filler:
         stored = batch.waiting[0].stored
         hidden_ND = torch.zeros(len(batch.target_N), stored.shape[1], dtype=stored.dtype)
     else:
-        hidden_ND = torch.cat([teachers.hidden(signal, rollout) for signal, rollout in zip(batch.waiting, batch.rollouts, strict=True)])
+        hidden_ND = torch.cat([teachers.hidden(signal, rollout, keep) for signal, rollout in zip(batch.waiting, batch.rollouts, strict=True)])
     return replace(batch, teacher_hidden_ND=hidden_ND, waiting=())
 
 

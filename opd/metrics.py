@@ -23,6 +23,7 @@ Step 0 holds what was measured before training. Names:
     quant/flipped, quant/scale_spread         share of FP4 values that the update changed; largest spread of scale exponents in a 128 x 128 block
     seconds/PHASE, seconds/step (evaluation included), throughput/completion_tokens_per_second
     teacher/T/seconds, loads, bytes_loaded, load_seconds, load_hidden, rounding_kl          teachers/figures.py; T: its domains joined by +
+    teacher/T/gradient_share                  opd/gradient_share.py
     system/teacher_loads                      readings of teachers and heads from disk in this step, over all ranks; like seconds, not the same after a resume
     evaluation/D/truncated, accuracy, accuracy_low, accuracy_high, greedy, kl_per_token, kl_per_sequence (with _low, _high)
 

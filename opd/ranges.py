@@ -21,7 +21,7 @@ AT_LEAST_ONE = (
 
 NOT_NEGATIVE = (
     "num_steps", "temperature", "lr", "muon_lr", "eps", "weight_decay", "warmup_steps", "every", "router_probe_every", "update_ratio_every",
-    "measure_every", "steps", "memory_gb", "hidden_memory_gb", "load_timeout_seconds",
+    "measure_every", "steps", "memory_gb", "hidden_memory_gb", "load_timeout_seconds", "gradient_share_every",
 )  # fmt: skip
 
 

@@ -15,6 +15,7 @@ from opd.batch import MicroBatch, distillation_batches, supervised_batches, with
 from opd.config import RunConfig
 from opd.distributed import Group, num_ranks, reduce_sum
 from opd.engine import Engine
+from opd.gradient_share import gradient_shares
 from opd.metrics import DomainTotals, add_losses, loss_metrics
 from opd.quant_config import ExpertFormat
 from rollout.config import schedule_value
@@ -65,6 +66,9 @@ def _train(engine: Engine, batches: list[MicroBatch], cfg: RunConfig, teachers: 
         metrics = engine.probe_routing(batches[0])
     if engine.is_quantization_due():
         metrics |= measure_quantization(engine, [rollout for batch in batches if not batch.is_filler for rollout in batch.rollouts], cfg)
+    every = cfg.teachers.gradient_share_every if teachers is not None else 0
+    if every and engine.policy_step % every == 0:
+        metrics |= gradient_shares(engine, batches, teachers)
     engine.recorder.start_step()
     own_sequences = sum(len(batch.rollouts) for batch in batches if not batch.is_filler)
     balance_scale = 1.0 / float(reduce_sum(torch.tensor(float(own_sequences)), Group.data))

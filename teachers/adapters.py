@@ -52,7 +52,7 @@ def check_adapter(adapter: Adapter) -> None:
     """Raises ValueError where an adapter cannot be read, or does more than add to products of layers."""
     config, _ = _read(adapter)
     if config.peft_type.value != "LORA":
-        raise ValueError(f"the adapter {adapter.path} of the {adapter.role} is of kind {config.peft_type.value}: only LORA is supported, merge it into its base")
+        raise ValueError(f"the adapter {adapter.path} of the {adapter.role} is {config.peft_type.value} and only LORA is supported: merge it into its base")
     if config.modules_to_save:
         raise ValueError(
             f"the adapter {adapter.path} of the {adapter.role} replaces whole modules ({', '.join(config.modules_to_save)}), which is not supported: "

@@ -123,17 +123,18 @@ class TeacherPool:
             self._drop(failed)
         return self._without_dropped(rollouts, scored)
 
-    def hidden(self, signal: TeacherSignal, rollout: Rollout) -> torch.Tensor:
-        """hidden_TD of a signal, taken from the store; the teacher scores the rollout again where it is lost or damaged there."""
+    def hidden(self, signal: TeacherSignal, rollout: Rollout, keep: bool = False) -> torch.Tensor:
+        """hidden_TD of a signal, taken from the store or only looked at; the teacher scores the rollout again where it is lost or damaged there."""
         if signal.stored is None:
             return signal.hidden_TD
         try:
-            return self.store.take(signal.stored)
+            hidden_TD = self.store.look(signal.stored)
         except HiddenLostError as error:
             logging.getLogger(__name__).warning("%s: request %d is scored again", error, rollout.prompt.request)
+            hidden_TD = self._twice(signal.teacher, lambda: self._try_hidden(signal.teacher, [rollout]))[0].to(signal.stored.dtype)
+        if not keep:
             self.store.drop(signal.stored)
-            (again,) = self._signals(signal.teacher, [rollout], SignalKind.hidden_states, [])
-            return self.store.take(again.stored)
+        return hidden_TD
 
     def head(self, teacher: str, upcoming: str | None = None) -> OutputHead:
         """The head of a teacher on the device, valid until another is asked for; `upcoming` is the next, which is read meanwhile."""
@@ -147,13 +148,17 @@ class TeacherPool:
         """The domains that a teacher scores."""
         return [domain for domain, name in self.teacher_of.items() if name == teacher]
 
+    def label(self, teacher: str) -> str:
+        """What metrics call a teacher."""
+        return "+".join(self.domains_of(teacher))
+
     def metrics(self) -> dict[str, float]:
         """Figures of teachers since this was last asked, over all ranks (names: teachers/figures.py); every rank calls it."""
         own = {name: TeacherFigures(scoring=self.scoring.get(name), loading=loading) for name, loading in self.library.figures().items()}
         own |= {name: TeacherFigures(scoring=scoring) for name, scoring in self.scoring.items() if name not in own}
         self.scoring = {}
         everywhere = self.ranks.gather(own)
-        return teacher_metrics({"+".join(self.domains_of(name)): [rank.get(name, TeacherFigures()) for rank in everywhere] for name in self.configs})
+        return teacher_metrics({self.label(name): [rank.get(name, TeacherFigures()) for rank in everywhere] for name in self.configs})
 
     def _signals(self, teacher: str, rollouts: list[Rollout], kind: SignalKind, later: list[str]) -> list[TeacherSignal]:
         """A teacher's signals of some rollouts, their hidden states in the store; the first of `later` is read meanwhile."""
@@ -168,6 +173,12 @@ class TeacherPool:
         return [replace(signal, hidden_TD=None, stored=self.store.put(signal.hidden_TD.to(dtype))) for signal in signals]
 
     def _try_signals(self, teacher: str, rollouts: list[Rollout], kind: SignalKind, later: list[str]) -> list[TeacherSignal]:
+        hidden = self._try_hidden(teacher, rollouts, later)
+        scorer = self.library.open(teacher)
+        return [scorer.signal(rollout, hidden_TD, kind, self.cfg.top_k, self.vocab_size) for rollout, hidden_TD in zip(rollouts, hidden, strict=True)]
+
+    def _try_hidden(self, teacher: str, rollouts: list[Rollout], later: list[str] = ()) -> list[torch.Tensor]:
+        """hidden_TD of each rollout; the first of `later` is read meanwhile. Raises whatever the teacher raises, and where it gives something else."""
         scorer = self.library.open(teacher, keep=set(later))
         if later:
             self.library.prefetch(later[0], keep={teacher, *later})
@@ -178,11 +189,8 @@ class TeacherPool:
                 raise TeacherFailure(f"it gave {len(hidden_TD)} hidden states for {len(rollout.completion_T)} tokens of request {rollout.prompt.request}")
             if not hidden_TD.isfinite().all():
                 raise TeacherFailure(f"it gave NaN or infinity on request {rollout.prompt.request}")
-        signals = [
-            scorer.signal(rollout, hidden_TD, kind, self.cfg.top_k, self.vocab_size) for rollout, hidden_TD in zip(rollouts, hidden, strict=True)
-        ]  # fmt: skip
         self.scoring.setdefault(teacher, ScoringFigures()).seconds += time.monotonic() - begun
-        return signals
+        return hidden
 
     def _twice(self, teacher: str, attempt: Callable[[], Result]) -> Result:
         """What an attempt gives or, where it raises, a second one with the teacher read anew. Raises TeacherFailure."""

@@ -15,10 +15,10 @@ from opd.evaluate import FIRST_REQUEST, Evaluator, evaluate, evaluation_metrics,
 from opd.export import export
 from opd.intervals import proportion
 from opd.loss_config import DivergenceKind, LossConfig
-from rollout.config import GraderKind, HeldOutConfig, ModelConfig, PromptsConfig, SamplingConfig
+from rollout.config import GraderKind, HeldOutConfig, PromptsConfig, SamplingConfig
 from rollout.sampler import LocalSampler
 from rollout.types import Rollout
-from teachers.config import DomainConfig, SignalKind, TeachersConfig
+from teachers.config import DomainConfig, SignalKind, TeacherConfig, TeachersConfig
 from teachers.pool import TeacherPool
 
 ROWS = 12
@@ -31,7 +31,7 @@ def cfg(teacher_folders) -> DistillConfig:
     for name, teacher, grader in [("law", "v4", GraderKind.exact), ("code", "qwen3_moe", None)]:
         held_out = HeldOutConfig(path="synthetic:tools", split="held_out", rows=ROWS)
         prompts = PromptsConfig(path="synthetic:tools", rows=8)
-        domains[name] = DomainConfig(teacher=ModelConfig(model=str(teacher_folders[teacher])), prompts=prompts, held_out=held_out, grader=grader)
+        domains[name] = DomainConfig(teacher=TeacherConfig(model=str(teacher_folders[teacher])), prompts=prompts, held_out=held_out, grader=grader)
     return DistillConfig(domains=domains, evaluation=EvaluationConfig(every=1, max_new_tokens=5, decode_width=6))
 
 

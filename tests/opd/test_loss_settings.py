@@ -17,7 +17,7 @@ from opd.update import update
 from rollout.config import Dtype, ModelConfig
 from rollout.model import build_model, save_model
 from rollout.types import Rollout
-from teachers.config import DomainConfig, SignalKind, TeachersConfig
+from teachers.config import DomainConfig, SignalKind, TeacherConfig, TeachersConfig
 from teachers.pool import TeacherPool
 
 # What a configuration may hold
@@ -124,7 +124,7 @@ def new_pool(teacher_folders, saved_qwen3_moe, tokenizer, device) -> Callable[..
     folders = {name: str(folder) for name, folder in (teacher_folders | {"student": saved_qwen3_moe}).items()}
 
     def make(teacher_of: dict[str, str], teachers: TeachersConfig, **model) -> TeacherPool:
-        domains = {name: DomainConfig(teacher=ModelConfig(model=folders.get(teacher, teacher), **model)) for name, teacher in teacher_of.items()}
+        domains = {name: DomainConfig(teacher=TeacherConfig(model=folders.get(teacher, teacher), **model)) for name, teacher in teacher_of.items()}
         return TeacherPool(domains, teachers, tokenizer, device)
 
     return make

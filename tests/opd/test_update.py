@@ -11,7 +11,7 @@ from opd.update import domain_weights, supervised_update, update
 from rollout.config import ModelConfig
 from rollout.model import load_model
 from rollout.types import Rollout
-from teachers.config import DomainConfig, TeachersConfig
+from teachers.config import DomainConfig, TeacherConfig, TeachersConfig
 from teachers.pool import TeacherPool
 
 SHAPES = [("law", 3, 9), ("code", 9, 2), ("law", 6, 4), ("code", 2, 12), ("law", 12, 1), ("code", 5, 5), ("law", 1, 7)]
@@ -25,7 +25,7 @@ def make_pool(teacher_folders, saved_v4, tokenizer, device) -> Callable[..., Tea
     folders = teacher_folders | {"student": saved_v4}
 
     def make(teacher_of: dict[str, str], max_tokens: int = 16384) -> TeacherPool:
-        domains = {name: DomainConfig(teacher=ModelConfig(model=str(folders[teacher]))) for name, teacher in teacher_of.items()}
+        domains = {name: DomainConfig(teacher=TeacherConfig(model=str(folders[teacher]))) for name, teacher in teacher_of.items()}
         return TeacherPool(domains, TeachersConfig(max_resident=2, max_tokens_per_forward=max_tokens), tokenizer, device)
 
     return make
@@ -222,3 +222,22 @@ def test_loaded_and_pooled_teachers_are_the_checkpoints(make_pool, teacher_folde
     pool = make_pool({"law": "qwen3_moe"})
     model = load_model(ModelConfig(model=str(teacher_folders["qwen3_moe"])), "teacher")
     assert torch.equal(pool.head(pool.teacher_of["law"]).weight_VD, model.get_output_embeddings().weight)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 3])
+def test_gradient_shares_are_the_norms_of_each_teachers_part_of_the_gradient(stage, v4_model, make_pool, make_engine, make_config, rollouts, tokenizer):
+    cfg = weighted(make_config, {"law": 0.75, "code": 0.25}, max_tokens=60, stage=stage)
+    pool = make_pool({"law": "v4", "code": "qwen3_moe"})
+    teachers = {name: load_model(pool.configs[teacher][1], "teacher") for name, teacher in pool.teacher_of.items()}
+    norms = {}
+    for name in teachers:
+        own = [rollout for rollout in rollouts if rollout.prompt.domain == name]
+        _, gradients = naive_step(v4_model, teachers, own, {name: {"law": 0.75, "code": 0.25}[name]}, len(tokenizer))
+        norms[name] = float(torch.stack([gradient.norm() for gradient in gradients.values()]).norm())
+    metrics, measured = one_update(make_engine(v4_model, cfg), pool, rollouts, cfg)
+    for name, norm in norms.items():
+        assert metrics[f"teacher/{name}/gradient_share"] == pytest.approx(norm / sum(norms.values()), rel=1e-4)
+    cfg.teachers.gradient_share_every = 0
+    metrics, unmeasured = one_update(make_engine(v4_model, cfg), pool, rollouts, cfg)
+    assert not any(name.endswith("gradient_share") for name in metrics)
+    assert_same_changes(measured, unmeasured)

@@ -7,7 +7,7 @@ import torch
 
 from rollout.config import Dtype, Experts, ModelConfig
 from rollout.model import load_model, save_model
-from teachers.config import DomainConfig, SignalKind, TeachersConfig
+from teachers.config import DomainConfig, SignalKind, TeacherConfig, TeachersConfig
 from teachers.pool import TeacherPool
 from teachers.teacher import Teacher
 
@@ -34,7 +34,7 @@ def new_pool(folders, tokenizer):
     """new_pool({"law": "v4", ...}, max_resident=1): a pool whose domains have the teachers of `folders`."""
 
     def make(teachers: dict[str, str], **settings) -> TeacherPool:
-        domains = {name: DomainConfig(teacher=ModelConfig(model=folders.get(teacher, teacher))) for name, teacher in teachers.items()}
+        domains = {name: DomainConfig(teacher=TeacherConfig(model=folders.get(teacher, teacher))) for name, teacher in teachers.items()}
         return TeacherPool(domains, TeachersConfig(**{"max_resident": 3, "prefetch": False} | settings), tokenizer, CPU)
 
     return make
@@ -97,7 +97,7 @@ def test_two_domains_on_one_checkpoint_get_the_signals_of_one_domain(new_pool, r
 
 @pytest.mark.parametrize("setting", [{"dtype": Dtype.bfloat16}, {"experts": Experts.eager}])
 def test_one_checkpoint_in_two_settings_is_two_teachers(folders, tokenizer, rollouts, setting):
-    domains = {"law": DomainConfig(teacher=ModelConfig(model=folders["qwen"])), "code": DomainConfig(teacher=ModelConfig(model=folders["qwen"], **setting))}
+    domains = {"law": DomainConfig(teacher=TeacherConfig(model=folders["qwen"])), "code": DomainConfig(teacher=TeacherConfig(model=folders["qwen"], **setting))}
     pool = TeacherPool(domains, TeachersConfig(), tokenizer, CPU)
     scored = pool.score([rollout for rollout in rollouts if rollout.prompt.domain != "math"])
     assert len({item.signal.teacher for item in scored}) == 2
