@@ -13,7 +13,7 @@ from omegaconf.errors import OmegaConfBaseException
 from opd.export_config import ExportConfig, check_export
 from opd.loss_config import DivergenceKind, LossConfig
 from opd.quant_config import QuantConfig
-from opd.ranges import check_loss, check_ranges, check_schedules
+from opd.ranges import check_evaluated, check_loss, check_ranges, check_schedules
 from rollout.config import Dtype, ModelConfig, RolloutConfig
 from rollout.errors import first_sentence
 from teachers.config import DomainConfig, SignalKind, TeachersConfig
@@ -111,7 +111,7 @@ class EvaluationConfig:
 
     every: steps between evaluations while training; 0 evaluates never.
     prompts: held-out prompts per domain while training; null takes all.
-    kl: also the held-out divergence from each domain's teacher.
+    kl: also the held-out divergence from each domain's teacher; not where a server holds it, which cannot give whole distributions.
     max_new_tokens: completion tokens at most; null takes rollout.max_new_tokens (256 in commands without rollouts).
     decode_width: rows decoded together; null takes rollout.decode_width (64 in commands without rollouts).
     """
@@ -342,4 +342,6 @@ def parse(config: DictConfig, schema: type) -> Any:
         check_export(parsed)
     if isinstance(parsed, EvaluateConfig) and parsed.teachers.signal is not SignalKind.hidden_states:
         raise ValueError("opd evaluate always compares whole distributions, so teachers.signal would be ignored: remove it")
+    if isinstance(parsed, EvaluateConfig):
+        check_evaluated(parsed.domains)
     return parsed

@@ -74,7 +74,7 @@ class Evaluator:
             accuracy = proportion(sum(scores), count)
             greedy = proportion(sum(self._scores(name, sampler.sample(own, replace(self.sampling, temperature=0.0)))), count)
         kl_per_token = kl_per_sequence = None
-        if with_kl and self.cfg.kl and self.teachers is not None:
+        if with_kl and self.cfg.kl and self.teachers is not None and not self.teachers.is_remote(name):
             kl_per_token, kl_per_sequence = self._divergence(sampler.model, sampled)
         unfinished = torch.tensor(sum(not rollout.finished for rollout in sampled), dtype=torch.float64)
         return DomainResult(

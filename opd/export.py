@@ -45,13 +45,13 @@ from opd.export_config import ExportConfig, ExportFormat, RestFormat, shard_byte
 from opd.export_rounding import ExpertFigures, round_experts, round_matrices
 from opd.run import lock, require_own_folder, write_config
 from opd.shards import StoredTensor, write_shards
-from rollout.config import Dtype, ModelConfig
+from rollout.config import Dtype
 from rollout.experts import require_quantizable
 from rollout.files import replace_text
 from rollout.model import end_tokens, load_model, load_tokenizer, replace_folder, require_folder, write_model
 from rollout.quantized_models import read_config
 from rollout.sampler import LocalSampler
-from teachers.config import DomainConfig, TeachersConfig
+from teachers.config import DomainConfig, TeacherConfig, TeachersConfig
 from teachers.pool import TeacherPool
 
 SCHEMA = 1
@@ -144,11 +144,11 @@ def _require_finite(model: PreTrainedModel) -> None:
             raise ValueError(f"{name} of the student holds NaN or infinity: its training has diverged, or its file is damaged")
 
 
-def _source(cfg: ExportConfig) -> tuple[ModelConfig, ExportFormat]:
+def _source(cfg: ExportConfig) -> tuple[TeacherConfig, ExportFormat]:
     """The model to read, in its own dtype, and the format it is to have. Raises ValueError for all that settings and the model's config rule out."""
     if cfg.domains and cfg.rest is RestFormat.keep and not cfg.round_experts:
         raise ValueError("nothing is rounded with rest=keep and round_experts=false, so domains would be ignored: remove them")
-    source = ModelConfig(model=cfg.student.model, revision=cfg.student.revision, trust_remote_code=cfg.student.trust_remote_code)
+    source = TeacherConfig(model=cfg.student.model, revision=cfg.student.revision, trust_remote_code=cfg.student.trust_remote_code)
     require_folder(source.model, "student")
     config = read_config(source, "student")
     dtype = str(config.get_text_config().dtype).removeprefix("torch.")
@@ -177,7 +177,7 @@ def _tensors(model: PreTrainedModel, fp8: set[str]) -> list[StoredTensor]:
         raise ValueError(f"{error}: set format=plain") from error
 
 
-def _evaluator(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, source: ModelConfig, cfg: ExportConfig, device: torch.device) -> Evaluator | None:
+def _evaluator(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, source: TeacherConfig, cfg: ExportConfig, device: torch.device) -> Evaluator | None:
     """What measures the KL, with the given model as every domain's teacher; None where no domain is selected."""
     if not cfg.domains:
         return None

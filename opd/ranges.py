@@ -9,20 +9,23 @@ from typing import Any
 
 from opd.loss_config import Backend, DivergenceKind, LossConfig
 from rollout.config import RolloutConfig, schedule_value
-from teachers.config import SignalKind, TeachersConfig
+from teachers.config import DomainConfig, SignalKind, TeachersConfig
 
 AT_LEAST_ONE = (
     "prompts_per_step", "completions_per_prompt", "max_new_tokens", "decode_width", "examples_per_step", "max_tokens",
     "max_tokens_per_micro_batch", "max_tokens_per_forward", "max_resident", "keep", "threads", "processes",
     "top_k", "num_tokens", "vocab_sizes", "hidden", "teacher_hidden", "repeats", "measure_rollouts", "kl_prompts",
-    "shape", "tokens_per_expert",
+    "shape", "tokens_per_expert", "max_connections",
 )  # fmt: skip
 """Whole numbers from 1; of a list, each of its members, and there is one."""
 
 NOT_NEGATIVE = (
     "num_steps", "temperature", "lr", "muon_lr", "eps", "weight_decay", "warmup_steps", "every", "router_probe_every", "update_ratio_every",
-    "measure_every", "steps", "memory_gb", "hidden_memory_gb", "load_timeout_seconds", "gradient_share_every",
+    "measure_every", "steps", "memory_gb", "hidden_memory_gb", "gradient_share_every", "retries",
 )  # fmt: skip
+
+ABOVE_ZERO = ("timeout_seconds", "load_timeout_seconds", "probe_tolerance")
+"""Finite numbers above 0."""
 
 
 def check_ranges(cfg: Any, path: str = "") -> None:
@@ -37,6 +40,8 @@ def check_ranges(cfg: Any, path: str = "") -> None:
                 raise ValueError(f"{name} must be at least {least}, not {number}")
         if field.name == "betas" and not (len(value) == 2 and all(0 <= beta < 1 for beta in value)):
             raise ValueError(f"{name} must be two numbers from 0 to below 1, not {value}")
+        if field.name in ABOVE_ZERO and not 0 < value < math.inf:
+            raise ValueError(f"{name} must be above 0 and finite, not {value}")
         for key, member in value.items() if isinstance(value, dict) else [("", value)]:
             if is_dataclass(member):
                 check_ranges(member, f"{name}.{key}." if key else f"{name}.")
@@ -50,6 +55,13 @@ def check_schedules(cfg: Any) -> None:
         schedule_value(domain.loss_weight, 0, f"domains.{name}.loss_weight")
     if "slip_rate" in names:
         schedule_value(cfg.slip_rate, 0, "slip_rate")
+
+
+def check_evaluated(domains: dict[str, DomainConfig]) -> None:
+    """Raises ValueError for a teacher that `opd evaluate` could not evaluate: it samples from teachers, and compares whole distributions."""
+    for name, domain in domains.items():
+        if domain.teacher.server is not None:
+            raise ValueError(f"opd evaluate loads each teacher, and that of {name} is a server: set domains.{name}.teacher.server=null and teacher.model")
 
 
 def check_loss(loss: LossConfig, teachers: TeachersConfig, rollout: RolloutConfig) -> None:

@@ -33,7 +33,7 @@ from opd.engine import Engine
 from rollout.files import replace_text
 from rollout.model import save_model
 
-MAY_DIFFER = ("fresh", "threads", "logger", "checkpoint", "run_dir")
+MAY_DIFFER = ("fresh", "threads", "logger", "checkpoint", "run_dir", "teachers.timeout_seconds", "teachers.retries", "teachers.max_connections")
 """Fields that may change when a run is resumed."""
 
 LOCK_FILE = ".lock"

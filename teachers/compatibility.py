@@ -18,7 +18,7 @@ from rollout.model import context_length, load_tokenizer, logit_transform, requi
 def check_teacher(domain: str, cfg: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> int:
     """As `check_compatible`, for the teacher of a domain."""
     if cfg.model is None:
-        raise ValueError(f"domain {domain} has no teacher: set domains.{domain}.teacher.model to a local folder or hub id")
+        raise ValueError(f"domain {domain} has no teacher: set domains.{domain}.teacher.model to a local folder or hub id, or teacher.server to an address")
     return check_compatible(f"teacher of {domain}", cfg, tokenizer)
 
 
@@ -36,8 +36,7 @@ def check_compatible(role: str, cfg: ModelConfig, tokenizer: PreTrainedTokenizer
         own = load_tokenizer(cfg.model, cfg.revision, cfg.trust_remote_code)
     except (OSError, ValueError) as error:
         raise ValueError(f"the {role} cannot be read from {cfg.model}: {first_sentence(error)}") from error
-    if tokenizer_fingerprint(own) != tokenizer_fingerprint(tokenizer):
-        raise ValueError(f"the {role} ({cfg.model}) has another tokenizer than the student: they must share one vocabulary")
+    require_same_tokenizer(role, cfg.model, own, tokenizer)
     if own.eos_token_id != tokenizer.eos_token_id:
         raise ValueError(f"the {role} ends a sequence with token {own.eos_token_id}, the student with {tokenizer.eos_token_id}")
     vocab_size = config.get_text_config().vocab_size
@@ -45,6 +44,12 @@ def check_compatible(role: str, cfg: ModelConfig, tokenizer: PreTrainedTokenizer
         raise ValueError(f"the {role} has {vocab_size} vocabulary rows, fewer than the tokenizer's {len(tokenizer)}")
     logit_transform(config, role)  # raises where the divergence does not know it
     return context_length(config, role)
+
+
+def require_same_tokenizer(role: str, model: str, own: PreTrainedTokenizerBase, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raises ValueError where the model's own tokenizer gives ids another meaning than the student's."""
+    if tokenizer_fingerprint(own) != tokenizer_fingerprint(tokenizer):
+        raise ValueError(f"the {role} ({model}) has another tokenizer than the student: they must share one vocabulary")
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:

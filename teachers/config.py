@@ -89,6 +89,10 @@ class TeachersConfig:
     max_tokens_per_forward: padded tokens of one scoring forward.
     signal: what a teacher gives for each token; what is less than hidden_states is for comparison with systems whose teachers have no more.
     top_k: number of tokens of signal=top_k.
+    timeout_seconds: of one request to a teacher's server, from connecting to the last byte of the answer.
+    retries: further attempts of a request that failed, with growing pauses.
+    max_connections: requests of one rank to a server at a time.
+    probe_tolerance: mean difference of a probe's log-probabilities, in nats, above which a server counts as holding another model.
     """
 
     placement: Placement = Placement.auto
@@ -104,3 +108,7 @@ class TeachersConfig:
     max_tokens_per_forward: int = 16384
     signal: SignalKind = SignalKind.hidden_states
     top_k: int = 64
+    timeout_seconds: float = 120.0
+    retries: int = 2
+    max_connections: int = 8
+    probe_tolerance: float = 0.02

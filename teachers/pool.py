@@ -1,10 +1,11 @@
 """TeacherPool: domain -> teacher. Rollouts are grouped by teacher, so that each is brought in once per step, however many there are.
 
-Domains whose teachers are the same checkpoint share one. Those in memory score first, while the next is read (teachers/library.py); hidden states wait for the
-update in a store (teachers/hidden_store.py), so that memory follows the step's tokens and the largest teacher, not the number of teachers or the vocabulary.
+Domains whose teachers are the same checkpoint share one. Those in memory score first, while the next is read (teachers/library.py); hidden states
+wait for the update in a store (teachers/hidden_store.py), so that memory follows the step's tokens and the largest teacher, not the number of
+teachers or the vocabulary. A teacher that a server holds (teachers/remote.py) has no weights and no head here.
 
-A teacher that raises, takes too long, or gives NaN or the wrong length is read again from disk and scores again; when that fails too the run stops with its
-name or, with teachers.on_failure=drop, goes on without its domains on all ranks. Never is a signal made up.
+A teacher that raises, takes too long, or gives NaN or the wrong length is read again from disk and scores again; when that fails too the run stops
+with its name or, with teachers.on_failure=drop, goes on without its domains on all ranks. Never is a signal made up.
 """
 
 import logging
@@ -26,6 +27,7 @@ from teachers.figures import ScoringFigures, TeacherFigures, teacher_metrics
 from teachers.hidden_store import HiddenLostError, HiddenStore
 from teachers.library import TeacherLibrary
 from teachers.placement import free_memory, plan_placement
+from teachers.remote import RemoteTeacher
 from teachers.teacher import Teacher
 from teachers.types import OutputHead, ScoredRollout, TeacherFailure, TeacherSignal
 
@@ -68,10 +70,15 @@ class TeacherPool:
         self.configs: dict[str, tuple[str, TeacherConfig]] = {}
         for name, domain in domains.items():
             self.configs.setdefault(self.teacher_of[name], (name, domain.teacher))
-        self.context = {teacher: check_teacher(name, teacher_cfg, tokenizer) for teacher, (name, teacher_cfg) in self.configs.items()}
-        self.library = TeacherLibrary(device)
+        self.context: dict[str, int] = {}
+        self.library, self.remote = TeacherLibrary(device), {}
         for teacher, (name, teacher_cfg) in self.configs.items():
-            self.library.add(teacher, _base_identity(teacher_cfg), teacher_cfg, f"teacher of {name}")
+            if teacher_cfg.server is not None:
+                self.remote[teacher] = RemoteTeacher(teacher, name, teacher_cfg, cfg, tokenizer)
+                self.context[teacher] = self.remote[teacher].context
+            else:
+                self.context[teacher] = check_teacher(name, teacher_cfg, tokenizer)
+                self.library.add(teacher, _base_identity(teacher_cfg), teacher_cfg, f"teacher of {name}")
         plan = plan_placement(self.library.sizes(), cfg, free_memory(device, self.ranks.local_count), self.ranks.count)
         logging.getLogger(__name__).info("%s", plan.description)
         self.library.place(plan, cfg.load_timeout_seconds)
@@ -107,9 +114,11 @@ class TeacherPool:
                 by_teacher.setdefault(self.teacher_of[rollout.prompt.domain], []).append(index)
         scored: list[ScoredRollout | None] = [None] * len(rollouts)
         failed: dict[str, str] = {}
-        order = sorted(by_teacher, key=lambda teacher: (not self.library.is_here(teacher), self.library.base_of[teacher]))  # those in memory first
+        local = [teacher for teacher in by_teacher if teacher not in self.remote]
+        local.sort(key=lambda teacher: (not self.library.is_here(teacher), self.library.base_of[teacher]))  # those in memory first
+        order = local + [teacher for teacher in by_teacher if teacher in self.remote]
         for position, teacher in enumerate(order):
-            indices, later = by_teacher[teacher], order[position + 1 :]
+            indices, later = by_teacher[teacher], local[position + 1 :]
             try:
                 signals = self._signals(teacher, [rollouts[i] for i in indices], kind or self.cfg.signal, later)
             except TeacherFailure as error:
@@ -135,6 +144,10 @@ class TeacherPool:
         if not keep:
             self.store.drop(signal.stored)
         return hidden_TD
+
+    def is_remote(self, domain: str) -> bool:
+        """Whether a server holds the teacher of a domain: then there are neither hidden states nor a head of it here."""
+        return self.teacher_of[domain] in self.remote
 
     def head(self, teacher: str, upcoming: str | None = None) -> OutputHead:
         """The head of a teacher on the device, valid until another is asked for; `upcoming` is the next, which is read meanwhile."""
@@ -162,6 +175,11 @@ class TeacherPool:
 
     def _signals(self, teacher: str, rollouts: list[Rollout], kind: SignalKind, later: list[str]) -> list[TeacherSignal]:
         """A teacher's signals of some rollouts, their hidden states in the store; the first of `later` is read meanwhile."""
+        if teacher in self.remote:
+            begun = time.monotonic()
+            signals = self.remote[teacher].score(rollouts, kind, self.cfg.top_k, self.vocab_size)
+            self.scoring.setdefault(teacher, ScoringFigures()).seconds += time.monotonic() - begun
+            return signals
         signals = self._twice(teacher, lambda: self._try_signals(teacher, rollouts, kind, later))
         figures = self.scoring.setdefault(teacher, ScoringFigures())
         if kind is not SignalKind.hidden_states:
@@ -231,6 +249,8 @@ class TeacherPool:
 
 def _identity(cfg: TeacherConfig) -> str:
     """Two domains share a teacher when everything that decides its numbers is the same."""
+    if cfg.server is not None:
+        return f"{cfg.server}|{cfg.model}"
     return "|".join(str(part) for part in (_base_identity(cfg), *((cfg.adapter, cfg.adapter_revision) if cfg.adapter is not None else ())))
 
 

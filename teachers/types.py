@@ -12,6 +12,10 @@ from teachers.config import SignalKind
 from teachers.hidden_store import StoredHidden
 
 
+class TeacherFailure(ValueError):  # noqa: N818 - the word of the field
+    """A teacher gave no signal, or one that cannot be right; the message names it and says what happened."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TeacherSignal:
     """What a teacher gives for every completion token; row t is about completion token t.
@@ -45,7 +49,3 @@ class ScoredRollout:
 
     rollout: Rollout
     signal: TeacherSignal
-
-
-class TeacherFailure(ValueError):  # noqa: N818 - it is the teacher that failed
-    """A teacher that did not give its signal; the message names it."""

@@ -1,0 +1,138 @@
+"""Fixtures of the tests of `teachers`: a small HTTP server that speaks the part of vLLM's protocol that scoring needs, over a transformers model.
+
+What it computes is right unless a test says otherwise: `spoil` changes an answer before it is sent, `statuses` are sent first, one a request.
+"""
+
+import json
+import multiprocessing
+import threading
+import time
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from multiprocessing.process import BaseProcess
+from multiprocessing.synchronize import Event
+
+import pytest
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+class ServedModel(ThreadingHTTPServer):
+    """Answers /v1/models, /tokenize, /detokenize and /v1/completions on a free port of this machine."""
+
+    daemon_threads = True
+    request_queue_size = 64
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str = "law", root: str = "models/law"):
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.model, self.tokenizer, self.name, self.root = model, tokenizer, name, root
+        self.max_model_len, self.max_logprobs = 128, 200
+        self.spoil: Callable[[dict], dict] = lambda answer: answer
+        self.statuses: list[int] = []
+        self.delay = 0.0
+        self.asked: list[dict] = []
+        self.lock = threading.Lock()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}"
+
+    def answer(self, path: str, body: dict | None) -> tuple[int, dict]:
+        if path == "/v1/models":
+            return 200, {"data": [{"id": self.name, "root": self.root, "max_model_len": self.max_model_len}]}
+        if path == "/tokenize":
+            return 200, {"tokens": self.tokenizer(body["prompt"], add_special_tokens=body["add_special_tokens"])["input_ids"]}
+        if path == "/detokenize":
+            return 200, {"prompt": self.tokenizer.decode(body["tokens"])}
+        return self.completion(body)
+
+    def completion(self, body: dict) -> tuple[int, dict]:
+        with self.lock:
+            self.asked.append(body)
+            status = self.statuses.pop(0) if self.statuses else 200
+        time.sleep(self.delay)
+        if status != 200:
+            return status, {"error": {"message": "the engine is not well"}}
+        count = body["prompt_logprobs"]
+        if count > self.max_logprobs:
+            return 400, {"error": {"message": f"Requested prompt logprobs of {count}, which is greater than max allowed: {self.max_logprobs}"}}
+        choice = {"prompt_token_ids": body["prompt"], "prompt_logprobs": self.positions(body["prompt"], count)}
+        return 200, self.spoil({"model": self.name, "choices": [choice]})
+
+    @torch.no_grad()
+    def positions(self, tokens: list[int], count: int) -> list[dict | None]:
+        """One dictionary per position: the `count` likeliest tokens, and the one that stands there with its own rank."""
+        with self.lock:
+            logprobs = self.model(torch.tensor([tokens])).logits[0].float().log_softmax(-1)
+        found = []
+        for row, token in zip(logprobs, tokens[1:], strict=False):
+            own = {str(token): {"logprob": float(row[token]), "rank": int((row >= row[token]).sum())}}
+            top = row.topk(count)
+            ranked = enumerate(zip(top.indices.tolist(), top.values.tolist(), strict=True), 1)
+            found.append(own | {str(other): {"logprob": logprob, "rank": rank} for rank, (other, logprob) in ranked})
+        return [None, *found]
+
+
+class _Handler(BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+        self.send(*self.server.answer(self.path, None))
+
+    def do_POST(self) -> None:
+        self.send(*self.server.answer(self.path, json.loads(self.rfile.read(int(self.headers["Content-Length"])))))
+
+    def send(self, status: int, answer: dict) -> None:
+        content = json.dumps(answer).encode()
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, *arguments) -> None:
+        pass
+
+
+@pytest.fixture
+def new_server(tokenizer) -> Iterator[Callable[..., ServedModel]]:
+    """new_server(model, name="law"): a server in threads of this process, which listens until the test ends."""
+    servers = []
+
+    def start(model: PreTrainedModel, **fields) -> ServedModel:
+        servers.append(ServedModel(model, tokenizer, **fields))
+        threading.Thread(target=servers[-1].serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+        return servers[-1]
+
+    yield start
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+@pytest.fixture
+def new_server_process(tokenizer) -> Iterator[Callable[..., tuple[BaseProcess, str, Event]]]:
+    """new_server_process(model, hangs_on=20): (a process of its own, its address, an event that it sets before it hangs on so many tokens)."""
+    context, processes = multiprocessing.get_context("fork"), []  # the model is there already, and nothing is imported again
+
+    def start(model: PreTrainedModel, hangs_on: int) -> tuple[BaseProcess, str, Event]:
+        hanging, (address, own_address) = context.Event(), context.Pipe(duplex=False)
+
+        def serve() -> None:
+            server = ServedModel(model, tokenizer)
+
+            def hang(answer: dict) -> dict:
+                if len(answer["choices"][0]["prompt_token_ids"]) == hangs_on:
+                    hanging.set()
+                    time.sleep(600)
+                return answer
+
+            server.spoil = hang
+            own_address.send(server.url)
+            server.serve_forever()
+
+        processes.append(context.Process(target=serve, daemon=True))
+        processes[-1].start()
+        return processes[-1], address.recv(), hanging
+
+    yield start
+    for process in processes:
+        process.kill()
+        process.join()
