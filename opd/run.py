@@ -32,8 +32,9 @@ from opd.distributed import barrier, broadcast_object, is_main
 from opd.engine import Engine
 from rollout.files import replace_text
 from rollout.model import save_model
+from teachers.config import REQUEST_SETTINGS
 
-MAY_DIFFER = ("fresh", "threads", "logger", "checkpoint", "run_dir", "teachers.timeout_seconds", "teachers.retries", "teachers.max_connections")
+MAY_DIFFER = ("fresh", "threads", "logger", "checkpoint", "run_dir", *(f"teachers.{name}" for name in REQUEST_SETTINGS))
 """Fields that may change when a run is resumed."""
 
 LOCK_FILE = ".lock"

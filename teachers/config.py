@@ -112,3 +112,7 @@ class TeachersConfig:
     retries: int = 2
     max_connections: int = 8
     probe_tolerance: float = 0.02
+
+
+REQUEST_SETTINGS = ("timeout_seconds", "retries", "max_connections", "probe_tolerance")
+"""Fields of TeachersConfig that say how a server is asked, and change nothing of what is learnt."""

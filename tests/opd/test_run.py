@@ -34,7 +34,8 @@ def test_a_difference_behind_one_that_may_differ_is_seen(tmp_path):
 
 def test_what_may_differ_is_accepted(tmp_path):
     open_run(config(tmp_path / "run"), "distill")
-    assert open_run(config(tmp_path / "run", "checkpoint.every=7", "logger=none", "threads=1"), "distill") == tmp_path / "run"
+    overrides = ["checkpoint.every=7", "logger=none", "threads=1", "teachers.timeout_seconds=9", "teachers.retries=9", "teachers.max_connections=9"]
+    assert open_run(config(tmp_path / "run", *overrides), "distill") == tmp_path / "run"
 
 
 def test_fresh_deletes_a_run_folder_and_nothing_else(tmp_path):
