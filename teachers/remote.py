@@ -46,6 +46,12 @@ FEW = 5
 IDS_AT_A_TIME = 4096
 """Ids whose text is compared in one request."""
 
+HINTS = {
+    "prompt logprobs": "start it with --max-logprobs {count} or more, or lower teachers.top_k",
+    "Out of range float": "its model gives NaN or infinity",
+}
+"""What vLLM says when it refuses to score, and what that means here."""
+
 ROUNDING = 1e-3
 """By which the probabilities of a top-k may exceed 1; the loss allows as much (opd/estimators.py)."""
 
@@ -158,9 +164,10 @@ class RemoteTeacher:
         try:
             answer = self.server.ask("/v1/completions", body)
         except TeacherFailure as failure:
-            if "prompt_logprobs" not in str(failure) and "prompt logprobs" not in str(failure):
+            hint = next((hint for said, hint in HINTS.items() if said in str(failure)), None)
+            if hint is None:
                 raise
-            raise TeacherFailure(f"{failure}: start it with --max-logprobs {num_ranked} or more, or lower teachers.top_k") from failure
+            raise TeacherFailure(f"{failure}: {hint.format(count=num_ranked)}") from failure
         try:
             model, choice = answer["model"], answer["choices"][0]
             ids, positions = choice["prompt_token_ids"], choice["prompt_logprobs"]

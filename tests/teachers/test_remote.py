@@ -255,6 +255,13 @@ def test_a_refusal_is_not_repeated_and_says_what_the_server_said(server, new_rem
     assert len(server.asked) == 1
 
 
+def test_nan_that_vllm_cannot_write_as_json_is_called_by_its_name(server, new_remote, rollouts):
+    remote = new_remote(server)
+    server.completion = lambda body: (400, {"error": {"message": "Out of range float values are not JSON compliant"}})
+    with pytest.raises(TeacherFailure, match="Out of range float values are not JSON compliant: its model gives NaN or infinity"):
+        score(remote, rollouts[:1])
+
+
 def test_a_server_that_does_not_answer_in_time_is_a_failure(server, new_remote, rollouts):
     remote = new_remote(server, retries=0, timeout_seconds=0.3)
     server.delay = 3.0
