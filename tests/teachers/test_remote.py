@@ -400,7 +400,7 @@ def test_local_and_remote_teachers_score_their_own_domains(server, new_pool, sav
         expected = teacher.signal(item.rollout, teacher.hidden([item.rollout], 1000)[0], TOP_K, K, len(tokenizer))
         assert torch.equal(item.signal.token_TK, expected.token_TK)
         assert torch.allclose(item.signal.logprob_TK, expected.logprob_TK, atol=1e-5)
-    assert (pool.num_loads, list(pool.resident)) == (1, [pool.teacher_of["code"]])
+    assert (pool.num_loads, pool.library.weights.names()) == (1, [next(iter(pool.library.bases))])
     assert (pool.is_remote("law"), pool.is_remote("code")) == (True, False)
 
 
