@@ -1,9 +1,10 @@
 """Checkpoints of a run, and finding the newest when it starts again.
 
 Tree (schema version 1): `RUN/checkpoints/latest.json` is {"schema": 1, "step": S, "tag": "step-SSSSSS"}; the folder `step-SSSSSS` holds
-DeepSpeed's files (weights, optimizer, routing) and `opd.json`, {"schema": 1, "step": S, "ranks": R, "stream": prompt positions}. A folder is
-written under the name `partial` and renamed when it is complete, then the pointer is replaced; a kill leaves the older checkpoint
-in force. A pointer to nothing, or several checkpoints without a pointer, refuse: training silently from step 0 is worse than not training.
+DeepSpeed's files (weights, optimizer, routing) and `opd.json`, {"schema": 1, "step": S, "ranks": R, "stream": prompt positions} and, of a
+distillation, "teachers": which scored which steps (teachers/manifest.py). A folder is written under the name `partial` and renamed when it is
+complete, then the pointer is replaced; a kill leaves the older checkpoint in force. A pointer to nothing, or several checkpoints without a
+pointer, refuse: training silently from step 0 is worse than not training.
 """
 
 import json
@@ -12,10 +13,13 @@ from pathlib import Path
 from typing import Protocol
 
 from opd.config import CheckpointConfig
-from opd.distributed import Group, barrier, is_main, num_ranks
+from opd.distributed import Group, barrier, is_main, num_ranks, on_main
 from opd.engine import Engine
+from opd.run import replace_domains
 from opd.tracker import Tracker
 from rollout.files import read_json, replace_text
+from teachers.manifest import describe_domains
+from teachers.pool import TeacherPool
 
 SCHEMA = 1
 
@@ -38,7 +42,7 @@ def is_due(step: int, every: int, num_steps: int | None = None) -> bool:
     return step == num_steps or (every > 0 and step % every == 0)
 
 
-def save(run_dir: Path, step: int, engine: Engine, stream: Resumable, cfg: CheckpointConfig) -> None:
+def save(run_dir: Path, step: int, engine: Engine, stream: Resumable, cfg: CheckpointConfig, teachers: TeacherPool | None = None) -> None:
     """Save after update number `step`; every rank calls it."""
     folder, tag = run_dir / "checkpoints", f"step-{step:06d}"
     if is_main():
@@ -49,6 +53,7 @@ def save(run_dir: Path, step: int, engine: Engine, stream: Resumable, cfg: Check
     barrier()
     if is_main():
         state = {"schema": SCHEMA, "step": step, "ranks": num_ranks(Group.data), "stream": stream.state()}
+        state |= {} if teachers is None else {"teachers": teachers.manifest.record()}
         (folder / "partial" / "opd.json").write_text(json.dumps(state))
         shutil.rmtree(folder / tag, ignore_errors=True)
         (folder / "partial").rename(folder / tag)
@@ -56,29 +61,49 @@ def save(run_dir: Path, step: int, engine: Engine, stream: Resumable, cfg: Check
         saved = sorted(path for path in folder.glob("step-*") if path.name <= tag)  # a later one was left by a kill before its pointer
         for old in saved[: -max(1, cfg.keep)]:
             shutil.rmtree(old)
+        if teachers is not None:
+            teachers.manifest.write(run_dir)
     barrier()
 
 
-def resume(run_dir: Path, engine: Engine, stream: Resumable, tracker: Tracker) -> int:
+def resume(run_dir: Path, engine: Engine, stream: Resumable, tracker: Tracker, teachers: TeacherPool | None = None) -> int:
     """Restore the newest checkpoint; returns the number of updates it holds, 0 where the run is new.
 
-    Raises ValueError where checkpoints are there but none can be taken up.
+    The run's teachers are held to the checkpoint's manifest, and one of the present ones begins where there is none.
+
+    Raises ValueError where checkpoints are there but none can be taken up, and where teachers differ without teachers.allow_change.
     """
     folder = run_dir / "checkpoints"
     tag = _newest(folder)
-    if tag is None:
-        tracker.resume(0)
-        return 0
+    step = 0 if tag is None else _restore(folder, tag, engine, stream, teachers)
+    if tag is None and teachers is not None:
+        _take_up(teachers, None, 0)
+    tracker.resume(step)
+    if teachers is not None and is_main():
+        replace_domains(run_dir, teachers.domains)
+        teachers.manifest.write(run_dir)
+        tracker.record_teachers(teachers.manifest.history())
+    return step
+
+
+def _restore(folder: Path, tag: str, engine: Engine, stream: Resumable, teachers: TeacherPool | None) -> int:
     state_file = folder / tag / "opd.json"
     if not state_file.is_file():
         raise ValueError(f"the checkpoint {folder / tag} is missing or incomplete: begin anew with fresh=true")
     state = read_json(state_file)
     if state["ranks"] != num_ranks(Group.data):
         raise ValueError(f"{folder / tag} was saved by {state['ranks']} ranks and this run has {num_ranks(Group.data)}: start as many")
+    if teachers is not None:
+        _take_up(teachers, state.get("teachers"), state["step"])
     engine.load(folder, tag)
     stream.restore(state["stream"])
-    tracker.resume(state["step"])
     return state["step"]
+
+
+def _take_up(teachers: TeacherPool, record: dict | None, step: int) -> None:
+    """Begin or continue the manifest. The main rank reads the teachers' files, so that the ranks cannot disagree on them."""
+    present = on_main(lambda: describe_domains(teachers.domains, teachers.identities()))
+    teachers.manifest.take_up(record, step, present, teachers.cfg.allow_change)
 
 
 def _newest(folder: Path) -> str | None:

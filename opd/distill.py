@@ -28,7 +28,7 @@ def distill(cfg: DistillConfig) -> None:
     run_dir = open_run(cfg, "distill")
 
     with Tracker(run_dir, "distill", cfg) as tracker:
-        first = resume(run_dir, engine, stream, tracker)
+        first = resume(run_dir, engine, stream, tracker, teachers)
         if first == 0:
             tracker.log(0, data_metrics(stream.prompts) | evaluation_metrics(evaluator.evaluate(stream.sampler, engine)))
         for step in range(first, cfg.num_steps):
@@ -43,5 +43,5 @@ def distill(cfg: DistillConfig) -> None:
                 metrics |= evaluation_metrics(evaluator.evaluate(stream.sampler, engine))
             tracker.log(step + 1, metrics)
             if is_due(step + 1, cfg.checkpoint.every, cfg.num_steps):
-                save(run_dir, step + 1, engine, stream, cfg.checkpoint)
+                save(run_dir, step + 1, engine, stream, cfg.checkpoint, teachers)
     finish_run(run_dir, engine, tokenizer)

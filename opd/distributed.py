@@ -6,6 +6,7 @@ code that names the right group keeps its meaning when that changes. The number 
 """
 
 import os
+from collections.abc import Callable
 from datetime import timedelta
 from enum import Enum
 from typing import Any
@@ -98,6 +99,20 @@ def broadcast_object(value: Any) -> Any:
     values = [value]
     dist.broadcast_object_list(values, src=0)
     return values[0]
+
+
+def on_main(compute: Callable[[], Any]) -> Any:
+    """What the main rank computes, on every rank; where it raises ValueError, every rank does."""
+    value = problem = None
+    if is_main():
+        try:
+            value = compute()
+        except ValueError as error:
+            problem = str(error)
+    value, problem = broadcast_object((value, problem))
+    if problem is not None:
+        raise ValueError(problem)
+    return value
 
 
 def barrier() -> None:

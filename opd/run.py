@@ -3,6 +3,7 @@
     RUN/config.yaml          resolved configuration of the run; its first line names the command
     RUN/metrics.jsonl        opd/metrics.py
     RUN/checkpoints/         opd/checkpoint.py
+    RUN/teachers.json        which teachers scored which steps, and the domains' settings then: teachers/manifest.py (of a distillation)
     RUN/rollouts/            rollout/replay.py, with rollout.save=true
     RUN/student/             Hugging Face folder of the trained model, when the run is finished; experts that trained under FP4 hold its values in
                              the dtype of training (their masters are in the checkpoints)
@@ -15,7 +16,8 @@
 Files with a schema version may gain fields under the same version; a field that changes its meaning or goes raises it.
 
 Nothing is written before every part of the run has been built and checked. A folder that holds a run with another
-configuration is refused rather than mixed.
+configuration is refused rather than mixed. What stands under `domains` may change with teachers.allow_change=true: when the resume has been
+accepted, config.yaml gets the new domains; the old ones stay in teachers.json.
 """
 
 import fcntl
@@ -32,9 +34,9 @@ from opd.distributed import barrier, broadcast_object, is_main
 from opd.engine import Engine
 from rollout.files import replace_text
 from rollout.model import save_model
-from teachers.config import REQUEST_SETTINGS
+from teachers.config import RUNNING_SETTINGS, DomainConfig
 
-MAY_DIFFER = ("fresh", "threads", "logger", "checkpoint", "run_dir", *(f"teachers.{name}" for name in REQUEST_SETTINGS))
+MAY_DIFFER = ("fresh", "threads", "logger", "checkpoint", "run_dir", *(f"teachers.{name}" for name in RUNNING_SETTINGS))
 """Fields that may change when a run is resumed."""
 
 LOCK_FILE = ".lock"
@@ -60,6 +62,17 @@ def open_run(cfg: RunConfig, command: str) -> Path:
 def write_config(folder: Path, cfg: Any, command: str) -> None:
     """Write FOLDER/config.yaml, whose first line says whose folder it is."""
     replace_text(folder / "config.yaml", _mark(command) + OmegaConf.to_yaml(OmegaConf.structured(cfg)))
+
+
+def replace_domains(folder: Path, domains: dict[str, DomainConfig]) -> None:
+    """Put the present domains into FOLDER/config.yaml, in place of those that stand there."""
+    stored = folder / "config.yaml"
+    text = stored.read_text()
+    config = OmegaConf.create(text)
+    config.domains = OmegaConf.create(OmegaConf.to_yaml(OmegaConf.structured(RunConfig(domains=domains)))).domains
+    new = text.partition("\n")[0] + "\n" + OmegaConf.to_yaml(config)
+    if new != text:
+        replace_text(stored, new)
 
 
 def belongs_to(folder: Path, command: str) -> bool:
@@ -107,11 +120,12 @@ def _prepare(folder: Path, cfg: RunConfig, command: str) -> str | None:
 def _clear(folder: Path, cfg: RunConfig) -> str | None:
     """Delete what a run writes, and nothing else."""
     inputs = [cfg.student.model, *(domain.teacher.model for domain in cfg.domains.values())]
+    inputs += [domain.teacher.adapter for domain in cfg.domains.values()]
     inputs += [cfg.rollout.replay, cfg.rollout.compare] if isinstance(cfg, DistillConfig) else []
     inside = [path for path in inputs if path is not None and folder.resolve() in (Path(path).resolve(), *Path(path).resolve().parents)]
     if inside:
         return f"fresh=true would delete {inside[0]}, which the run reads: choose another run_dir"
-    for name in ("config.yaml", "metrics.jsonl", "wandb_id", "evaluation.json"):
+    for name in ("config.yaml", "metrics.jsonl", "wandb_id", "evaluation.json", "teachers.json"):
         (folder / name).unlink(missing_ok=True)
     for name in ("checkpoints", "rollouts", "student", "wandb"):
         shutil.rmtree(folder / name, ignore_errors=True)
@@ -124,25 +138,37 @@ def _compare(folder: Path, cfg: RunConfig, command: str) -> str | None:
     if not stored.is_file():
         write_config(folder, cfg, command)
         return None
-    new = OmegaConf.create(OmegaConf.to_yaml(OmegaConf.structured(cfg)))
-    changed = _first_difference(OmegaConf.to_container(OmegaConf.load(stored)), OmegaConf.to_container(new))
+    old = OmegaConf.to_container(OmegaConf.load(stored))
+    new = OmegaConf.to_container(OmegaConf.create(OmegaConf.to_yaml(OmegaConf.structured(cfg))))
+    has_teachers = isinstance(cfg, DistillConfig)
+    changed = _first_difference(old, new, ("domains",) if has_teachers and cfg.teachers.allow_change else ())
     if changed is None:
         return None
-    return f"{folder} holds a run with another configuration ({changed}): choose another run_dir, or begin anew with fresh=true"
+    go_on = "; go on with these domains with teachers.allow_change=true" if has_teachers and changed.startswith("domains") else ""
+    return f"{folder} holds a run with another configuration ({changed}): choose another run_dir, or begin anew with fresh=true{go_on}"
 
 
-def _first_difference(old: dict, new: dict, path: str = "") -> str | None:
+def _first_difference(old: dict, new: dict, allowed: tuple[str, ...], path: str = "") -> str | None:
+    """The first setting that differs, in words; None where all that do are in MAY_DIFFER or `allowed`."""
     for key in sorted(set(old) | set(new)):
-        name = f"{path}{key}"
-        if name in MAY_DIFFER or old.get(key) == new.get(key):
+        name, before, after = f"{path}{key}", old.get(key), new.get(key)
+        if name in (*MAY_DIFFER, *allowed):
             continue
-        if isinstance(old.get(key), dict) and isinstance(new.get(key), dict):
-            inner = _first_difference(old[key], new[key], name + ".")
+        if isinstance(before, dict) and isinstance(after, dict):
+            inner = _first_difference(before, after, allowed, name + ".")
+            if inner is None and name == "domains" and list(before) != list(after):  # it decides which prompts a step draws
+                inner = f"domains were {', '.join(before)} and are {', '.join(after)}, in this order"
             if inner is not None:
                 return inner
-            continue
-        return f"{name} was {json.dumps(old.get(key))} and is {json.dumps(new.get(key))}"
+        elif before != after and not _is_new_address(name, before, after):
+            is_whole = path == "domains." and None in (before, after)
+            return f"{name} is {'new' if before is None else 'gone'}" if is_whole else f"{name} was {json.dumps(before)} and is {json.dumps(after)}"
     return None
+
+
+def _is_new_address(name: str, before: Any, after: Any) -> bool:
+    """Whether a teacher's server has moved; that it holds the same model is seen when the run is taken up (teachers/manifest.py)."""
+    return name.startswith("domains.") and name.endswith(".teacher.server") and None not in (before, after)
 
 
 def config_dict(cfg: RunConfig) -> dict:

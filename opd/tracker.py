@@ -52,6 +52,11 @@ class Tracker:
             self.display.say(f"{self.task}: continues after step {step}")
         self.step_begun = time.monotonic()
 
+    def record_teachers(self, history: list[dict[str, Any]]) -> None:
+        """Put which teachers score which steps (teachers/manifest.py) into W&B's configuration; a path, a revision, hashes, no text."""
+        if self.wandb_run is not None:
+            self.wandb_run.config.update({"teacher_history": history}, allow_val_change=True)
+
     @contextmanager
     def timer(self, phase: str) -> Iterator[None]:
         """Add the time spent inside to a phase of the present step."""

@@ -63,6 +63,7 @@ class PromptMixture:
         if not domains:
             raise ValueError("no domain is selected: add one, as in 'domain=[arithmetic,sorting]'")
         self.domains, self.prompts_per_step, self.seed = domains, prompts_per_step, seed
+        self.absent: dict[str, dict[str, int]] = {}
 
     def next(self, step: int) -> list[Prompt]:
         """The prompts of one step, the same on every rank; the step's number keys the random choices."""
@@ -81,9 +82,11 @@ class PromptMixture:
         return {name: share / total for name, share in shares.items()}
 
     def state(self) -> dict[str, dict[str, int]]:
-        return {name: dict(domain.consumed) for name, domain in self.domains.items()}
+        return self.absent | {name: dict(domain.consumed) for name, domain in self.domains.items()}
 
     def restore(self, state: dict[str, dict[str, int]]) -> None:
+        """Take up a state; a domain that it lacks begins at its first row, and one that is not here is remembered for when it comes back."""
+        self.absent = {name: dict(consumed) for name, consumed in state.items() if name not in self.domains}
         for name, domain in self.domains.items():
             domain.consumed = {source: count for source, count in state.get(name, {}).items() if source in domain.sources}
 

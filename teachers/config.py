@@ -93,6 +93,8 @@ class TeachersConfig:
     retries: further attempts of a request that failed, with growing pauses.
     max_connections: requests of one rank to a server at a time.
     probe_tolerance: mean difference of a probe's log-probabilities, in nats, above which a server counts as holding another model.
+    allow_change: a resume may change what is under `domains`: add, drop or replace a teacher, or change its prompts, share or weight; the step at which
+        it did stands in RUN/teachers.json (teachers/manifest.py). Where nothing has changed it does nothing.
     """
 
     placement: Placement = Placement.auto
@@ -112,7 +114,11 @@ class TeachersConfig:
     retries: int = 2
     max_connections: int = 8
     probe_tolerance: float = 0.02
+    allow_change: bool = False
 
 
-REQUEST_SETTINGS = ("timeout_seconds", "retries", "max_connections", "probe_tolerance")
-"""Fields of TeachersConfig that say how a server is asked, and change nothing of what is learnt."""
+RUNNING_SETTINGS = (
+    "placement", "memory_gb", "max_resident", "prefetch", "load_timeout_seconds", "hidden_memory_gb", "hidden_folder", "on_failure", "gradient_share_every",
+    "timeout_seconds", "retries", "max_connections", "probe_tolerance", "allow_change",
+)  # fmt: skip
+"""Fields of TeachersConfig that say how teachers are held and asked, and change nothing of what they say."""

@@ -26,6 +26,7 @@ from teachers.config import DomainConfig, OnFailure, SignalKind, TeacherConfig, 
 from teachers.figures import ScoringFigures, TeacherFigures, teacher_metrics
 from teachers.hidden_store import HiddenLostError, HiddenStore
 from teachers.library import TeacherLibrary
+from teachers.manifest import TeacherManifest, teacher_identity
 from teachers.placement import free_memory, plan_placement
 from teachers.remote import RemoteTeacher
 from teachers.teacher import Teacher
@@ -64,6 +65,7 @@ class TeacherPool:
         Raises ValueError with the domain's name where a teacher does not fit.
         """
         self.cfg, self.device, self.vocab_size, self.ranks = cfg, device, len(tokenizer), ranks or OneRank()
+        self.domains, self.manifest = domains, TeacherManifest()
         if cfg.signal is SignalKind.top_k and cfg.top_k >= len(tokenizer):
             raise ValueError(f"teachers.top_k={cfg.top_k} leaves no tail in a vocabulary of {len(tokenizer)}: lower it, or use teachers.signal=hidden_states")
         self.teacher_of = {name: _identity(domain.teacher) for name, domain in domains.items()}
@@ -100,6 +102,14 @@ class TeacherPool:
                     f"the teacher of {domain} reads {positions} positions and the domain's longest rollout can have {length}: "
                     "lower rollout.max_new_tokens, or drop long prompts"
                 )
+
+    def identities(self) -> dict[str, dict[str, Any]]:
+        """Domain -> what its teacher is, as JSON (teachers/manifest.py). Raises ValueError where its files are cut off or not there."""
+        found = {
+            teacher: self.remote[teacher].identity() if teacher in self.remote else teacher_identity(cfg, f"teacher of {name}")
+            for teacher, (name, cfg) in self.configs.items()
+        }
+        return {name: found[teacher] for name, teacher in self.teacher_of.items()}
 
     def score(self, rollouts: list[Rollout], kind: SignalKind | None = None) -> list[ScoredRollout]:
         """The rollouts with their teachers' signals (None: teachers.signal of the config), in the same order; without those of dropped domains.

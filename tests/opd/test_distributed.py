@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from opd.distributed import Group, barrier, broadcast_object, gather_objects, is_main, num_ranks, rank, reduce_max, reduce_sum, set_threads
+from opd.distributed import Group, barrier, broadcast_object, gather_objects, is_main, num_ranks, on_main, rank, reduce_max, reduce_sum, set_threads
 
 
 @pytest.mark.parametrize("group", list(Group))
@@ -29,6 +29,15 @@ def test_objects_of_one_rank_are_themselves(device):
     barrier()
     assert gather_objects(value, Group.data) == [value]
     assert broadcast_object(value) is value
+
+
+def test_what_the_main_rank_computes_and_what_it_refuses_reach_every_rank(device):
+    def refuse() -> None:
+        raise ValueError("the file is not there")
+
+    assert on_main(lambda: {"a": 1}) == {"a": 1}
+    with pytest.raises(ValueError, match="the file is not there"):
+        on_main(refuse)
 
 
 def run(script: str) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from opd.__main__ import load_config
-from opd.run import lock, open_run
+from opd.run import lock, open_run, replace_domains
 
 
 def config(folder, *overrides: str):
@@ -36,6 +36,66 @@ def test_what_may_differ_is_accepted(tmp_path):
     open_run(config(tmp_path / "run"), "distill")
     overrides = ["checkpoint.every=7", "logger=none", "threads=1", "teachers.timeout_seconds=9", "teachers.retries=9", "teachers.max_connections=9"]
     assert open_run(config(tmp_path / "run", *overrides), "distill") == tmp_path / "run"
+
+
+DOMAIN_CHANGES = {
+    "domains.arithmetic.teacher.model=org/other": 'domains.arithmetic.teacher.model was null and is "org/other"',
+    "domains.arithmetic.loss_weight=0.5": "domains.arithmetic.loss_weight was 1.0 and is 0.5",
+    "domains.arithmetic.prompts.share=0.5": "domains.arithmetic.prompts.share was",
+    "+domain=tools": "domains.tools is new",
+    "domain=[tools]": "domains.arithmetic is gone",
+}
+
+
+@pytest.mark.parametrize("override", list(DOMAIN_CHANGES))
+def test_a_changed_domain_is_refused_with_the_setting_that_allows_it(override, tmp_path):
+    open_run(config(tmp_path / "run"), "distill")
+    with pytest.raises(ValueError, match=DOMAIN_CHANGES[override] + r".*teachers\.allow_change=true"):
+        open_run(config(tmp_path / "run", override), "distill")
+
+
+@pytest.mark.parametrize("override", list(DOMAIN_CHANGES))
+def test_a_changed_domain_is_accepted_where_it_is_allowed_and_nothing_is_written_yet(override, tmp_path):
+    folder = open_run(config(tmp_path / "run"), "distill")
+    before = (folder / "config.yaml").read_text()
+    open_run(config(folder, override, "teachers.allow_change=true"), "distill")
+    assert (folder / "config.yaml").read_text() == before
+
+
+def test_a_change_that_is_no_domain_is_refused_though_domains_may_change(tmp_path):
+    open_run(config(tmp_path / "run"), "distill")
+    with pytest.raises(ValueError, match=r"teachers\.signal was .* begin anew with fresh=true$"):
+        open_run(config(tmp_path / "run", "+domain=tools", "teachers.signal=top_k", "teachers.allow_change=true"), "distill")
+
+
+def test_a_run_without_teachers_is_not_told_to_change_them(tmp_path):
+    settings = ["domain=[arithmetic]", f"run_dir={tmp_path / 'run'}"]
+    open_run(load_config("specialize", settings), "specialize")
+    with pytest.raises(ValueError, match=r"domains\.tools is new.* begin anew with fresh=true$"):
+        open_run(load_config("specialize", [*settings, "+domain=tools"]), "specialize")
+
+
+def test_the_order_of_the_domains_is_part_of_the_configuration(tmp_path):
+    """It decides which prompts a step draws (rollout/prompts.py)."""
+    open_run(config(tmp_path / "run", "domain=[arithmetic,tools]"), "distill")
+    with pytest.raises(ValueError, match=r"domains were arithmetic, tools and are tools, arithmetic, in this order.*teachers\.allow_change=true"):
+        open_run(config(tmp_path / "run", "domain=[tools,arithmetic]"), "distill")
+
+
+def test_a_teachers_server_may_move(tmp_path):
+    """That it holds the same model is seen later (teachers/manifest.py)."""
+    open_run(config(tmp_path / "run", "domains.arithmetic.teacher.server=http://a:8000"), "distill")
+    assert open_run(config(tmp_path / "run", "domains.arithmetic.teacher.server=http://b:9000"), "distill") == tmp_path / "run"
+
+
+def test_replaced_domains_are_what_a_run_with_them_would_have_written(tmp_path):
+    settings = ["domain=[tools,sorting]", "domains.tools.loss_weight={0: 1.0, 5: 0.5}", "domains.sorting.teacher.dtype=bfloat16"]
+    folder = open_run(config(tmp_path / "run"), "distill")
+    other = config(folder, *settings)
+    replace_domains(folder, other.domains)
+    replaced = (folder / "config.yaml").read_text()
+    (folder / "config.yaml").unlink()
+    assert replaced == (open_run(other, "distill") / "config.yaml").read_text()
 
 
 def test_fresh_deletes_a_run_folder_and_nothing_else(tmp_path):

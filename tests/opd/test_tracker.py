@@ -128,3 +128,12 @@ def test_w_and_b_gets_the_names_of_the_file(short_run):
     for name in records(short_run)[1]:
         if name not in ("schema", "step"):
             assert name.encode() in content
+
+
+def test_w_and_b_gets_which_teachers_scored_which_steps(short_run):
+    [span] = json.loads((short_run / "teachers.json").read_text())["spans"]
+    [log] = (short_run / "wandb").glob("offline-run-*/run-*.wandb")
+    content = log.read_bytes()
+    assert b"teacher_history" in content
+    for domain in span["domains"].values():
+        assert domain["teacher"]["hash"].encode() in content

@@ -147,6 +147,17 @@ def test_a_domain_that_joins_at_a_resume_starts_from_its_first_row():
     assert next(prompt.row for prompt in mixture.next(1) if prompt.domain == "code") == fresh.next(0)[0].row
 
 
+def test_a_domain_that_leaves_at_a_resume_and_comes_back_goes_on_where_it_was():
+    both = mixture_of({"law": 1.0, "code": 1.0}, prompts_per_step=4)
+    both.next(0)
+    alone = mixture_of({"law": 1.0}, prompts_per_step=4)
+    alone.restore(both.state())
+    alone.next(1)
+    together = mixture_of({"law": 1.0, "code": 1.0}, prompts_per_step=4)
+    together.restore(json.loads(json.dumps(alone.state())))
+    assert together.state() == {"law": {"prompts": 6}, "code": {"prompts": 2}}
+
+
 def test_sources_are_drawn_by_their_weights():
     mixture = PromptMixture({"law": domain_of_two_sources((3.0, 1.0))}, prompts_per_step=4000, seed=0)
     drawn = Counter(prompt.row.split(":")[0] for prompt in mixture.next(0))
