@@ -144,8 +144,10 @@ def _compare(folder: Path, cfg: RunConfig, command: str) -> str | None:
     changed = _first_difference(old, new, ("domains",) if has_teachers and cfg.teachers.allow_change else ())
     if changed is None:
         return None
-    go_on = "; go on with these domains with teachers.allow_change=true" if has_teachers and changed.startswith("domains") else ""
-    return f"{folder} holds a run with another configuration ({changed}): choose another run_dir, or begin anew with fresh=true{go_on}"
+    ways = ["choose another run_dir", "begin anew with fresh=true"]
+    if has_teachers and changed.startswith("domains"):
+        ways.append("go on with these domains with teachers.allow_change=true")
+    return f"{folder} holds a run with another configuration ({changed}): {', '.join(ways[:-1])}, or {ways[-1]}"
 
 
 def _first_difference(old: dict, new: dict, allowed: tuple[str, ...], path: str = "") -> str | None:

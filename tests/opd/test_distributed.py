@@ -59,9 +59,17 @@ def test_a_process_of_a_launcher_takes_its_place_from_the_environment():
         "import torch, sys, subprocess, os\n"
         "from opd.distributed import *\n"
         "start_processes(1.0)\n"
+        "def refuse():\n"
+        "    raise ValueError(f'refused by {rank(Group.data)}')\n"
+        "def refusal():\n"
+        "    try:\n"
+        "        on_main(refuse)\n"
+        "    except ValueError as error:\n"
+        "        return error\n"
         "own = rank(Group.data)\n"
         "total = reduce_sum(torch.tensor([own + 1.0]), Group.data).item(), reduce_max(torch.tensor([float(own)]), Group.data).item()\n"
-        "print(own, num_ranks(Group.data), num_ranks(Group.expert), is_main(), total, gather_objects(own, Group.data), broadcast_object(own))\n"
+        "print(own, num_ranks(Group.data), num_ranks(Group.expert), is_main(), total, gather_objects(own, Group.data), broadcast_object(own), "
+        "on_main(lambda: 'main'), refusal())\n"
     )
     places = [{"RANK": str(place), "LOCAL_RANK": str(place)} for place in range(2)]
     address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
@@ -70,7 +78,7 @@ def test_a_process_of_a_launcher_takes_its_place_from_the_environment():
         subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, env=os.environ | shared | place) for place in places
     ]
     printed = [process.communicate(timeout=120)[0].strip().splitlines()[-1] for process in processes]
-    assert printed == ["0 2 1 True (3.0, 1.0) [0, 1] 0", "1 2 1 False (3.0, 1.0) [0, 1] 0"]
+    assert printed == ["0 2 1 True (3.0, 1.0) [0, 1] 0 main refused by 0", "1 2 1 False (3.0, 1.0) [0, 1] 0 main refused by 0"]
 
 
 @pytest.fixture

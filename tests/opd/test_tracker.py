@@ -105,6 +105,16 @@ def test_an_offline_run_needs_no_account_and_a_resumed_one_has_the_same_id(no_ac
     assert all(identity in name for name in folders)
 
 
+def test_a_history_of_teachers_that_grows_at_a_resume_replaces_the_one_in_w_and_bs_configuration(no_account, tmp_path):
+    first = {"from_step": 1, "teachers": {"law": {"model": "org/law", "hash": "1f"}}}
+    second = {"from_step": 6, "teachers": {"law": {"model": "org/other", "hash": "2e"}}}
+    for history in ([first], [first, second]):
+        with Tracker(tmp_path, "test", config(LoggerKind.offline)) as tracker:
+            tracker.record_teachers(history)
+            tracker.record_teachers([*history])
+            assert tracker.wandb_run.config["teacher_history"] == history
+
+
 def test_a_run_that_fails_ends_its_w_and_b_run(no_account, tmp_path):
     tracker = Tracker(tmp_path, "test", config(LoggerKind.offline))
     with pytest.raises(KeyError), tracker:
