@@ -83,8 +83,9 @@ class TeacherManifest:
         self.spans[-1]["check"] = verdict
 
     def record_failure(self, domain: str, step: int, reason: str) -> None:
-        """Keep that the run goes on without a domain, from a step (1, 2, ...) on."""
-        self.spans[-1]["dropped"][domain] = {"step": step, "reason": reason}
+        """Keep that the run goes on without a domain, from a step (1, 2, ...) on; outside of a run there is nothing to keep it in."""
+        if self.spans:
+            self.spans[-1]["dropped"][domain] = {"step": step, "reason": reason}
 
     def record(self) -> dict[str, Any]:
         """JSON values, as in the format."""

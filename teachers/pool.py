@@ -139,7 +139,7 @@ class TeacherPool:
             for index, signal in zip(indices, signals, strict=True):
                 scored[index] = ScoredRollout(rollout=rollouts[index], signal=signal)
         if self.cfg.on_failure is OnFailure.drop:
-            self._drop(failed)
+            self._drop(failed, max((rollout.policy_step for rollout in rollouts), default=0) + 1)
         return self._without_dropped(rollouts, scored)
 
     def hidden(self, signal: TeacherSignal, rollout: Rollout, keep: bool = False) -> torch.Tensor:
@@ -234,13 +234,15 @@ class TeacherPool:
             self.library.discard(teacher)
             raise TeacherFailure(f"{who} failed twice: {first_sentence(error)}") from error
 
-    def _drop(self, failed: dict[str, str]) -> None:
-        """Go on without the domains of teachers that failed on any rank. Raises TeacherFailure where none would be left."""
+    def _drop(self, failed: dict[str, str], step: int) -> None:
+        """Go on without the domains of teachers that failed on any rank, from a step on. Raises TeacherFailure where none would be left."""
         for own in self.ranks.gather(failed):
             for teacher, reason in own.items():
                 for domain in self.domains_of(teacher):
-                    if self.dropped.setdefault(domain, reason) is reason:
-                        logging.getLogger(__name__).warning("the run goes on without domain %s: %s", domain, reason)
+                    if domain not in self.dropped:
+                        self.dropped[domain] = reason
+                        self.manifest.record_failure(domain, step, reason)
+                        logging.getLogger(__name__).warning("the run goes on without domain %s from step %d on: %s", domain, step, reason)
         if len(self.dropped) == len(self.teacher_of):
             raise TeacherFailure(f"no domain is left: {next(iter(self.dropped.values()))}")
 
