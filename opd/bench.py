@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from opd.config import BenchConfig
+from opd.bench_config import BenchConfig
 from opd.console import print_table
 from opd.distributed import num_cores
 from opd.run import write_config

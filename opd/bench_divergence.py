@@ -25,10 +25,10 @@ import psutil
 import torch
 
 from opd.bench import begin_folder, device_kind, machine_caption, machine_columns, print_lines, take_turns, timed, write_csv
+from opd.bench_config import DivergenceBenchConfig
 from opd.bench_contenders import OWN, Contender, Problem, Run, make_inputs, reference, require_agreement
 from opd.bench_memory import Peak, measure_peak, require_high_water_mark
 from opd.bench_peers import PEERS
-from opd.config import DivergenceBenchConfig
 from opd.console import ProgressDisplay
 from opd.errors import nearest
 from opd.run import require_own_folder

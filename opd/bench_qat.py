@@ -27,9 +27,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from opd.bench import begin_folder, device_kind, machine_caption, machine_columns, print_lines, take_turns, timed, write_csv
+from opd.bench_config import QatBenchConfig
 from opd.bench_kernels import Experts, Kernel, choose_kernels, make_experts
 from opd.bench_step import PHASES, QUANTS, STEP, PhaseTime, measure_steps, phase_time, sampler_memory, step_config
-from opd.config import QatBenchConfig
 from opd.console import ProgressDisplay
 from opd.distributed import start_processes
 from opd.run import require_own_folder

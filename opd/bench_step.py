@@ -16,7 +16,8 @@ from pathlib import Path
 import torch
 
 from opd.bench import timed
-from opd.config import DistillConfig, QatBenchConfig
+from opd.bench_config import QatBenchConfig
+from opd.config import DistillConfig
 from opd.engine import Engine
 from opd.rollouts import build_stream
 from opd.student import build_student, copy_for_sampling, load_student_tokenizer, seed_everything

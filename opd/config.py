@@ -10,11 +10,13 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from opd.bench_config import DivergenceBenchConfig, QatBenchConfig
 from opd.export_config import ExportConfig, check_export
-from opd.loss_config import DivergenceKind, LossConfig
+from opd.loss_config import LossConfig
 from opd.quant_config import QuantConfig
-from opd.ranges import check_evaluated, check_loss, check_ranges, check_schedules
-from rollout.config import Dtype, ModelConfig, RolloutConfig
+from opd.ranges import check_evaluated, check_loss, check_ranges, check_schedules, check_start
+from opd.start_config import CheckConfig, WarmupConfig
+from rollout.config import ModelConfig, RolloutConfig
 from rollout.errors import first_sentence
 from teachers.config import DomainConfig, SignalKind, TeachersConfig
 
@@ -187,11 +189,25 @@ class DistillConfig(RunConfig):
     rollout: how the student is sampled, and how much per step.
     teachers: how the teachers are held, and what they give.
     loss: how the student's distance from a teacher is measured.
+    check: what the teachers' signal is asked before the first step.
+    warmup: supervised training on the teachers' own answers before the first step, where distillation from scratch would fail.
     """
 
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     teachers: TeachersConfig = field(default_factory=TeachersConfig)
+    check: CheckConfig = field(default_factory=CheckConfig)
+    warmup: WarmupConfig = field(default_factory=WarmupConfig)
+
+
+@dataclass(slots=True)
+class CheckCommandConfig(DistillConfig):
+    """`opd check`: everything that a distillation with the same settings would refuse at its start; nothing is trained or written.
+
+    show: rows of each domain to print as student and teacher will see them.
+    """
+
+    show: int = 0
 
 
 @dataclass(slots=True)
@@ -262,63 +278,9 @@ class PipelineConfig:
     stages: dict[str, StageConfig] = field(default_factory=dict)
 
 
-@dataclass(slots=True)
-class BenchConfig:
-    """What every subject of `opd bench` has.
-
-    run_dir: folder for SUBJECT.csv and the resolved configuration.
-    repeats: measured rounds, after a first call that is not counted.
-    threads: CPU threads; null chooses.
-    seed: key of the random inputs.
-    """
-
-    run_dir: str = "runs/bench"
-    repeats: int = 7
-    threads: int | None = None
-    seed: int = 0
-
-
-@dataclass(slots=True)
-class DivergenceBenchConfig(BenchConfig):
-    """`opd bench divergence`: time and memory of a loss, forward and backward, beside other ways and other libraries.
-
-    num_tokens, vocab_sizes: sizes to measure, each with each.
-    hidden, teacher_hidden: width of the student's and the teacher's hidden states; null takes the student's.
-    dtype: of hidden states and heads.
-    kind: the divergence; jsd stands half-way (beta 0.5).
-    contenders: who takes part; null takes everyone who is installed and fits.
-    memory: also the peak memory, each in a process of its own.
-    """
-
-    num_tokens: list[int] = field(default_factory=lambda: [512])
-    vocab_sizes: list[int] = field(default_factory=lambda: [32768, 151936])
-    hidden: int = 256
-    teacher_hidden: int | None = None
-    dtype: Dtype = Dtype.float32
-    kind: DivergenceKind = DivergenceKind.reverse_kl
-    contenders: list[str] | None = None
-    memory: bool = True
-
-
-@dataclass(slots=True)
-class QatBenchConfig(BenchConfig):
-    """`opd bench qat`: what FP4 experts cost, alone and in a step of the quickstart's distillation, and what they save.
-
-    shape: of the bfloat16 weights: experts, outputs, inputs.
-    tokens_per_expert: tokens that each expert multiplies in the product which the rest is compared with.
-    steps: measured optimizer steps with and without FP4, after one that is not counted; 0 leaves them out.
-    overrides: settings of `opd distill` on top of the quickstart's, for those steps.
-    """
-
-    run_dir: str = "runs/bench_qat"
-    shape: list[int] = field(default_factory=lambda: [16, 1024, 1024])
-    tokens_per_expert: int = 128
-    steps: int = 40
-    overrides: list[str] = field(default_factory=list)
-
-
 SCHEMAS: dict[str, type] = {
     "distill": DistillConfig,
+    "check": CheckCommandConfig,
     "specialize": SpecializeConfig,
     "evaluate": EvaluateConfig,
     "export": ExportConfig,
@@ -338,6 +300,7 @@ def parse(config: DictConfig, schema: type) -> Any:
     check_schedules(parsed)
     if isinstance(parsed, DistillConfig):
         check_loss(parsed.loss, parsed.teachers, parsed.rollout)
+        check_start(parsed.check, parsed.warmup, parsed.domains)
     if isinstance(parsed, ExportConfig):
         check_export(parsed)
     if isinstance(parsed, EvaluateConfig) and parsed.teachers.signal is not SignalKind.hidden_states:

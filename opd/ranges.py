@@ -8,6 +8,7 @@ from dataclasses import fields, is_dataclass
 from typing import Any
 
 from opd.loss_config import Backend, DivergenceKind, LossConfig
+from opd.start_config import CheckConfig, WarmupConfig, WarmupKind
 from rollout.config import RolloutConfig, schedule_value
 from teachers.config import DomainConfig, SignalKind, TeachersConfig
 
@@ -21,7 +22,7 @@ AT_LEAST_ONE = (
 
 NOT_NEGATIVE = (
     "num_steps", "temperature", "lr", "muon_lr", "eps", "weight_decay", "warmup_steps", "every", "router_probe_every", "update_ratio_every",
-    "measure_every", "steps", "memory_gb", "hidden_memory_gb", "gradient_share_every", "retries",
+    "measure_every", "steps", "memory_gb", "hidden_memory_gb", "gradient_share_every", "retries", "show",
 )  # fmt: skip
 
 ABOVE_ZERO = ("timeout_seconds", "load_timeout_seconds", "probe_tolerance")
@@ -98,3 +99,19 @@ def _check_estimator(loss: LossConfig, signal: SignalKind, rollout: RolloutConfi
         raise ValueError(f"rollout.temperature={rollout.temperature} would bias {cause}: use rollout.temperature=1")
     if rollout.replay is not None:
         raise ValueError(f"rollout.replay would bias {cause}, since saved rollouts are another policy's samples: use teachers.signal=hidden_states")
+
+
+def check_start(check: CheckConfig, cfg: WarmupConfig, domains: dict[str, DomainConfig]) -> None:
+    """Raises ValueError for a check without prompts, a warm-up of no step or of a domain that the run does not have, and settings of one not asked for."""
+    for name, number in (("check.prompts", check.prompts), ("warmup.prompts", cfg.prompts)):
+        if number < 1:
+            raise ValueError(f"{name} must be at least 1, not {number}")
+    if cfg.kind is WarmupKind.none:
+        if cfg != WarmupConfig():
+            raise ValueError("settings of warmup would be ignored without one: write warmup=sft, or remove them")
+        return
+    unknown = [name for name in cfg.domains or () if name not in domains]
+    if unknown or cfg.domains == []:
+        raise ValueError(f"warmup.domains={cfg.domains} must name domains of the run: {', '.join(domains)}")
+    if not cfg.steps:
+        raise ValueError("warmup=sft needs updates: set warmup.steps to 1 or more, or write warmup=none")

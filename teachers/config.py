@@ -95,6 +95,7 @@ class TeachersConfig:
     probe_tolerance: mean difference of a probe's log-probabilities, in nats, above which a server counts as holding another model.
     allow_change: a resume may change what is under `domains`: add, drop or replace a teacher, or change its prompts, share or weight; the step at which
         it did stands in RUN/teachers.json (teachers/manifest.py). Where nothing has changed it does nothing.
+    allow_other_template: accept teachers whose chat template is not the student's, which renders the prompts of both.
     """
 
     placement: Placement = Placement.auto
@@ -115,6 +116,7 @@ class TeachersConfig:
     max_connections: int = 8
     probe_tolerance: float = 0.02
     allow_change: bool = False
+    allow_other_template: bool = False
 
 
 RUNNING_SETTINGS = (

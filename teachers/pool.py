@@ -72,6 +72,7 @@ class TeacherPool:
         self.configs: dict[str, tuple[str, TeacherConfig]] = {}
         for name, domain in domains.items():
             self.configs.setdefault(self.teacher_of[name], (name, domain.teacher))
+        rendered = {self.teacher_of[name] for name, domain in domains.items() if not domain.prompts.raw and not cfg.allow_other_template}
         self.context: dict[str, int] = {}
         self.library, self.remote = TeacherLibrary(device), {}
         for teacher, (name, teacher_cfg) in self.configs.items():
@@ -79,7 +80,7 @@ class TeacherPool:
                 self.remote[teacher] = RemoteTeacher(teacher, name, teacher_cfg, cfg, tokenizer)
                 self.context[teacher] = self.remote[teacher].context
             else:
-                self.context[teacher] = check_teacher(name, teacher_cfg, tokenizer)
+                self.context[teacher] = check_teacher(name, teacher_cfg, tokenizer, teacher in rendered)
                 self.library.add(teacher, _base_identity(teacher_cfg), teacher_cfg, f"teacher of {name}")
         plan = plan_placement(self.library.sizes(), cfg, free_memory(device, self.ranks.local_count), self.ranks.count)
         logging.getLogger(__name__).info("%s", plan.description)

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
+import opd.bench_config
 import opd.config
 import rollout.config
 import teachers.config
