@@ -31,6 +31,7 @@ COMMANDS = {
     "pipeline": "make base, teachers and student one after another; what `opd` alone does, on the embedded domains",
     "specialize": "fine-tune a model on a domain's reference answers: makes a teacher",
     "distill": "distil all domains' teachers into one student",
+    "check": "what distill with the same settings would refuse at its start, and what it would warn of; trains and writes nothing",
     "evaluate": "accuracy and recovery on held-out prompts",
     "export": "write the folder to serve, its experts packed in FP4, and verify it",
     "bench": "time and memory beside other ways and libraries; the word after it says of what: divergence, qat",
@@ -135,6 +136,10 @@ def _run(command: str, cfg) -> None:
         from opd.distill import distill
 
         return distill(cfg)
+    if command == "check":
+        from opd.check import check
+
+        return check(cfg)
     if command == "specialize":
         from opd.specialize import specialize
 

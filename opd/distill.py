@@ -8,9 +8,11 @@ from opd.evaluate import Evaluator, evaluation_metrics
 from opd.metrics import data_metrics, rollout_metrics
 from opd.rollouts import build_stream, data_ranks
 from opd.run import finish_run, open_run
+from opd.signal_check import check_new_run
 from opd.student import build_student, load_student_tokenizer, seed_everything
 from opd.tracker import Tracker
 from opd.update import update
+from opd.warmup import warm_up
 from teachers.pool import TeacherPool
 
 
@@ -25,12 +27,14 @@ def distill(cfg: DistillConfig) -> None:
     teachers.require_context(stream.longest_rollouts)
     evaluator = Evaluator(cfg, student, tokenizer, teachers)
     engine = Engine(student, len(tokenizer), cfg, device)                # the only code that touches DeepSpeed
+    report = check_new_run(cfg, stream, evaluator)                       # a signal that cannot teach is refused before anything is written
     run_dir = open_run(cfg, "distill")
 
     with Tracker(run_dir, "distill", cfg) as tracker:
         first = resume(run_dir, engine, stream, tracker, teachers)
         if first == 0:
-            tracker.log(0, data_metrics(stream.prompts) | evaluation_metrics(evaluator.evaluate(stream.sampler, engine)))
+            metrics = warm_up(run_dir, cfg, engine, stream, evaluator, report.metrics())
+            tracker.log(0, metrics | data_metrics(stream.prompts) | evaluation_metrics(evaluator.evaluate(stream.sampler, engine)))
         for step in range(first, cfg.num_steps):
             with tracker.timer("rollout"):
                 rollouts = stream.next(step, engine)

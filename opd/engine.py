@@ -111,7 +111,17 @@ class Engine:
         self.engine, *_ = deepspeed.initialize(model=self.trained, optimizer=_optimizer(groups, cfg.optim), config=settings, dist_init_required=False)
         if self.zero_stage == 3:
             deepspeed.zero.register_external_parameter(self.trained, head_of(self.model).weight)
-        self.policy_step = 0
+        self.policy_step, self.num_steps = 0, cfg.num_steps
+
+    def begin_schedule(self, num_steps: int) -> None:
+        """Forget all updates but for what they did to the weights: optimizer state 0, policy_step 0, a learning-rate schedule of `num_steps` that
+        begins, and routing to be compared with that of now.
+        """
+        for state in self.engine.optimizer.state.values():
+            for name, value in state.items():
+                state[name] = value.zero_() if isinstance(value, torch.Tensor) else 0
+        self.policy_step, self.num_steps = 0, num_steps
+        self.recorder.forget()
 
     def loss(self, batch: MicroBatch, teacher_head: OutputHead | None, is_last: bool, balance_scale: float = 0.0) -> tuple[torch.Tensor, TokenLosses]:
         """Weighted loss of one micro-batch (a scalar that carries gradients) and its per-token losses.
@@ -130,7 +140,7 @@ class Engine:
 
         Raises ValueError where the gradient is not finite; the weights are then unchanged.
         """
-        factor = learning_rate_factor(self.policy_step, self.cfg.num_steps, self.cfg.optim)
+        factor = learning_rate_factor(self.policy_step, self.num_steps, self.cfg.optim)
         for group, peak in zip(self.engine.optimizer.param_groups, self.peak_rates, strict=True):
             group["lr"] = peak * factor
         every = self.cfg.optim.update_ratio_every

@@ -16,6 +16,10 @@ Step 0 holds what was measured before training. Names:
     step/loss, step/completion_tokens, step/rollouts
     step/differs      1 from the first step on whose rollouts differ from the compared run's (rollout.compare)
     data/D/rows, data/D/dropped               rows in use, and left out for their length (record of step 0)
+    check/D/kl_per_token, overlap, student_entropy, teacher_entropy, teacher_logprob, truncated, accuracy, answer_logprob, answer_logprob_student,
+                      answer_gain (with _low, _high), self_kl, shift_change, gradient_norm      of the initial student, before a warm-up
+                      (record of step 0): opd/signal_figures.py says what each is
+    warmup/D/truncated, accuracy, first_loss, last_loss       of the teacher's answers; loss per token at the first and last update (record of step 0)
     optim/lr, grad_norm, clipped, update_to_weight (muon: muon_lr in place of grad_norm and clipped)
     router/layer_LL/load_entropy, load_entropy_change, dead_experts, routed_as_at_start
     quant/D/kl_per_token                      KL(student with unquantised experts || student), on some rollouts of the step

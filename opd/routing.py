@@ -47,12 +47,16 @@ class RoutingRecorder:
         self.routers = find_routers(model)
         self.last: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
         self.counts: dict[str, torch.Tensor] = {}
+        self.forget()
+        for name, router in self.routers.items():
+            router.register_forward_hook(self._hook(name))
+
+    def forget(self) -> None:
+        """What comes is compared with the next step and the next probe."""
         self.start_entropy: dict[str, float] = {}
         self.probe_BL: torch.Tensor | None = None
         self.probe_real_BL: torch.Tensor | None = None
         self.probe_experts: dict[str, torch.Tensor] = {}
-        for name, router in self.routers.items():
-            router.register_forward_hook(self._hook(name))
 
     def start_step(self) -> None:
         self.counts = {}

@@ -4,6 +4,7 @@
     RUN/metrics.jsonl        opd/metrics.py
     RUN/checkpoints/         opd/checkpoint.py
     RUN/teachers.json        which teachers scored which steps, and the domains' settings then: teachers/manifest.py (of a distillation)
+    RUN/warmup.json          opd/warmup.py, with warmup=sft
     RUN/rollouts/            rollout/replay.py, with rollout.save=true
     RUN/student/             Hugging Face folder of the trained model, when the run is finished; experts that trained under FP4 hold its values in
                              the dtype of training (their masters are in the checkpoints)
@@ -36,7 +37,7 @@ from rollout.files import replace_text
 from rollout.model import save_model
 from teachers.config import RUNNING_SETTINGS, DomainConfig
 
-MAY_DIFFER = ("fresh", "threads", "logger", "checkpoint", "run_dir", *(f"teachers.{name}" for name in RUNNING_SETTINGS))
+MAY_DIFFER = ("fresh", "threads", "logger", "checkpoint", "run_dir", "check", *(f"teachers.{name}" for name in RUNNING_SETTINGS))
 """Fields that may change when a run is resumed."""
 
 LOCK_FILE = ".lock"
@@ -57,6 +58,11 @@ def open_run(cfg: RunConfig, command: str) -> Path:
     if problem is not None:
         raise ValueError(problem)
     return folder
+
+
+def is_new_run(cfg: RunConfig) -> bool:
+    """Whether a run will begin, rather than go on from a checkpoint in its folder; looks only."""
+    return cfg.fresh or not any((Path(cfg.run_dir) / "checkpoints").glob("step-*"))
 
 
 def write_config(folder: Path, cfg: Any, command: str) -> None:
@@ -125,7 +131,7 @@ def _clear(folder: Path, cfg: RunConfig) -> str | None:
     inside = [path for path in inputs if path is not None and folder.resolve() in (Path(path).resolve(), *Path(path).resolve().parents)]
     if inside:
         return f"fresh=true would delete {inside[0]}, which the run reads: choose another run_dir"
-    for name in ("config.yaml", "metrics.jsonl", "wandb_id", "evaluation.json", "teachers.json"):
+    for name in ("config.yaml", "metrics.jsonl", "wandb_id", "evaluation.json", "teachers.json", "warmup.json"):
         (folder / name).unlink(missing_ok=True)
     for name in ("checkpoints", "rollouts", "student", "wandb"):
         shutil.rmtree(folder / name, ignore_errors=True)

@@ -1,0 +1,273 @@
+"""What each teacher's signal is like on the initial student: the figures that opd/signal_check.py judges.
+
+The student answers some prompts of each domain with the rollouts' sampler, the teachers score these answers and the data's right ones, and both models'
+distributions are compared. A right answer is a reference answer, tokenised and closed by the end-of-sequence token, to which the domain's
+grader gives 1. Rollouts that were graded right are no substitute: they are the student's own choice, so its likelihood of them is biased upwards.
+
+The models are the sampler's copy of the student, whole on every rank, and the pool's teachers; so there is nothing to gather, and nothing of the
+trainer is touched. Every rank answers a share of the prompts, one at least, and figures are sums over all ranks divided by counts. Random
+numbers are keyed apart from those of training and evaluation.
+
+B: rows. N: completion tokens of a micro-batch. C: some of them. V: vocabulary. K: likeliest tokens. D: hidden size.
+"""
+
+import random
+from dataclasses import dataclass, replace
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from opd.batch import MicroBatch, teacher_batches
+from opd.config import BatchConfig, DistillConfig
+from opd.distributed import Group, num_ranks, rank
+from opd.divergence import ModelStates, full_divergence
+from opd.evaluate import Evaluator
+from opd.intervals import Interval, mean
+from opd.loss_config import LossConfig
+from opd.metrics import DomainTotals
+from rollout.chat import decode_completion
+from rollout.grading import grade
+from rollout.logits import product_into, transform_
+from rollout.model import backbone_of, head_of, logit_transform
+from rollout.prompts import PromptMixture
+from rollout.stream import RolloutStream
+from rollout.types import Prompt, Rollout
+from teachers.config import SignalKind
+from teachers.pool import TeacherPool
+from teachers.teacher import Teacher
+from teachers.types import ScoredRollout, TeacherSignal
+
+FIRST_REQUEST = 1 << 41
+"""Requests of the check are numbered from here: training counts from 0, evaluation from 1 << 40."""
+
+TOP = 16
+"""Likeliest tokens whose overlap is measured; arXiv:2604.13016 finds 97 to 99 % of both models' mass in them."""
+
+SELF_ROLLOUTS = 4
+"""Rollouts of a domain, per rank, on which the student is its own teacher."""
+
+LOGITS_AT_A_TIME = 1 << 24
+
+SUMS = (
+    "prompts", "tokens", "graded", "score", "truncated", "kl", "overlap", "student_entropy", "teacher_entropy", "teacher_logprob", "change", "gradient_squared",
+    "answers", "answer_tokens", "answer_logprob", "answer_logprob_student", "gain", "gain_squared", "self_tokens", "self_kl",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SignalFigures:
+    """Of one domain; log-probabilities, entropies and divergences in nats per token, None where nothing could be measured.
+
+    kl_per_token: KL(student || teacher) on the student's own tokens. overlap: share of the TOP likeliest tokens that both have, there.
+    student_entropy, teacher_entropy, teacher_logprob: there; the latter of the student's tokens.
+    truncated, accuracy: of the student's answers.
+    answer_logprob, answer_logprob_student: of the data's right answers, from the teacher and from the student.
+    answer_gain: teacher over student, in nats per answer, with its 95 % interval.
+    self_kl: the student from itself, taken as a teacher is: one rollout at a time, without padding.
+    shift_change: mean size of the divergence's change where the teacher's states are moved by one token.
+    gradient_norm: of the divergence that the loss settings name, summed over tokens, by the student's last hidden states.
+    """
+
+    kl_per_token: float
+    overlap: float
+    student_entropy: float
+    teacher_entropy: float
+    teacher_logprob: float
+    truncated: float
+    accuracy: float | None
+    answer_logprob: float | None
+    answer_logprob_student: float | None
+    answer_gain: Interval | None
+    self_kl: float
+    shift_change: float
+    gradient_norm: float
+
+    def numbers(self) -> dict[str, float]:
+        """Those that were measured, by name; of an interval its ends too."""
+        values = {name: getattr(self, name) for name in self.__slots__ if name != "answer_gain"}
+        if self.answer_gain is not None:
+            values |= {"answer_gain": self.answer_gain.value, "answer_gain_low": self.answer_gain.low, "answer_gain_high": self.answer_gain.high}
+        return {name: value for name, value in values.items() if value is not None}
+
+
+def measure_signals(cfg: DistillConfig, stream: RolloutStream, evaluator: Evaluator) -> dict[str, SignalFigures]:
+    """The figures of every domain, with the weights that the stream's sampler holds; every rank calls it."""
+    tokenizer, model = evaluator.tokenizer, stream.sampler.model
+    sampling = replace(cfg.rollout, max_new_tokens=min(cfg.rollout.max_new_tokens, evaluator.sampling.max_new_tokens))
+    prompts = [prompt for number, name in enumerate(cfg.domains) for prompt in _own_prompts(name, number, cfg, stream.prompts, evaluator)]
+    rollouts = stream.sampler.sample(prompts, sampling)
+    answers = [answer for prompt in prompts if (answer := _right_answer(prompt, cfg, sampling.max_new_tokens, tokenizer)) is not None]
+    totals = DomainTotals(list(cfg.domains))
+    for rollout in rollouts:
+        name, grader = rollout.prompt.domain, cfg.domains[rollout.prompt.domain].grader
+        totals.add(name, prompts=1, truncated=not rollout.finished)
+        if grader is not None:
+            text = decode_completion(rollout.completion_T.tolist(), tokenizer)
+            totals.add(name, graded=1, score=grade(grader, text, rollout.prompt.answer, rollout.prompt.row))
+    pair = _Pair(model, evaluator.teachers, len(tokenizer), cfg.loss)
+    scored = evaluator.teachers.score(rollouts + answers, SignalKind.hidden_states)
+    for name in cfg.domains:
+        own, right = ([item for item in part if item.rollout.prompt.domain == name] for part in (scored[: len(rollouts)], scored[len(rollouts) :]))
+        for batch in _batches(own, cfg, model):
+            pair.add_rollouts(totals, name, batch)
+        for batch in _batches(right, cfg, model):
+            pair.add_answers(totals, name, batch)
+        totals.add(name, **pair.itself([item.rollout for item in own][:SELF_ROLLOUTS], cfg))
+    return {name: _figures(sums) for name, sums in totals.reduced(SUMS).items()}
+
+
+class _Pair:
+    """The student and, micro-batch by micro-batch, the teacher that scored it."""
+
+    def __init__(self, model: PreTrainedModel, teachers: TeacherPool, vocab_size: int, loss: LossConfig):
+        self.model, self.teachers, self.vocab_size, self.loss = model, teachers, vocab_size, loss
+        self.exact = LossConfig(backend=loss.backend)
+
+    @torch.no_grad()
+    def add_rollouts(self, totals: DomainTotals, name: str, batch: MicroBatch) -> None:
+        """Add the figures of the student's own tokens."""
+        student, teacher = self._states(batch), self._teacher(batch)
+        mask_N, ones_N = batch.mask_N, torch.ones_like(batch.weight_N)
+        _, losses = full_divergence(student, teacher, ones_N, self.exact, self.vocab_size)
+        moved = replace(teacher, hidden_ND=teacher.hidden_ND.roll(1, 0))
+        _, other = full_divergence(student, moved, ones_N, self.exact, self.vocab_size)
+        _, teacher_logprob_N, overlap_N = self._compare(student, teacher, batch.target_N)
+        totals.add(
+            name,
+            tokens=mask_N.sum(),
+            kl=_sum(losses.loss_N, mask_N),
+            student_entropy=_sum(losses.student_entropy_N, mask_N),
+            teacher_entropy=_sum(losses.teacher_entropy_N, mask_N),
+            teacher_logprob=_sum(teacher_logprob_N, mask_N),
+            overlap=_sum(overlap_N, mask_N),
+            change=_sum((other.loss_N - losses.loss_N).abs(), mask_N),
+            gradient_squared=self._gradient_squared(student, teacher, mask_N.to(ones_N)),
+        )
+
+    @torch.no_grad()
+    def add_answers(self, totals: DomainTotals, name: str, batch: MicroBatch) -> None:
+        """Add what both give to right answers."""
+        student_N, teacher_N, _ = self._compare(self._states(batch), self._teacher(batch), batch.target_N)
+        gain_B = torch.zeros(len(batch.rollouts), dtype=torch.float64).index_add_(0, batch.rollout_N.cpu(), (teacher_N - student_N).double().cpu())
+        everything_N = torch.ones_like(batch.mask_N)
+        totals.add(name, answers=len(batch.rollouts), answer_tokens=len(batch.target_N), gain=gain_B.sum(), gain_squared=gain_B.square().sum())
+        totals.add(name, answer_logprob=_sum(teacher_N, everything_N), answer_logprob_student=_sum(student_N, everything_N))
+
+    @torch.no_grad()
+    def itself(self, rollouts: list[Rollout], cfg: DistillConfig) -> dict[str, float]:
+        """The student's divergence from its own states as a teacher's: {"self_tokens", "self_kl"}."""
+        hidden = Teacher("student", self.model).hidden(rollouts, 1)
+        scored = [ScoredRollout(rollout=r, signal=TeacherSignal(teacher="student", hidden_TD=h)) for r, h in zip(rollouts, hidden, strict=True)]
+        tokens = kl = 0.0
+        for batch in _batches(scored, cfg, self.model):
+            student = self._states(batch)
+            teacher = replace(student, hidden_ND=batch.teacher_hidden_ND)
+            _, losses = full_divergence(student, teacher, torch.ones_like(batch.weight_N), self.exact, self.vocab_size)
+            tokens, kl = tokens + len(losses.loss_N), kl + float(losses.loss_N.double().abs().sum())
+        return {"self_tokens": tokens, "self_kl": kl}
+
+    def _states(self, batch: MicroBatch) -> ModelStates:
+        hidden_BLD = backbone_of(self.model)(input_ids=batch.tokens_BL, use_cache=False)[0]
+        return ModelStates(hidden_BLD.flatten(0, 1)[batch.position_N], head_of(self.model).weight, logit_transform(self.model.config, "student"))
+
+    def _teacher(self, batch: MicroBatch) -> ModelStates:
+        head = self.teachers.head(batch.teacher)
+        return ModelStates(batch.teacher_hidden_ND, head.weight_VD, head.transform)
+
+    def _compare(self, student: ModelStates, teacher: ModelStates, target_N: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """(student's log-probability of the target, teacher's, share of the likeliest tokens that both have), [N] each."""
+        parts = []
+        count = min(TOP, self.vocab_size)
+        rows = max(1, LOGITS_AT_A_TIME // self.vocab_size)
+        for start in range(0, len(target_N), rows):
+            target_C1 = target_N[start : start + rows, None]
+            student_CV, teacher_CV = (self._logprobs(replace(states, hidden_ND=states.hidden_ND[start : start + rows])) for states in (student, teacher))
+            ours_CK, theirs_CK = student_CV.topk(count, dim=1).indices, teacher_CV.topk(count, dim=1).indices
+            shared_C = (ours_CK[:, :, None] == theirs_CK[:, None, :]).any(-1).float().mean(1)
+            parts.append(torch.stack([student_CV.gather(1, target_C1)[:, 0], teacher_CV.gather(1, target_C1)[:, 0], shared_C]))
+        return torch.cat(parts, dim=1).unbind(0)
+
+    def _logprobs(self, states: ModelStates) -> torch.Tensor:
+        logits_CV = torch.empty(len(states.hidden_ND), self.vocab_size, device=states.hidden_ND.device)
+        product_into(logits_CV, states.hidden_ND, states.head_VD[: self.vocab_size])
+        transform_(logits_CV, states.transform)
+        return logits_CV.log_softmax(-1)
+
+    def _gradient_squared(self, student: ModelStates, teacher: ModelStates, weight_N: torch.Tensor) -> float:
+        with torch.enable_grad():
+            hidden_ND = student.hidden_ND.detach().clone().requires_grad_()
+            loss, _ = full_divergence(replace(student, hidden_ND=hidden_ND), teacher, weight_N, self.loss, self.vocab_size)
+            (gradient_ND,) = torch.autograd.grad(loss, hidden_ND)
+        return float(gradient_ND.double().square().sum())
+
+
+def training_prompts(name: str, count: int, mixture: PromptMixture, purpose: str, first_request: int) -> list[Prompt]:
+    """Some of a domain's training prompts, drawn with a key of their own and numbered from `first_request`; the mixture's stream does not notice."""
+    rows = [(source, row) for source, own in mixture.domains[name].sources.items() for row in own]
+    chosen = random.Random(f"{mixture.seed}/{purpose}/{name}").sample(rows, min(count, len(rows)))
+    return [
+        Prompt(domain=name, request=first_request + number, row=f"{source}:{row['index']}", tokens=tuple(row["tokens"]), answer=row["answer"])
+        for number, (source, row) in enumerate(chosen)
+    ]
+
+
+def _own_prompts(name: str, number: int, cfg: DistillConfig, mixture: PromptMixture, evaluator: Evaluator) -> list[Prompt]:
+    """This rank's prompts of a domain: held-out ones where the run evaluates, else training prompts; each rank gets one, if need be the same row."""
+    found = evaluator.prompts.get(name) or training_prompts(name, cfg.check.prompts, mixture, "check", 0)
+    count = max(num_ranks(Group.data), min(cfg.check.prompts, len(found)))
+    first = FIRST_REQUEST + number * count
+    numbered = [replace(found[index % len(found)], request=first + index) for index in range(count)]
+    return numbered[rank(Group.data) :: num_ranks(Group.data)]
+
+
+def _right_answer(prompt: Prompt, cfg: DistillConfig, longest: int, tokenizer: PreTrainedTokenizerBase) -> Rollout | None:
+    """The reference answer as a completion, where it fits and the domain's grader gives it 1."""
+    grader = cfg.domains[prompt.domain].grader
+    if grader is None or prompt.answer is None:
+        return None
+    tokens = [*tokenizer(prompt.answer, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+    if len(tokens) > longest or grade(grader, decode_completion(tokens, tokenizer), prompt.answer, prompt.row) < 1:
+        return None
+    return completed(prompt, tokens)
+
+
+def completed(prompt: Prompt, tokens: list[int]) -> Rollout:
+    """A prompt with a completion that no one sampled."""
+    completion_T = torch.tensor(tokens)
+    return Rollout(
+        prompt=prompt,
+        completion_T=completion_T,
+        completion_mask_T=torch.ones_like(completion_T, dtype=torch.bool),
+        logprob_T=torch.zeros(len(tokens)),
+        sample=0,
+        finished=True,
+        policy_step=0,
+    )
+
+
+def _batches(scored: list[ScoredRollout], cfg: DistillConfig, model: PreTrainedModel) -> list[MicroBatch]:
+    whole = BatchConfig(max_tokens_per_micro_batch=cfg.teachers.max_tokens_per_forward)
+    return [batch.to(model.device) for batch in teacher_batches(scored, dict.fromkeys(cfg.domains, 1.0), whole)]
+
+
+def _sum(values_N: torch.Tensor, mask_N: torch.Tensor) -> float:
+    return float((values_N * mask_N).double().sum())
+
+
+def _figures(sums: dict[str, float]) -> SignalFigures:
+    tokens, answers = sums["tokens"], sums["answers"]
+    return SignalFigures(
+        kl_per_token=sums["kl"] / tokens,
+        overlap=sums["overlap"] / tokens,
+        student_entropy=sums["student_entropy"] / tokens,
+        teacher_entropy=sums["teacher_entropy"] / tokens,
+        teacher_logprob=sums["teacher_logprob"] / tokens,
+        truncated=sums["truncated"] / sums["prompts"],
+        accuracy=sums["score"] / sums["graded"] if sums["graded"] else None,
+        answer_logprob=sums["answer_logprob"] / sums["answer_tokens"] if answers else None,
+        answer_logprob_student=sums["answer_logprob_student"] / sums["answer_tokens"] if answers else None,
+        answer_gain=mean(sums["gain"], sums["gain_squared"], int(answers)) if answers else None,
+        self_kl=sums["self_kl"] / sums["self_tokens"],
+        shift_change=sums["change"] / tokens,
+        gradient_norm=sums["gradient_squared"] ** 0.5,
+    )
