@@ -8,7 +8,7 @@ The models are the sampler's copy of the student, whole on every rank, and the p
 trainer is touched. Every rank answers a share of the prompts, one at least, and figures are sums over all ranks divided by counts. Random
 numbers are keyed apart from those of training and evaluation.
 
-B: rows. N: completion tokens of a micro-batch. C: some of them. V: vocabulary. K: likeliest tokens. D: hidden size.
+B: rows. L: positions. N: completion tokens of a micro-batch. C: some of them. V: vocabulary. K: likeliest tokens. D: hidden size. T: tokens of a completion.
 """
 
 import random

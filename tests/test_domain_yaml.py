@@ -34,7 +34,7 @@ def test_a_domain_of_one_yaml_is_distilled_beside_a_shipped_one(workspace, saved
     distill(load_config("distill", [
         "domain=[arithmetic]", "+domain=law", f"domains.arithmetic.teacher.model={saved_v4}", f"student.model={saved_v4}",
         "domains.arithmetic.prompts.rows=50", "domains.arithmetic.held_out.rows=20", "num_steps=2", "rollout.prompts_per_step=8", "rollout.max_new_tokens=6",
-        "rollout.decode_width=8", "evaluation.every=1", "evaluation.max_new_tokens=6", "run_dir=run", "logger=none",
+        "rollout.decode_width=8", "evaluation.every=1", "evaluation.max_new_tokens=6", "run_dir=run", "logger=none", "check.signal=off",
     ]))  # fmt: skip
     records = [json.loads(line) for line in (workspace / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [record["step"] for record in records] == [0, 1, 2]

@@ -28,7 +28,7 @@ stages:
   distill:
     command: distill
     after: [teacher]
-    overrides: ["domain=[arithmetic]", "student.model=${run_dir}/base/student", "domains.arithmetic.teacher.model=${run_dir}/teacher/student",
+    overrides: ["domain=[arithmetic]", "student.model=${run_dir}/base/student", "domains.arithmetic.teacher.model=${run_dir}/teacher/student", check.signal=off,
       quant=mxfp4_experts, domains.arithmetic.prompts.rows=50, num_steps=2, rollout.prompts_per_step=8, rollout.max_new_tokens=4, rollout.decode_width=4]
   export:
     command: export

@@ -31,6 +31,7 @@ SETTINGS = [
     "optim.warmup_steps=2",
     "logger=none",
     "threads=1",
+    "check.signal=off",
 ]
 
 SCRIPT = """
@@ -71,7 +72,7 @@ def settings(tmp_path_factory, tokenizer, new_student) -> list[str]:
 def saved_run(tmp_path_factory, settings, device) -> Path:
     """A run in one process that sampled its rollouts and saved them."""
     run_dir = tmp_path_factory.mktemp("runs") / "saved"
-    distill(load_config("distill", [*settings, f"run_dir={run_dir}", "rollout.save=true"]))
+    distill(load_config("distill", [*settings, f"run_dir={run_dir}", "rollout.save=true", "check.signal=warn"]))
     return run_dir
 
 
@@ -87,7 +88,7 @@ def quantized_run(tmp_path_factory, settings, saved_run) -> Path:
 def two_ranks(tmp_path_factory, settings, saved_run) -> tuple[Path, str]:
     """Folder of the runs on two ranks, and what they wrote to stderr: "none/zero1" and so on replay the saved run, "live" samples beside it."""
     folder = tmp_path_factory.mktemp("two_ranks")
-    runs = [[*settings, f"run_dir={folder / 'live'}", f"rollout.compare={saved_run}", "num_steps=3"]]
+    runs = [[*settings, f"run_dir={folder / 'live'}", f"rollout.compare={saved_run}", "num_steps=3", "check.signal=warn"]]
     for quant, stage in itertools.product(("none", "mxfp4_experts"), STAGES):
         runs.append([*settings, f"run_dir={folder / quant / stage}", f"rollout.replay={saved_run}", f"deepspeed={stage}", f"quant={quant}"])
     (folder / "runs.json").write_text(json.dumps(runs))
@@ -132,3 +133,11 @@ def test_live_sampling_on_two_ranks_reports_the_first_differing_token(two_ranks)
     assert len(differs) == 3
     assert differs[0] == 0.0, "the first step has the same weights and keys"
     assert any(differs) == ("completion token" in errors)
+
+
+@pytest.mark.multi
+def test_the_check_of_two_ranks_finds_what_that_of_one_finds(saved_run, two_ranks):
+    one, two = (json.loads((folder / "metrics.jsonl").read_text().splitlines()[0]) for folder in (saved_run, two_ranks[0] / "live"))
+    names = [name for name in one if name.startswith("check/") and not name.endswith(("self_kl", "gradient_norm"))]
+    assert len(names) > 20
+    assert {name: two[name] for name in names} == pytest.approx({name: one[name] for name in names}, rel=1e-3)

@@ -16,6 +16,7 @@ from rollout.model import save_model
 SETTINGS = [
     "domain=[arithmetic]", "domains.arithmetic.prompts.rows=50", "num_steps=30", "rollout.prompts_per_step=8", "rollout.max_new_tokens=6",
     "rollout.decode_width=8", "checkpoint.every=2", "optim.lr=1e-3", "logger=none", "threads=1", "quant=mxfp4_experts",
+    "check.signal=off",
 ]  # fmt: skip
 
 

@@ -84,6 +84,13 @@ MISTAKES = {
     "schedule without a beginning": "the schedule domains.tools.loss_weight must begin at step 0",
     "no rollouts to replay": "there are no saved rollouts at",
     "no rollouts to compare with": "there are no saved rollouts at",
+    "untrained teacher": "as untrained weights do: correct domains.tools.teacher, or accept it with check.signal=warn",
+    "check an untrained teacher": "as untrained weights do: correct domains.tools.teacher, or accept it with check.signal=warn",
+    "check without prompts": "check.prompts must be at least 1, not 0",
+    "teacher with another chat template": "has another chat template than the student, so prompts would not look as in its training",
+    "truncated teacher": "it was cut off or damaged, copy it again",
+    "warm-up of no domain": "warmup.domains=['law'] must name domains of the run: tools",
+    "warm-up that is not asked for": "settings of warmup would be ignored without one: write warmup=sft, or remove them",
     "specialize without answers": "has no answer to learn from",
     "specialize with a long answer": "tokens with its answer, more than",
     "specialize without slips": "has no slip: set slip_rate=0",
@@ -110,7 +117,7 @@ def arguments_of(folder: Path, models: dict[str, Path], data: dict[str, Path]) -
     tools = ["domain=[tools]", "domains.tools.prompts.rows=8", "domains.tools.held_out.rows=8", f"domains.tools.teacher.model={models['teacher']}"]
     short = ["num_steps=1", "logger=none", "rollout.prompts_per_step=4", "rollout.max_new_tokens=4", "rollout.decode_width=4"]
     student = f"student.model={models['student']}"
-    distill = ["distill", *tools, *short, student]
+    distill = ["distill", *tools, *short, student, "check.signal=off"]
     specialize = ["specialize", *tools, "num_steps=1", "logger=none", "examples_per_step=4", student]
     evaluate = ["evaluate", *tools, student, "evaluation.max_new_tokens=4", "evaluation.decode_width=4"]
 
@@ -150,6 +157,13 @@ def arguments_of(folder: Path, models: dict[str, Path], data: dict[str, Path]) -
         "schedule without a beginning": [*distill, "domains.tools.loss_weight={5: 1.0}"],
         "no rollouts to replay": [*distill, "rollout.replay=./no/run"],
         "no rollouts to compare with": [*distill, "rollout.compare=./no/run"],
+        "untrained teacher": [*distill, "check.signal=refuse", "rollout.max_new_tokens=12", f"domains.tools.teacher.model={models['qwen3_moe']}"],
+        "check an untrained teacher": ["check", *tools, *short, student, "rollout.max_new_tokens=12", f"domains.tools.teacher.model={models['qwen3_moe']}"],
+        "check without prompts": [*distill, "check.prompts=0"],
+        "teacher with another chat template": [*distill, f"domains.tools.teacher.model={models['other_template']}"],
+        "truncated teacher": [*distill, f"domains.tools.teacher.model={models['truncated']}"],
+        "warm-up of no domain": [*distill, "warmup=sft", "warmup.domains=[law]"],
+        "warm-up that is not asked for": [*distill, "warmup.steps=3"],
         "specialize without answers": [*specialize, *prompts("unanswered")],
         "specialize with a long answer": [*specialize, *prompts("good"), "max_tokens=12"],
         "specialize without slips": [*specialize, *prompts("good"), "slip_rate=1.0"],
@@ -188,11 +202,17 @@ def models(new_student, tokenizer, saved_v4, saved_qwen3_moe, teacher_folders, t
     vocabulary = content["model"]["vocab"]
     vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
     (other / "tokenizer.json").write_text(json.dumps(content))
+    template = shutil.copytree(saved_v4, folder / "other_template")
+    (template / "chat_template.jinja").write_text("{{ messages[0]['content'] }}")
+    truncated = shutil.copytree(saved_v4, folder / "truncated")
+    with (truncated / "model.safetensors").open("r+b") as file:
+        file.truncate(100_000)
     small = new_student("qwen3_moe_tiny")
     small.resize_token_embeddings(90)
     save_model(folder / "small_vocabulary", small, tokenizer, small.state_dict())
     good = {"student": saved_v4, "qwen3_moe": saved_qwen3_moe, "teacher": teacher_folders["v4"]}
-    return good | {"without_tokenizer": without, "other_tokenizer": other, "small_vocabulary": folder / "small_vocabulary"}
+    bad = {"without_tokenizer": without, "other_tokenizer": other, "small_vocabulary": folder / "small_vocabulary"}
+    return good | bad | {"other_template": template, "truncated": truncated}
 
 
 @pytest.fixture(scope="module")

@@ -9,6 +9,7 @@ from omegaconf import OmegaConf
 
 import opd.bench_config
 import opd.config
+import opd.start_config
 import rollout.config
 import teachers.config
 from opd.__main__ import CONF, load_config, split_command
@@ -16,6 +17,7 @@ from opd.config import SCHEMAS, DistillConfig, OptimizerKind, RunConfig, parse
 from rollout.config import GraderKind
 
 GROUPS = sorted((path.parent.name, path.stem) for path in CONF.glob("*/*.yaml"))
+MODULES = (opd.bench_config, opd.config, opd.start_config, rollout.config, teachers.config)
 SELECT = {"domain": "domain=[{}]", "pipeline": "pipeline={}"}
 
 
@@ -199,7 +201,7 @@ def dataclasses_of(module) -> list[type]:
     return [found for found in vars(module).values() if dataclasses.is_dataclass(found) and found.__module__ == module.__name__]
 
 
-@pytest.mark.parametrize("schema", [schema for module in (opd.config, rollout.config, teachers.config) for schema in dataclasses_of(module)])
+@pytest.mark.parametrize("schema", [schema for module in MODULES for schema in dataclasses_of(module)])
 def test_each_field_is_documented_in_its_dataclass(schema):
     documentation = " ".join(parent.__doc__ or "" for parent in schema.__mro__ if dataclasses.is_dataclass(parent))
     fields = {field.name for field in dataclasses.fields(schema)}
@@ -209,7 +211,7 @@ def test_each_field_is_documented_in_its_dataclass(schema):
 
 
 def test_a_schema_cannot_take_an_attribute_that_is_not_a_field():
-    for module in (opd.config, rollout.config, teachers.config):
+    for module in MODULES:
         for schema in dataclasses_of(module):
             with pytest.raises(AttributeError):
                 schema().no_such_setting = 1

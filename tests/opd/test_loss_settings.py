@@ -374,7 +374,7 @@ def records(run_dir: Path) -> list[dict]:
 
 
 def test_a_run_on_the_teachers_top_k_finishes_and_records_both_tails(device, saved_qwen3_moe, teacher_folders, tmp_path):
-    settings = ["rollout.prompts_per_step=4", "rollout.max_new_tokens=6", "rollout.decode_width=4", "num_steps=2", "optim.warmup_steps=0"]
+    settings = ["rollout.prompts_per_step=4", "rollout.max_new_tokens=6", "rollout.decode_width=4", "num_steps=2", "optim.warmup_steps=0", "check.signal=off"]
     settings += ["domain=[arithmetic,tools]", "logger=none", "teachers.signal=top_k", "teachers.top_k=4", "loss.kind=jsd", "loss.cap=0.05"]
     settings += [f"domains.{name}.{part}.rows=8" for name in ("arithmetic", "tools") for part in ("prompts", "held_out")]
     settings += [f"domains.arithmetic.teacher.model={teacher_folders['v4']}", f"domains.tools.teacher.model={teacher_folders['qwen3_moe']}"]

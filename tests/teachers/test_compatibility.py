@@ -1,12 +1,16 @@
 """What is refused at start-up, by the domain's name: teachers that are not there, or do not read the student's tokens."""
 
 import copy
+from pathlib import Path
 
 import pytest
+import torch
 
-from rollout.config import ModelConfig
+from rollout.config import ModelConfig, PromptsConfig
 from rollout.synthetic import CHARACTERS, character_tokenizer
-from teachers.compatibility import check_teacher, tokenizer_fingerprint
+from teachers.compatibility import check_teacher, model_facts, template_fingerprint, tokenizer_fingerprint
+from teachers.config import DomainConfig, TeachersConfig
+from teachers.pool import TeacherPool
 
 
 @pytest.fixture
@@ -92,3 +96,58 @@ def test_equal_vocabularies_have_equal_fingerprints_whatever_the_template(tokeni
     other = copy.deepcopy(tokenizer)
     other.chat_template = None
     assert tokenizer_fingerprint(other) == tokenizer_fingerprint(tokenizer)
+
+
+@pytest.fixture
+def other_template(teacher_with_tokenizer, tokenizer):
+    """other_template("..."): the settings of a teacher whose tokenizer has that chat template."""
+
+    def make(template: str | None) -> ModelConfig:
+        other = copy.deepcopy(tokenizer)
+        other.chat_template = template
+        cfg = teacher_with_tokenizer(other)
+        if template is None:
+            (Path(cfg.model) / "chat_template.jinja").unlink(missing_ok=True)
+        return cfg
+
+    return make
+
+
+@pytest.mark.parametrize(("template", "what"), [("{{ messages[0]['content'] }}", "another chat template than the student"), (None, "no chat template")])
+def test_another_chat_template_is_refused_where_it_would_be_used(other_template, tokenizer, template, what):
+    cfg = other_template(template)
+    with pytest.raises(ValueError, match=f"the teacher of law .* has {what}, .*: give both the same, or accept it with teachers.allow_other_template=true"):
+        check_teacher("law", cfg, tokenizer, needs_template=True)
+    check_teacher("law", cfg, tokenizer, needs_template=False)
+
+
+@pytest.mark.parametrize("accepted", ["raw", "allow_other_template"])
+def test_the_pool_accepts_another_template_of_raw_domains_and_where_it_is_allowed(other_template, tokenizer, accepted):
+    def pool(**settings) -> TeacherPool:
+        prompts = PromptsConfig(raw=settings.get("raw", False))
+        domains = {"law": DomainConfig(teacher=cfg, prompts=prompts)}
+        return TeacherPool(domains, TeachersConfig(allow_other_template=settings.get("allow_other_template", False)), tokenizer, torch.device("cpu"))
+
+    cfg = other_template("{{ messages[0]['content'] }}")
+    with pytest.raises(ValueError, match="another chat template"):
+        pool()
+    pool(**{accepted: True})
+
+
+def test_a_teacher_that_begins_with_another_token_is_refused(teacher_with_tokenizer, tokenizer):
+    other = copy.deepcopy(tokenizer)
+    other.bos_token = "<user>"
+    with pytest.raises(ValueError, match="the teacher of law has <user> as its bos_token, the student <bos>: give both the same tokenizer files"):
+        check_teacher("law", teacher_with_tokenizer(other), tokenizer)
+
+
+def test_another_padding_token_is_accepted(teacher_with_tokenizer, tokenizer):
+    other = copy.deepcopy(tokenizer)
+    other.pad_token = "<unk>"
+    check_teacher("law", teacher_with_tokenizer(other), tokenizer)
+
+
+def test_facts_of_a_teacher_are_those_of_its_files(saved_qwen3_moe, changed_checkpoint, tokenizer):
+    facts = model_facts(ModelConfig(model=str(changed_checkpoint(saved_qwen3_moe, config={"vocab_size": 128, "dtype": "bfloat16"}))), "teacher of law")
+    assert (facts.vocab_rows, facts.context, facts.stored_dtype) == (128, 256, "bfloat16")
+    assert (facts.tokenizer, facts.template) == (tokenizer_fingerprint(tokenizer), template_fingerprint(tokenizer))
