@@ -184,7 +184,7 @@ def test_records_of_a_distillation_have_the_names_on_file(short_run, golden_dir)
 def test_every_name_on_file_is_in_the_docstring(golden_dir):
     names = {line.split("/")[-1].strip() for line in (golden_dir / "metrics_names.txt").read_text().splitlines() if "/" in line}
     phases = {"rollout", "score", "update"}
-    ends = {"kl_per_token_low", "kl_per_token_high", "kl_per_sequence_low", "kl_per_sequence_high"}
+    ends = {f"{name}_{end}" for name in ("kl_per_token", "kl_per_sequence", "answer_gain") for end in ("low", "high")}
     assert not [name for name in names - phases - ends if not re.search(rf"\b{name}\b", opd.metrics.__doc__)]
 
 
