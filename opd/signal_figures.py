@@ -31,7 +31,7 @@ from rollout.logits import product_into, transform_
 from rollout.model import backbone_of, head_of, logit_transform
 from rollout.prompts import PromptMixture
 from rollout.stream import RolloutStream
-from rollout.types import Prompt, Rollout
+from rollout.types import Prompt, Rollout, completed
 from teachers.config import SignalKind
 from teachers.pool import TeacherPool
 from teachers.teacher import Teacher
@@ -215,7 +215,7 @@ def _own_prompts(name: str, number: int, cfg: DistillConfig, mixture: PromptMixt
     """This rank's prompts of a domain: held-out ones where the run evaluates, else training prompts; each rank gets one, if need be the same row."""
     found = evaluator.prompts.get(name) or training_prompts(name, cfg.check.prompts, mixture, "check", 0)
     count = max(num_ranks(Group.data), min(cfg.check.prompts, len(found)))
-    first = FIRST_REQUEST + number * count
+    first = FIRST_REQUEST + number * max(num_ranks(Group.data), cfg.check.prompts)
     numbered = [replace(found[index % len(found)], request=first + index) for index in range(count)]
     return numbered[rank(Group.data) :: num_ranks(Group.data)]
 
@@ -229,20 +229,6 @@ def _right_answer(prompt: Prompt, cfg: DistillConfig, longest: int, tokenizer: P
     if len(tokens) > longest or grade(grader, decode_completion(tokens, tokenizer), prompt.answer, prompt.row) < 1:
         return None
     return completed(prompt, tokens)
-
-
-def completed(prompt: Prompt, tokens: list[int]) -> Rollout:
-    """A prompt with a completion that no one sampled."""
-    completion_T = torch.tensor(tokens)
-    return Rollout(
-        prompt=prompt,
-        completion_T=completion_T,
-        completion_mask_T=torch.ones_like(completion_T, dtype=torch.bool),
-        logprob_T=torch.zeros(len(tokens)),
-        sample=0,
-        finished=True,
-        policy_step=0,
-    )
 
 
 def _batches(scored: list[ScoredRollout], cfg: DistillConfig, model: PreTrainedModel) -> list[MicroBatch]:

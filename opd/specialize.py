@@ -3,14 +3,11 @@
 The same engine, micro-batches and per-domain loss as distillation; the objective is the negative log-likelihood of the answer's tokens and
 the closing end-of-sequence token. `slip_rate` trains a share of the examples on the row's wrong answer instead, which is how the
 quickstart makes a base model that has a skill but not reliably (rollout/synthetic.py).
-
-T: tokens of one answer.
 """
 
 import random
 from collections.abc import Mapping
 
-import torch
 from transformers import PreTrainedTokenizerBase
 
 from opd.checkpoint import is_due, resume, save
@@ -27,7 +24,7 @@ from rollout.config import schedule_value
 from rollout.model import context_length, end_tokens
 from rollout.prompts import PromptMixture, load_prompts, require_answers
 from rollout.sampler import LocalSampler
-from rollout.types import Prompt, Rollout
+from rollout.types import Prompt, Rollout, completed
 
 
 def specialize(cfg: SpecializeConfig) -> None:
@@ -101,13 +98,4 @@ class ExampleStream:
         takes_slip = random.Random(f"{self.cfg.seed}/slip/{prompt.request}").random() < slip_rate
         text = row["slip"] if takes_slip else row["answer"]
         tokens = [*self.tokenizer(text, add_special_tokens=False)["input_ids"], self.tokenizer.eos_token_id]
-        completion_T = torch.tensor(tokens)
-        return Rollout(
-            prompt=prompt,
-            completion_T=completion_T,
-            completion_mask_T=torch.ones_like(completion_T, dtype=torch.bool),
-            logprob_T=torch.zeros(len(tokens)),
-            sample=0,
-            finished=True,
-            policy_step=0,
-        )
+        return completed(prompt, tokens)

@@ -51,6 +51,20 @@ class Rollout:
         return int(self.completion_mask_T.sum())
 
 
+def completed(prompt: Prompt, tokens: list[int]) -> Rollout:
+    """A prompt with a completion that no one sampled, such as its reference answer; every token enters the loss."""
+    completion_T = torch.tensor(tokens)
+    return Rollout(
+        prompt=prompt,
+        completion_T=completion_T,
+        completion_mask_T=torch.ones_like(completion_T, dtype=torch.bool),
+        logprob_T=torch.zeros(len(tokens)),
+        sample=0,
+        finished=True,
+        policy_step=0,
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class LogitTransform:
     """From products to logits: softcap * tanh(scale * product / softcap), or scale * product where there is no soft cap.

@@ -38,7 +38,10 @@ CONF = ROOT / "conf"
 
 torch.set_num_threads(1)  # the models are too small to gain from more, and the tests share their machine
 
-LONG = ["test_ranks", "test_pipeline", "test_qat", "test_resume", "test_cli", "test_engine", "test_loss_settings", "test_config"]
+LONG = [
+    "test_ranks", "test_pipeline", "test_qat", "test_resume", "test_cli", "test_warmup", "test_signal_check", "test_engine", "test_loss_settings",
+    "test_config",
+]  # fmt: skip
 """Files that take longest, and so are begun first: one that is begun last would leave the other process idle."""
 
 
