@@ -126,7 +126,7 @@ def refusals(name: str, own: SignalFigures, cfg: DistillConfig, vocab_size: int)
         found.append(f"{teacher} gives its own domain's right answers less probability than the student does ({figures}): {fix}")
     elif own.answer_logprob is None and own.teacher_entropy >= UNTRAINED * uniform:
         found.append(f"{teacher} is as uncertain as untrained weights are ({own.teacher_entropy:.2f} nats per token of at most {uniform:.2f}): {fix}")
-    if own.shift_change < SMALLEST:
+    if own.shift_change is not None and own.shift_change < SMALLEST:
         found.append(f"{teacher} gives the same distribution whatever it reads, so that nothing could be learnt from it: {fix}")
     elif own.kl_per_token > SMALLEST and not own.gradient_norm > 0:
         found.append(f"the loss on {name} has no gradient, and the student is {own.kl_per_token:.2g} nats per token away: change loss.cap or loss.smoothing")

@@ -49,7 +49,7 @@ SELF_ROLLOUTS = 4
 LOGITS_AT_A_TIME = 1 << 24
 
 SUMS = (
-    "prompts", "tokens", "graded", "score", "truncated", "kl", "overlap", "student_entropy", "teacher_entropy", "teacher_logprob", "change", "gradient_squared",
+    "prompts", "tokens", "graded", "score", "truncated", "kl", "overlap", "student_entropy", "teacher_entropy", "teacher_logprob", "change", "moved", "gradient_squared",
     "answers", "answer_tokens", "answer_logprob", "answer_logprob_student", "gain", "gain_squared", "self_tokens", "self_kl",
 )  # fmt: skip
 
@@ -64,7 +64,8 @@ class SignalFigures:
     answer_logprob, answer_logprob_student: of the data's right answers, from the teacher and from the student.
     answer_gain: teacher over student, in nats per answer, with its 95 % interval.
     self_kl: the student from itself, taken as a teacher is: one rollout at a time, without padding.
-    shift_change: mean size of the divergence's change where the teacher's states are moved by one token.
+    shift_change: mean size of the divergence's change where the teacher's states are moved by one token within a micro-batch, across its rollouts, since
+        completions may be of one token; None where micro-batches are.
     gradient_norm: of the divergence that the loss settings name, summed over tokens, by the student's last hidden states.
     """
 
@@ -79,7 +80,7 @@ class SignalFigures:
     answer_logprob_student: float | None
     answer_gain: Interval | None
     self_kl: float
-    shift_change: float
+    shift_change: float | None
     gradient_norm: float
 
     def numbers(self) -> dict[str, float]:
@@ -141,6 +142,7 @@ class _Pair:
             teacher_logprob=_sum(teacher_logprob_N, mask_N),
             overlap=_sum(overlap_N, mask_N),
             change=_sum((other.loss_N - losses.loss_N).abs(), mask_N),
+            moved=mask_N.sum() * (len(mask_N) > 1),
             gradient_squared=self._gradient_squared(student, teacher, mask_N.to(ones_N)),
         )
 
@@ -254,6 +256,6 @@ def _figures(sums: dict[str, float]) -> SignalFigures:
         answer_logprob_student=sums["answer_logprob_student"] / sums["answer_tokens"] if answers else None,
         answer_gain=mean(sums["gain"], sums["gain_squared"], int(answers)) if answers else None,
         self_kl=sums["self_kl"] / sums["self_tokens"],
-        shift_change=sums["change"] / tokens,
+        shift_change=sums["change"] / sums["moved"] if sums["moved"] else None,
         gradient_norm=sums["gradient_squared"] ** 0.5,
     )

@@ -137,7 +137,8 @@ def test_live_sampling_on_two_ranks_reports_the_first_differing_token(two_ranks)
 
 @pytest.mark.multi
 def test_the_check_of_two_ranks_finds_what_that_of_one_finds(saved_run, two_ranks):
+    """But for what depends on which rollouts share a micro-batch, and for sizes of rounding."""
     one, two = (json.loads((folder / "metrics.jsonl").read_text().splitlines()[0]) for folder in (saved_run, two_ranks[0] / "live"))
-    names = [name for name in one if name.startswith("check/") and not name.endswith(("self_kl", "gradient_norm"))]
-    assert len(names) > 20
+    names = [name for name in one if name.startswith("check/") and not name.endswith(("self_kl", "shift_change"))]
+    assert len(names) > 15
     assert {name: two[name] for name in names} == pytest.approx({name: one[name] for name in names}, rel=1e-3)
