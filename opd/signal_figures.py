@@ -49,7 +49,8 @@ SELF_ROLLOUTS = 4
 LOGITS_AT_A_TIME = 1 << 24
 
 SUMS = (
-    "prompts", "tokens", "graded", "score", "truncated", "kl", "overlap", "student_entropy", "teacher_entropy", "teacher_logprob", "change", "moved", "gradient_squared",
+    "prompts", "tokens", "graded", "score", "truncated", "kl", "overlap", "student_entropy", "teacher_entropy", "teacher_logprob",
+    "change", "moved", "gradient_squared",
     "answers", "answer_tokens", "answer_logprob", "answer_logprob_student", "gain", "gain_squared", "self_tokens", "self_kl",
 )  # fmt: skip
 
