@@ -11,7 +11,7 @@ from opd.distributed import is_main, start_processes
 from opd.engine import deepspeed_settings
 from opd.evaluate import Evaluator
 from opd.metrics import data_metrics
-from opd.rollouts import build_stream
+from opd.rollouts import build_stream, data_ranks
 from opd.signal_check import CheckReport, run_checks
 from opd.signal_figures import SignalFigures
 from opd.student import build_student, load_student_tokenizer, seed_everything
@@ -29,7 +29,7 @@ def check(cfg: CheckCommandConfig) -> None:
     tokenizer = load_student_tokenizer(cfg.student)
     student = build_student(cfg.student, tokenizer, cfg.quant)
     deepspeed_settings(cfg, next(student.parameters()).dtype)
-    teachers = TeacherPool(cfg.domains, cfg.teachers, tokenizer, device)
+    teachers = TeacherPool(cfg.domains, cfg.teachers, tokenizer, device, data_ranks())
     stream = build_stream(cfg, student, tokenizer, device)
     teachers.require_context(stream.longest_rollouts)
     evaluator = Evaluator(cfg, student, tokenizer, teachers)
@@ -71,5 +71,5 @@ def _print_report(cfg: CheckCommandConfig, stream: RolloutStream, facts: dict[st
 
 def _signal_cells(own: SignalFigures) -> list[str]:
     """The figures of a domain's signal for its row."""
-    optional = ["" if value is None else f"{value:.3f}" for value in (own.accuracy, own.answer_logprob, own.answer_logprob_student)]
-    return [f"{own.kl_per_token:.3f}", f"{own.overlap:.2f}", optional[0], f"{own.teacher_logprob:.3f}", *optional[1:]]
+    values = (own.kl_per_token, own.overlap, own.accuracy, own.teacher_logprob, own.answer_logprob, own.answer_logprob_student)
+    return ["" if value is None else f"{value:.3f}" for value in values]

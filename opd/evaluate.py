@@ -21,6 +21,7 @@ from opd.divergence import ModelStates
 from opd.estimators import distillation_loss, signal_of
 from opd.intervals import Interval, mean, proportion
 from opd.loss_config import Backend, LossConfig
+from opd.rollouts import data_ranks
 from opd.run import require_own_folder, write_config
 from rollout.chat import decode_completion
 from rollout.config import SamplingConfig
@@ -171,7 +172,7 @@ def evaluate(cfg: EvaluateConfig) -> None:
     if cfg.base.model is not None:
         check_compatible("base", cfg.base, tokenizer)
     student = load_model(cfg.student, "student", device)
-    teachers = TeacherPool(cfg.domains, cfg.teachers, tokenizer, device)
+    teachers = TeacherPool(cfg.domains, cfg.teachers, tokenizer, device, data_ranks())
     evaluator = Evaluator(cfg, student, tokenizer, teachers)
     if not evaluator.prompts:
         raise ValueError("no domain has held-out prompts: set domains.NAME.held_out.path")

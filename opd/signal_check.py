@@ -95,6 +95,7 @@ def check_new_run(cfg: DistillConfig, stream: RolloutStream, evaluator: Evaluato
     """
     report = run_checks(cfg, stream, evaluator) if broadcast_object(is_new_run(cfg)) else CheckReport(action=OnBadSignal.off)
     report.raise_or_warn()
+    evaluator.teachers.manifest.record_check(report.verdict())
     return report
 
 
@@ -124,11 +125,11 @@ def refusals(name: str, own: SignalFigures, cfg: DistillConfig, vocab_size: int)
     elif own.answer_gain is not None and own.answer_gain.high < 0 and own.answer_logprob < own.answer_logprob_student - MARGIN:
         figures = f"{own.answer_logprob:.2f} against {own.answer_logprob_student:.2f} nats per token"
         found.append(f"{teacher} gives its own domain's right answers less probability than the student does ({figures}): {fix}")
-    elif own.answer_logprob is None and own.teacher_entropy >= UNTRAINED * uniform:
+    elif own.answer_logprob is None and own.teacher_entropy is not None and own.teacher_entropy >= UNTRAINED * uniform:
         found.append(f"{teacher} is as uncertain as untrained weights are ({own.teacher_entropy:.2f} nats per token of at most {uniform:.2f}): {fix}")
     if own.shift_change is not None and own.shift_change < SMALLEST:
         found.append(f"{teacher} gives the same distribution whatever it reads, so that nothing could be learnt from it: {fix}")
-    elif own.kl_per_token > SMALLEST and not own.gradient_norm > 0:
+    elif own.kl_per_token is not None and own.kl_per_token > SMALLEST and not own.gradient_norm > 0:
         found.append(f"the loss on {name} has no gradient, and the student is {own.kl_per_token:.2g} nats per token away: change loss.cap or loss.smoothing")
     if not own.self_kl <= SELF_TOLERANCE[cfg.student.dtype]:
         found.append(
@@ -144,9 +145,9 @@ def warnings(name: str, own: SignalFigures, cfg: DistillConfig) -> list[str]:
         return []
     found = []
     cure = "distillation from scratch is known to fail there: begin with warmup=sft"
-    if own.overlap < LOW_OVERLAP:
+    if own.overlap is not None and own.overlap < LOW_OVERLAP:
         found.append(f"of the 16 likeliest tokens {own.overlap:.0%} are both the student's and the teacher's on {name}; {cure}")
-    if own.accuracy == 0 and own.kl_per_token > LARGE_KL:
+    if own.accuracy == 0 and own.kl_per_token is not None and own.kl_per_token > LARGE_KL:
         truncated = f", and {own.truncated:.0%} of its answers were cut at rollout.max_new_tokens" if own.truncated else ""
         found.append(f"the student is never right on {name} and {own.kl_per_token:.2f} nats per token away from its teacher{truncated}; {cure}")
     return found
@@ -156,6 +157,8 @@ def _notes(name: str, own: SignalFigures) -> list[str]:
     found = []
     if own.answer_gain is None:
         found.append(f"{name} has no graded answers, so whether its teacher knows more than the student was not judged")
-    if own.kl_per_token < SMALLEST:
+    if own.kl_per_token is None:
+        found.append(f"a server holds the teacher of {name}, so its likelihoods alone were judged")
+    elif own.kl_per_token < SMALLEST:
         found.append(f"the teacher of {name} is the student itself (KL {own.kl_per_token:.1g} nats per token), so there is nothing to learn from it")
     return found

@@ -12,12 +12,13 @@ B: rows. L: positions. N: completion tokens of a micro-batch. C: some of them. V
 """
 
 import random
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from opd.batch import MicroBatch, teacher_batches
+from opd.batch import MicroBatch, teacher_batches, with_hidden
 from opd.config import BatchConfig, DistillConfig
 from opd.distributed import Group, num_ranks, rank
 from opd.divergence import ModelStates, full_divergence
@@ -49,7 +50,7 @@ SELF_ROLLOUTS = 4
 LOGITS_AT_A_TIME = 1 << 24
 
 SUMS = (
-    "prompts", "tokens", "graded", "score", "truncated", "kl", "overlap", "student_entropy", "teacher_entropy", "teacher_logprob",
+    "prompts", "tokens", "compared", "graded", "score", "truncated", "kl", "overlap", "student_entropy", "teacher_entropy", "teacher_logprob",
     "change", "moved", "gradient_squared",
     "answers", "answer_tokens", "answer_logprob", "answer_logprob_student", "gain", "gain_squared", "self_tokens", "self_kl",
 )  # fmt: skip
@@ -60,7 +61,7 @@ class SignalFigures:
     """Of one domain; log-probabilities, entropies and divergences in nats per token, None where nothing could be measured.
 
     kl_per_token: KL(student || teacher) on the student's own tokens. overlap: share of the TOP likeliest tokens that both have, there.
-    student_entropy, teacher_entropy, teacher_logprob: there; the latter of the student's tokens.
+    student_entropy, teacher_entropy, teacher_logprob: there; the latter of the student's tokens, and all that a teacher behind a server is asked for.
     truncated, accuracy: of the student's answers.
     answer_logprob, answer_logprob_student: of the data's right answers, from the teacher and from the student.
     answer_gain: teacher over student, in nats per answer, with its 95 % interval.
@@ -70,10 +71,10 @@ class SignalFigures:
     gradient_norm: of the divergence that the loss settings name, summed over tokens, by the student's last hidden states.
     """
 
-    kl_per_token: float
-    overlap: float
-    student_entropy: float
-    teacher_entropy: float
+    kl_per_token: float | None
+    overlap: float | None
+    student_entropy: float | None
+    teacher_entropy: float | None
     teacher_logprob: float
     truncated: float
     accuracy: float | None
@@ -82,7 +83,7 @@ class SignalFigures:
     answer_gain: Interval | None
     self_kl: float
     shift_change: float | None
-    gradient_norm: float
+    gradient_norm: float | None
 
     def numbers(self) -> dict[str, float]:
         """Those that were measured, by name; of an interval its ends too."""
@@ -107,14 +108,13 @@ def measure_signals(cfg: DistillConfig, stream: RolloutStream, evaluator: Evalua
             text = decode_completion(rollout.completion_T.tolist(), tokenizer)
             totals.add(name, graded=1, score=grade(grader, text, rollout.prompt.answer, rollout.prompt.row))
     pair = _Pair(model, evaluator.teachers, len(tokenizer), cfg.loss)
-    scored = evaluator.teachers.score(rollouts + answers, SignalKind.hidden_states)
+    own, right = (_scored(part, evaluator.teachers) for part in (rollouts, answers))
     for name in cfg.domains:
-        own, right = ([item for item in part if item.rollout.prompt.domain == name] for part in (scored[: len(rollouts)], scored[len(rollouts) :]))
-        for batch in _batches(own, cfg, model):
+        for batch in pair.batches([item for item in own if item.rollout.prompt.domain == name], cfg):
             pair.add_rollouts(totals, name, batch)
-        for batch in _batches(right, cfg, model):
+        for batch in pair.batches([item for item in right if item.rollout.prompt.domain == name], cfg):
             pair.add_answers(totals, name, batch)
-        totals.add(name, **pair.itself([item.rollout for item in own][:SELF_ROLLOUTS], cfg))
+        totals.add(name, **pair.itself([rollout for rollout in rollouts if rollout.prompt.domain == name][:SELF_ROLLOUTS], cfg))
     return {name: _figures(sums) for name, sums in totals.reduced(SUMS).items()}
 
 
@@ -128,8 +128,11 @@ class _Pair:
     @torch.no_grad()
     def add_rollouts(self, totals: DomainTotals, name: str, batch: MicroBatch) -> None:
         """Add the figures of the student's own tokens."""
-        student, teacher = self._states(batch), self._teacher(batch)
         mask_N, ones_N = batch.mask_N, torch.ones_like(batch.weight_N)
+        if batch.signal is not SignalKind.hidden_states:
+            totals.add(name, tokens=mask_N.sum(), teacher_logprob=_sum(batch.teacher_logprob_NK[:, 0], mask_N))
+            return
+        student, teacher = self._states(batch), self._teacher(batch)
         _, losses = full_divergence(student, teacher, ones_N, self.exact, self.vocab_size)
         moved = replace(teacher, hidden_ND=teacher.hidden_ND.roll(1, 0))
         _, other = full_divergence(student, moved, ones_N, self.exact, self.vocab_size)
@@ -137,6 +140,7 @@ class _Pair:
         totals.add(
             name,
             tokens=mask_N.sum(),
+            compared=mask_N.sum(),
             kl=_sum(losses.loss_N, mask_N),
             student_entropy=_sum(losses.student_entropy_N, mask_N),
             teacher_entropy=_sum(losses.teacher_entropy_N, mask_N),
@@ -150,7 +154,11 @@ class _Pair:
     @torch.no_grad()
     def add_answers(self, totals: DomainTotals, name: str, batch: MicroBatch) -> None:
         """Add what both give to right answers."""
-        student_N, teacher_N, _ = self._compare(self._states(batch), self._teacher(batch), batch.target_N)
+        student = self._states(batch)
+        if batch.signal is SignalKind.hidden_states:
+            student_N, teacher_N, _ = self._compare(student, self._teacher(batch), batch.target_N)
+        else:
+            student_N, teacher_N = self._compare(student, student, batch.target_N)[0], batch.teacher_logprob_NK[:, 0]
         gain_B = torch.zeros(len(batch.rollouts), dtype=torch.float64).index_add_(0, batch.rollout_N.cpu(), (teacher_N - student_N).double().cpu())
         everything_N = torch.ones_like(batch.mask_N)
         totals.add(name, answers=len(batch.rollouts), answer_tokens=len(batch.target_N), gain=gain_B.sum(), gain_squared=gain_B.square().sum())
@@ -162,12 +170,18 @@ class _Pair:
         hidden = Teacher("student", self.model).hidden(rollouts, 1)
         scored = [ScoredRollout(rollout=r, signal=TeacherSignal(teacher="student", hidden_TD=h)) for r, h in zip(rollouts, hidden, strict=True)]
         tokens = kl = 0.0
-        for batch in _batches(scored, cfg, self.model):
+        for batch in self.batches(scored, cfg):
             student = self._states(batch)
             teacher = replace(student, hidden_ND=batch.teacher_hidden_ND)
             _, losses = full_divergence(student, teacher, torch.ones_like(batch.weight_N), self.exact, self.vocab_size)
             tokens, kl = tokens + len(losses.loss_N), kl + float(losses.loss_N.double().abs().sum())
         return {"self_tokens": tokens, "self_kl": kl}
+
+    def batches(self, scored: list[ScoredRollout], cfg: DistillConfig) -> Iterator[MicroBatch]:
+        """Micro-batches with what their teacher gave, one after another."""
+        whole = BatchConfig(max_tokens_per_micro_batch=cfg.teachers.max_tokens_per_forward)
+        for batch in teacher_batches(scored, dict.fromkeys(cfg.domains, 1.0), whole):
+            yield with_hidden(batch, self.teachers).to(self.model.device)
 
     def _states(self, batch: MicroBatch) -> ModelStates:
         hidden_BLD = backbone_of(self.model)(input_ids=batch.tokens_BL, use_cache=False)[0]
@@ -234,9 +248,10 @@ def _right_answer(prompt: Prompt, cfg: DistillConfig, longest: int, tokenizer: P
     return completed(prompt, tokens)
 
 
-def _batches(scored: list[ScoredRollout], cfg: DistillConfig, model: PreTrainedModel) -> list[MicroBatch]:
-    whole = BatchConfig(max_tokens_per_micro_batch=cfg.teachers.max_tokens_per_forward)
-    return [batch.to(model.device) for batch in teacher_batches(scored, dict.fromkeys(cfg.domains, 1.0), whole)]
+def _scored(rollouts: list[Rollout], teachers: TeacherPool) -> list[ScoredRollout]:
+    """Scored with all that each teacher has: one behind a server has no hidden states."""
+    local, remote = ([rollout for rollout in rollouts if teachers.is_remote(rollout.prompt.domain) is there] for there in (False, True))
+    return teachers.score(local, SignalKind.hidden_states) + teachers.score(remote, SignalKind.sampled_token)
 
 
 def _sum(values_N: torch.Tensor, mask_N: torch.Tensor) -> float:
@@ -244,13 +259,13 @@ def _sum(values_N: torch.Tensor, mask_N: torch.Tensor) -> float:
 
 
 def _figures(sums: dict[str, float]) -> SignalFigures:
-    tokens, answers = sums["tokens"], sums["answers"]
+    compared, answers = sums["compared"], sums["answers"]
     return SignalFigures(
-        kl_per_token=sums["kl"] / tokens,
-        overlap=sums["overlap"] / tokens,
-        student_entropy=sums["student_entropy"] / tokens,
-        teacher_entropy=sums["teacher_entropy"] / tokens,
-        teacher_logprob=sums["teacher_logprob"] / tokens,
+        kl_per_token=sums["kl"] / compared if compared else None,
+        overlap=sums["overlap"] / compared if compared else None,
+        student_entropy=sums["student_entropy"] / compared if compared else None,
+        teacher_entropy=sums["teacher_entropy"] / compared if compared else None,
+        teacher_logprob=sums["teacher_logprob"] / sums["tokens"],
         truncated=sums["truncated"] / sums["prompts"],
         accuracy=sums["score"] / sums["graded"] if sums["graded"] else None,
         answer_logprob=sums["answer_logprob"] / sums["answer_tokens"] if answers else None,
@@ -258,5 +273,5 @@ def _figures(sums: dict[str, float]) -> SignalFigures:
         answer_gain=mean(sums["gain"], sums["gain_squared"], int(answers)) if answers else None,
         self_kl=sums["self_kl"] / sums["self_tokens"],
         shift_change=sums["change"] / sums["moved"] if sums["moved"] else None,
-        gradient_norm=sums["gradient_squared"] ** 0.5,
+        gradient_norm=sums["gradient_squared"] ** 0.5 if compared else None,
     )

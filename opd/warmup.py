@@ -59,7 +59,7 @@ def warm_up(run_dir: Path, cfg: DistillConfig, engine: Engine, stream: RolloutSt
     LOG.info("warm-up: %d updates on the teachers' answers of %s, %.0f s", cfg.warmup.steps, ", ".join(answers), time.monotonic() - begun)
     if is_main():
         replace_text(record, json.dumps({"schema": SCHEMA, "metrics": metrics}, indent=2) + "\n")
-    save(run_dir, 0, engine, stream, cfg.checkpoint)
+    save(run_dir, 0, engine, stream, cfg.checkpoint, evaluator.teachers)
     return metrics
 
 

@@ -5,13 +5,10 @@ teacher of that base is to score. What an adapter would change outside of the wr
 modules in place of others; prompts of its own) is refused by name.
 """
 
-import hashlib
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
@@ -36,16 +33,6 @@ class Adapter:
     path: str
     revision: str | None
     role: str
-
-
-def adapter_fingerprint(adapter: Adapter) -> str:
-    """sha256 of an adapter's settings and weights. Raises ValueError where they cannot be read."""
-    config, weights = _read(adapter)
-    digest = hashlib.sha256(json.dumps(config.to_dict(), sort_keys=True, default=sorted).encode())
-    for name in sorted(weights):
-        digest.update(f"{name} {weights[name].dtype} {tuple(weights[name].shape)}".encode())
-        digest.update(weights[name].contiguous().reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
 
 
 def check_adapter(adapter: Adapter) -> None:

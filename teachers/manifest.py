@@ -47,6 +47,7 @@ class TeacherManifest:
 
     def __init__(self):
         self.spans: list[dict[str, Any]] = []
+        self.verdict: dict[str, Any] | None = None
 
     def take_up(self, record: dict[str, Any] | None, step: int, domains: dict[str, dict[str, Any]], allow_change: bool) -> None:
         """Continue after `step` updates with the domains described (`describe_domains`).
@@ -57,7 +58,7 @@ class TeacherManifest:
         if record is not None and record.get("schema") != SCHEMA:
             raise ValueError(f"the checkpoint's teacher manifest has schema {record.get('schema')}; this version reads schema {SCHEMA}")
         if record is None:
-            self.spans = [_span(step, domains)]
+            self.spans = [_span(step, domains) | {"check": self.verdict}]
             if step:
                 _log().info("the checkpoint of step %d does not say which teachers scored it: the record of teachers begins with step %d", step, step + 1)
             return
@@ -79,8 +80,8 @@ class TeacherManifest:
         return self.spans[-1]["dropped"] if self.spans else {}
 
     def record_check(self, verdict: dict[str, Any]) -> None:
-        """Keep the verdict of the start-up check."""
-        self.spans[-1]["check"] = verdict
+        """Keep the verdict of the start-up check, for the span that then begins."""
+        self.verdict = verdict
 
     def record_failure(self, domain: str, step: int, reason: str) -> None:
         """Keep that the run goes on without a domain, from a step (1, 2, ...) on; outside of a run there is nothing to keep it in."""

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +10,6 @@ from safetensors.torch import load_file, save_file
 
 from rollout.config import ModelConfig
 from rollout.model import load_model, save_model
-from teachers.adapters import Adapter, adapter_fingerprint
 from teachers.config import DomainConfig, TeacherConfig, TeachersConfig
 from teachers.pool import TeacherPool
 from teachers.teacher import Teacher
@@ -143,12 +141,14 @@ def test_a_folder_without_an_adapter_is_refused_at_start_up(make_adapter, new_po
         new_pool({"law": TeacherConfig(model=base, adapter=str(tmp_path))})
 
 
-def test_the_fingerprint_is_of_settings_and_weights(make_adapter, tmp_path):
-    _, first, _ = make_adapter("qwen", seed=1)
+def test_the_identity_has_the_hashes_of_base_and_adapter(make_adapter, new_pool, tmp_path):
+    base, first, _ = make_adapter("qwen", seed=1)
     _, second, _ = make_adapter("qwen", seed=2)
-    copied = Path(shutil.copytree(first, tmp_path / "copied"))
-    prints = {name: adapter_fingerprint(Adapter(str(path), None, "teacher")) for name, path in {"first": first, "second": second, "copied": copied}.items()}
-    assert prints["first"] == prints["copied"] != prints["second"]
+    copied = shutil.copytree(first, tmp_path / "copied")
     config = json.loads((copied / "adapter_config.json").read_text())
     (copied / "adapter_config.json").write_text(json.dumps(config | {"lora_alpha": 8}))
-    assert adapter_fingerprint(Adapter(str(copied), None, "teacher")) != prints["first"]
+    pool = new_pool({name: TeacherConfig(model=base, adapter=str(path)) for name, path in {"law": first, "code": second, "math": copied}.items()})
+    found = pool.identities()
+    assert len({identity["hash"] for identity in found.values()}) == 1
+    assert found["law"]["adapter_hash"] == found["math"]["adapter_hash"] != found["code"]["adapter_hash"]
+    assert found["law"]["adapter_config_hash"] != found["math"]["adapter_config_hash"]

@@ -40,8 +40,10 @@ def begun() -> TeacherManifest:
     return manifest
 
 
-def test_the_manifest_has_the_format_on_file(begun, golden_dir, tmp_path):
+def test_the_manifest_has_the_format_on_file(golden_dir, tmp_path):
+    begun = TeacherManifest()
     begun.record_check({"law": {"passed": True}})
+    begun.take_up(None, 0, two_domains(), False)
     changed = two_domains() | served("http://127.0.0.1:8000", [-1.5, -0.25])
     changed["law"]["teacher"] |= {"revision": "9a0b3cd", "hash": "2" * 64}
     changed["code"]["settings"]["loss_weight"] = 0.5
