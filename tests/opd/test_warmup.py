@@ -51,11 +51,12 @@ def numbers(record: dict) -> dict:
 
 def test_a_student_that_distillation_alone_does_not_bring_anywhere_is_right_after_a_warmup(settings, tmp_path, device):
     """Distillation from scratch fails where the student's own answers never look like the teacher's; the same number of updates in all."""
-    cold = run([*settings, "num_steps=36", "warmup=none"], tmp_path)
-    warm = run([*settings, "num_steps=6", "warmup=sft", "warmup.steps=30", "warmup.prompts=8", "fresh=true"], tmp_path)
+    cold = run([*settings, "num_steps=44", "warmup=none"], tmp_path)
+    warm = run([*settings, "num_steps=8", "warmup=sft", "warmup.steps=36", "warmup.prompts=8", "fresh=true"], tmp_path)
     assert cold[0]["check/tools/accuracy"] == warm[0]["check/tools/accuracy"] == 0.0
-    assert max(record["domain/tools/accuracy"] for record in cold[1:]) <= 0.25
-    assert warm[-1]["domain/tools/accuracy"] >= 0.75
+    last_cold, last_warm = (sum(record["domain/tools/accuracy"] for record in found[-8:]) / 8 for found in (cold, warm))  # of 64 rollouts each
+    assert last_cold < 0.15
+    assert last_warm > 0.45
     assert warm[1]["domain/tools/kl_per_token"] < 0.2 * cold[1]["domain/tools/kl_per_token"]
 
 
