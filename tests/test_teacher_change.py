@@ -20,7 +20,7 @@ NUM_STEPS, STOPPED_AT = 3, 1
 ALLOWED = "teachers.allow_change=true"
 SETTINGS = [
     f"num_steps={NUM_STEPS}", "rollout.prompts_per_step=24", "rollout.max_new_tokens=4", "rollout.decode_width=24", "checkpoint.every=1", "checkpoint.keep=9",
-    "optim.lr=1e-3", "logger=none", "threads=1", "teachers.max_resident=13",
+    "optim.lr=1e-3", "logger=none", "threads=1", "teachers.max_resident=13", "check.signal=off",
 ]  # fmt: skip
 
 
