@@ -54,7 +54,7 @@ class Evaluator:
         held_out = load_held_out(prompts, sources, tokenizer, longest)
         require_answers(held_out, [name for name in held_out if cfg.domains[name].grader is not None], "grade against")
         self.prompts = {name: _held_out(name, rows, cfg.evaluation.prompts) for name, rows in held_out.items()}
-        self.dropped = {name: rows.dropped for name, rows in held_out.items()}
+        self.dropped = {name: rows.num_dropped for name, rows in held_out.items()}
         if teachers is not None:
             teachers.require_context({name: rows.longest + self.sampling.max_new_tokens for name, rows in held_out.items()})
 

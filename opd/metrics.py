@@ -15,7 +15,9 @@ Step 0 holds what was measured before training. Names:
     domain/D/prompt_share_asked, loss_weight_asked, loss_weight    asked for; and w_d after division by those present
     step/loss, step/completion_tokens, step/rollouts
     step/differs      1 from the first step on whose rollouts differ from the compared run's (rollout.compare)
-    data/D/rows, data/D/dropped               rows in use, and left out for their length (record of step 0)
+    data/D/rows, data/D/dropped               rows in use, and left out (record of step 0, as all of data/)
+    data/D/dropped_too_long, dropped_held_out those left out for their length, and for their overlap with held-out prompts
+    data/D/duplicates_within, duplicates_across    rows equal to an earlier one of the domain, and to one of another domain
     check/D/kl_per_token, overlap, student_entropy, teacher_entropy, teacher_logprob, truncated, accuracy, answer_logprob, answer_logprob_student,
                       answer_gain (with _low, _high), self_kl, shift_change, gradient_norm      of the initial student, before a warm-up
                       (record of step 0): opd/signal_figures.py says what each is
@@ -112,11 +114,13 @@ def add_losses(totals: DomainTotals, batch: MicroBatch, losses: TokenLosses) -> 
 
 
 def data_metrics(prompts: PromptMixture) -> dict[str, float]:
-    """Rows that each domain has, and rows left out because they were too long."""
+    """Rows that each domain has, rows left out by reason, and rows that repeat others."""
     result = {}
     for name, domain in prompts.domains.items():
-        result[f"data/{name}/rows"] = float(sum(len(rows) for rows in domain.sources.values()))
-        result[f"data/{name}/dropped"] = float(domain.dropped)
+        result |= {f"data/{name}/rows": float(domain.num_rows), f"data/{name}/dropped": float(domain.num_dropped)}
+        result |= {f"data/{name}/dropped_{reason}": float(count) for reason, count in domain.dropped.items()}
+        result[f"data/{name}/duplicates_within"] = float(domain.overlap.duplicates_within)
+        result[f"data/{name}/duplicates_across"] = float(domain.overlap.duplicates_across)
     return result
 
 

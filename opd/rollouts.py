@@ -10,7 +10,7 @@ from opd.config import DistillConfig
 from opd.distributed import Group, gather_objects, num_local_processes, num_ranks, rank
 from opd.student import copy_for_sampling
 from rollout.model import context_length, end_tokens
-from rollout.prompts import PromptMixture, load_prompts, require_answers
+from rollout.prompts import PromptMixture, load_prompts, require_answers, require_no_overlap
 from rollout.replay import load_rollouts, replay_file
 from rollout.sampler import LocalSampler
 from rollout.stream import RolloutStream
@@ -35,14 +35,16 @@ def data_ranks() -> DataRanks:
 def build_stream(cfg: DistillConfig, student: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, device: torch.device) -> RolloutStream:
     """Prompts of all domains, a sampler with a copy of the student, and the replay files of the run.
 
-    Raises ValueError for what `load_prompts` refuses, an impossible length, answers that a grader would miss, and replay files
-    that are not there.
+    Raises ValueError for what `load_prompts` refuses, training rows that overlap with held-out prompts, an impossible length, answers that a grader
+    would miss, and replay files that are not there.
     """
     context = context_length(student.config, "student")
     longest = context - cfg.rollout.max_new_tokens
     if longest < 1:
         raise ValueError(f"rollout.max_new_tokens={cfg.rollout.max_new_tokens} leaves no room for a prompt in the student's {context} positions")
-    prompts = load_prompts({name: domain.prompts for name, domain in cfg.domains.items()}, tokenizer, longest)
+    held_out = {name: domain.held_out for name, domain in cfg.domains.items()}
+    prompts = load_prompts({name: domain.prompts for name, domain in cfg.domains.items()}, tokenizer, longest, held_out)
+    require_no_overlap(prompts)
     require_answers(prompts, [name for name, domain in cfg.domains.items() if domain.grader is not None], "grade against")
     for run in (cfg.rollout.replay, cfg.rollout.compare):
         if run is not None:

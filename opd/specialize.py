@@ -20,9 +20,10 @@ from opd.run import finish_run, open_run
 from opd.student import build_student, copy_for_sampling, load_student_tokenizer, seed_everything
 from opd.tracker import Tracker
 from opd.update import supervised_update
+from rollout.chat import encode_answer
 from rollout.config import schedule_value
 from rollout.model import context_length, end_tokens
-from rollout.prompts import PromptMixture, load_prompts, require_answers
+from rollout.prompts import PromptMixture, load_prompts, require_answers, require_no_overlap
 from rollout.sampler import LocalSampler
 from rollout.types import Prompt, Rollout, completed
 
@@ -60,10 +61,12 @@ class ExampleStream:
     """Prompts with their answers as completions, step by step; resumable like a rollout stream."""
 
     def __init__(self, cfg: SpecializeConfig, tokenizer: PreTrainedTokenizerBase, context: int):
-        """Raises ValueError for what `load_prompts` refuses, and for a row without an answer (or slip) that fits."""
+        """Raises ValueError for what `load_prompts` refuses, rows that overlap with held-out prompts, and a row without an answer (or slip) that fits."""
         self.cfg, self.tokenizer = cfg, tokenizer
         self.longest = min(cfg.max_tokens, context)
-        prompts = load_prompts({name: domain.prompts for name, domain in cfg.domains.items()}, tokenizer, self.longest - 1)
+        held_out = {name: domain.held_out for name, domain in cfg.domains.items()}
+        prompts = load_prompts({name: domain.prompts for name, domain in cfg.domains.items()}, tokenizer, self.longest - 1, held_out)
+        require_no_overlap(prompts)
         require_answers(prompts, prompts, "learn from")
         rates = cfg.slip_rate.values() if isinstance(cfg.slip_rate, Mapping) else [cfg.slip_rate]
         for field in ("answer", "slip") if any(rates) else ("answer",):
@@ -85,17 +88,16 @@ class ExampleStream:
         self.mixture.restore(state["prompts"])
 
     def _check(self, rows: list[dict], field: str, where: str) -> None:
-        missing = [index for index, row in enumerate(rows) if row[field] is None]
+        missing = [row["index"] for row in rows if row[field] is None]
         if missing:
             raise ValueError(f"row {where}:{missing[0]} has no {field}: set slip_rate=0, or map the column with prompts.columns.{field}")
         encoded = self.tokenizer([row[field] for row in rows], add_special_tokens=False)["input_ids"]
-        for index, (row, tokens) in enumerate(zip(rows, encoded, strict=True)):
+        for row, tokens in zip(rows, encoded, strict=True):
             length = len(row["tokens"]) + len(tokens) + 1
             if length > self.longest:
-                raise ValueError(f"row {where}:{index} has {length} tokens with its {field}, more than {self.longest}: raise max_tokens or shorten it")
+                raise ValueError(f"row {where}:{row['index']} has {length} tokens with its {field}, more than {self.longest}: raise max_tokens or shorten it")
 
     def _example(self, prompt: Prompt, row: dict, slip_rate: float) -> Rollout:
         takes_slip = random.Random(f"{self.cfg.seed}/slip/{prompt.request}").random() < slip_rate
         text = row["slip"] if takes_slip else row["answer"]
-        tokens = [*self.tokenizer(text, add_special_tokens=False)["input_ids"], self.tokenizer.eos_token_id]
-        return completed(prompt, tokens)
+        return completed(prompt, encode_answer(text, self.tokenizer))

@@ -5,6 +5,7 @@ turn. The beginning-of-sequence token is never doubled: a chat template writes i
 tokens, and a raw prompt that already begins with it gets no second one.
 """
 
+import json
 from typing import Any
 
 from jinja2 import TemplateError
@@ -12,6 +13,9 @@ from transformers import PreTrainedTokenizerBase
 
 from rollout.config import PromptsConfig
 from rollout.errors import first_sentence
+
+Turns = list[tuple[str, str]]
+"""What a row itself says: role and text of each turn."""
 
 
 def encode_prompts(rows: list[dict[str, Any]], cfg: PromptsConfig, tokenizer: PreTrainedTokenizerBase, where: str) -> list[list[int]]:
@@ -32,23 +36,48 @@ def encode_prompts(rows: list[dict[str, Any]], cfg: PromptsConfig, tokenizer: Pr
     return encoded
 
 
+def turns_of(row: dict[str, Any], raw: bool, name: str) -> Turns:
+    """What the row says, without template and system prompt of the run; tool calls as JSON. Raises ValueError as `encode_prompts` does."""
+    turns = []
+    for turn in _messages(row, raw, name):
+        calls = [json.dumps(turn["tool_calls"], sort_keys=True, ensure_ascii=False, default=str)] if turn.get("tool_calls") else []
+        turns.append((turn["role"], "\n".join([turn.get("content") or "", *calls])))
+    return turns
+
+
+def encode_answer(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Token ids of a reference answer as a completion: its text and the end of the sequence."""
+    return [*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+
+
 def decode_completion(tokens: list[int], tokenizer: PreTrainedTokenizerBase) -> str:
     """Completion text for a grader: without the closing end-of-sequence token and other special tokens."""
     return tokenizer.decode(tokens, skip_special_tokens=True)
 
 
 def _render(row: dict[str, Any], cfg: PromptsConfig, tokenizer: PreTrainedTokenizerBase, name: str) -> str:
+    messages = _messages(row, cfg.raw, name)
+    if cfg.raw:
+        return row["prompt"]
+    if cfg.system_prompt is not None and messages[0].get("role") != "system":
+        messages = [{"role": "system", "content": cfg.system_prompt}, *messages]
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **cfg.template_kwargs)
+    except TemplateError as error:
+        raise ValueError(f"the chat template refuses row {name}: {first_sentence(error)}") from error
+
+
+def _messages(row: dict[str, Any], raw: bool, name: str) -> list[dict[str, Any]]:
+    """The row's conversation; a prompt is one user turn. Raises ValueError for what is none."""
     messages, prompt = row.get("messages"), row.get("prompt")
     if (messages is None) == (prompt is None):
         raise ValueError(f"row {name} needs exactly one of prompt and messages; map the columns with prompts.columns")
-    if cfg.raw and prompt is None:
+    if raw and prompt is None:
         raise ValueError(f"row {name} holds messages, which raw=true cannot render: set raw to false")
     if prompt is not None and not isinstance(prompt, str):
         raise ValueError(f"the prompt of row {name} is {type(prompt).__name__}, not text: map another column with prompts.columns")
-    if cfg.raw:
-        return prompt
     if messages is None:
-        messages = [{"role": "user", "content": prompt}]
+        return [{"role": "user", "content": prompt}]
     if not isinstance(messages, list) or not messages or not all(isinstance(turn, dict) for turn in messages):
         raise ValueError(f"the messages of row {name} must be a list of turns with a role and content each, not {messages!r}")
     for turn in messages:
@@ -56,12 +85,7 @@ def _render(row: dict[str, Any], cfg: PromptsConfig, tokenizer: PreTrainedTokeni
             raise ValueError(f"a turn of row {name} lacks a role, or has neither content nor tool_calls: {turn!r}")
     if messages[-1].get("role") not in ("user", "tool"):
         raise ValueError(f"the messages of row {name} must end in a user or tool turn, not {messages[-1].get('role')!r}")
-    if cfg.system_prompt is not None and messages[0].get("role") != "system":
-        messages = [{"role": "system", "content": cfg.system_prompt}, *messages]
-    try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **cfg.template_kwargs)
-    except TemplateError as error:
-        raise ValueError(f"the chat template refuses row {name}: {first_sentence(error)}") from error
+    return messages
 
 
 def _trim_special(tokens: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -89,6 +89,8 @@ class PromptsConfig(SourceConfig):
     template_kwargs: passed to the chat template.
     raw: the prompt string is used as it is, without the chat template.
     too_long: a prompt with no room for a completion refuses the run (error), or is dropped and counted (drop).
+    exclude_held_out: rows that overlap with a held-out prompt of any domain (rollout/overlap.py) are dropped and counted; without it they refuse
+        the run.
     """
 
     share: Any = 1.0
@@ -97,6 +99,7 @@ class PromptsConfig(SourceConfig):
     template_kwargs: dict[str, Any] = field(default_factory=dict)
     raw: bool = False
     too_long: TooLong = TooLong.error
+    exclude_held_out: bool = False
 
 
 @dataclass(slots=True)

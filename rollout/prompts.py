@@ -20,14 +20,17 @@ import datasets
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from rollout.chat import encode_prompts
+from rollout.chat import Turns, encode_prompts, turns_of
 from rollout.config import PromptsConfig, SourceConfig, TooLong, schedule_value
 from rollout.errors import first_sentence
+from rollout.overlap import DomainOverlap, OverlapSearch
 from rollout.synthetic import synthetic_rows
 from rollout.types import Prompt
+from rollout.words import GRAM_WORDS
 
 FILE_BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 ROW_FIELDS = ("prompt", "messages", "answer", "slip")
+DROP_REASONS = ("too_long", "held_out")
 
 
 @dataclass(slots=True)
@@ -35,14 +38,26 @@ class DomainPrompts:
     """The rows of one domain, tokenised: what `PromptMixture` and evaluation draw from.
 
     sources: source name -> rows; each has "index" (its place in the source), "tokens", "answer" and "slip" (None where the data has none).
-    dropped: rows left out because they were too long.
+    dropped: rows left out, by reason: too_long, or held_out (they overlap with a held-out prompt).
+    overlap: of the rows that are not too long; those left out as held_out included.
     """
 
     name: str
     cfg: PromptsConfig
     sources: dict[str, list[dict[str, Any]]]
-    dropped: int = 0
+    dropped: dict[str, int] = field(default_factory=lambda: dict.fromkeys(DROP_REASONS, 0))
+    overlap: DomainOverlap = field(default_factory=DomainOverlap)
     consumed: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def num_rows(self) -> int:
+        """Rows in use."""
+        return sum(len(rows) for rows in self.sources.values())
+
+    @property
+    def num_dropped(self) -> int:
+        """Rows left out, for whatever reason; with those in use, all that were read."""
+        return sum(self.dropped.values())
 
     @property
     def longest(self) -> int:
@@ -111,13 +126,15 @@ class PromptMixture:
         return names[: self.prompts_per_step]
 
 
-def load_domain_prompts(name: str, cfg: PromptsConfig, tokenizer: PreTrainedTokenizerBase, longest: int) -> DomainPrompts:
-    """Read and tokenise the rows of one domain; `longest` is the number of prompt tokens that still fit.
+def load_domain_prompts(
+    name: str, cfg: PromptsConfig, tokenizer: PreTrainedTokenizerBase, longest: int, search: OverlapSearch | None = None
+) -> DomainPrompts:
+    """Read and tokenise the rows of one domain; `longest` is the number of prompt tokens that still fit. Rows that fit are added to `search`.
 
     Raises ValueError for a missing or empty data set, unknown columns, settings that would be ignored, and a prompt too long under
     `too_long: error`.
     """
-    loaded, dropped = {}, 0
+    domain = DomainPrompts(name=name, cfg=cfg, sources={})
     for source_name, source in _sources_of(name, cfg).items():
         rows = load_rows(source, f"domain {name}, source {source_name}")
         kept = []
@@ -129,16 +146,46 @@ def load_domain_prompts(name: str, cfg: PromptsConfig, tokenizer: PreTrainedToke
                     f"the prompt in row {name}/{source_name}:{index} has {len(tokens)} tokens and only {longest} fit before the completion: "
                     "shorten it, or set prompts.too_long=drop"
                 )
-        dropped += len(rows) - len(kept)
+        domain.dropped["too_long"] += len(rows) - len(kept)
         if not kept:
             raise ValueError(f"domain {name}, source {source_name} ({source.path}) has no usable prompt")
-        loaded[source_name] = kept
-    return DomainPrompts(name=name, cfg=cfg, sources=loaded, dropped=dropped)
+        domain.sources[source_name] = kept
+        if search is not None:
+            indices = [row["index"] for row in kept]
+            search.add(name, source_name, indices, _turns_of_rows([rows[index] for index in indices], cfg.raw, f"{name}/{source_name}"))
+    return domain
 
 
-def load_prompts(cfgs: dict[str, PromptsConfig], tokenizer: PreTrainedTokenizerBase, longest: int) -> dict[str, DomainPrompts]:
-    """`load_domain_prompts` for every domain."""
-    return {name: load_domain_prompts(name, cfg, tokenizer, longest) for name, cfg in cfgs.items()}
+def load_prompts(
+    cfgs: dict[str, PromptsConfig], tokenizer: PreTrainedTokenizerBase, longest: int, held_out: dict[str, SourceConfig] | None = None
+) -> dict[str, DomainPrompts]:
+    """`load_domain_prompts` for every domain, and what their rows share with each other and with the `held_out` prompts of all domains.
+
+    Held-out prompts are read for their text alone, so no length is asked of them here. Rows that overlap are left out where
+    `exclude_held_out` says so; elsewhere they are in use, and `require_no_overlap` refuses them.
+    """
+    sources = {name: source for name, source in (held_out or {}).items() if source.path is not None}
+    rows = {name: load_rows(source, f"domain {name}, source held_out") for name, source in sources.items()}
+    search = OverlapSearch({name: _turns_of_rows(rows[name], cfgs[name].raw, f"{name}/held_out") for name in sources})
+    domains = {name: load_domain_prompts(name, cfg, tokenizer, longest, search) for name, cfg in cfgs.items()}
+    for name, overlap in search.findings().items():
+        domains[name].overlap = overlap
+        if cfgs[name].exclude_held_out:
+            _leave_out_held_out(domains[name])
+    return domains
+
+
+def require_no_overlap(prompts: dict[str, DomainPrompts]) -> None:
+    """Raises ValueError for the first training row in use that overlaps with a held-out prompt (rollout/overlap.py)."""
+    for name, domain in prompts.items():
+        if domain.overlap.held_out and not domain.cfg.exclude_held_out:
+            row = domain.overlap.held_out[0]
+            relation = "is equal to" if row.is_equal else f"shares {GRAM_WORDS} consecutive words with"
+            raise ValueError(
+                f"training row {name}/{row.source}:{row.index} {relation} the held-out prompt {row.held_out} ({len(domain.overlap.held_out)} of "
+                f"{domain.num_rows} rows of domain {name} overlap like this): remove such rows from the data, or leave them out with "
+                f"domains.{name}.prompts.exclude_held_out=true"
+            )
 
 
 def load_held_out(
@@ -179,6 +226,20 @@ def load_rows(cfg: SourceConfig, where: str) -> list[dict[str, Any]]:
     if len(table) == 0:
         raise ValueError(f"{where}: the data set {cfg.path} is empty")
     return [_rename(row, cfg.columns, where) for row in table]
+
+
+def _turns_of_rows(rows: list[dict[str, Any]], raw: bool, where: str) -> list[Turns]:
+    return [turns_of(row, raw, f"{where}:{index}") for index, row in enumerate(rows)]
+
+
+def _leave_out_held_out(domain: DomainPrompts) -> None:
+    """Take the rows out of use that overlap with a held-out prompt. Raises ValueError for a source of which nothing is left."""
+    overlapping = {(row.source, row.index) for row in domain.overlap.held_out}
+    for source, rows in domain.sources.items():
+        domain.sources[source] = [row for row in rows if (source, row["index"]) not in overlapping]
+        if not domain.sources[source]:
+            raise ValueError(f"every prompt of domain {domain.name}, source {source} overlaps with a held-out prompt: give it other data")
+    domain.dropped["held_out"] = len(overlapping)
 
 
 def _load_table(cfg: SourceConfig, where: str) -> datasets.Dataset:

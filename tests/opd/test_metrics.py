@@ -164,10 +164,17 @@ def test_a_domain_without_a_grader_has_no_accuracy(stream, cfg, tokenizer, make_
     assert "domain/code/accuracy" not in rollout_metrics([make_rollout("code", [5], [6])], stream, cfg, tokenizer)
 
 
-def test_data_metrics_count_rows_and_dropped_rows(stream):
-    stream.prompts.domains["law"].dropped = 3
+def test_data_metrics_count_rows_and_dropped_rows_by_reason(stream):
+    stream.prompts.domains["law"].dropped = {"too_long": 3, "held_out": 2}
     metrics = data_metrics(stream.prompts)
-    assert (metrics["data/law/rows"], metrics["data/law/dropped"], metrics["data/code/dropped"]) == (8.0, 3.0, 0.0)
+    assert (metrics["data/law/rows"], metrics["data/law/dropped"], metrics["data/code/dropped"]) == (8.0, 5.0, 0.0)
+    assert (metrics["data/law/dropped_too_long"], metrics["data/law/dropped_held_out"]) == (3.0, 2.0)
+
+
+def test_data_metrics_count_rows_that_domains_have_in_common(stream):
+    """All of this stream's domains have the same eight rows, each once."""
+    metrics = data_metrics(stream.prompts)
+    assert (metrics["data/law/duplicates_within"], metrics["data/law/duplicates_across"]) == (0.0, 8.0)
 
 
 def general(name: str) -> str:

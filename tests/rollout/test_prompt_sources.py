@@ -152,13 +152,13 @@ def test_a_prompt_too_long_is_refused_by_row(tmp_path, tokenizer):
 def test_a_prompt_too_long_is_dropped_and_counted_where_asked(tmp_path, tokenizer):
     path = json_lines(tmp_path / "rows.jsonl", LONG_SECOND)
     domain = load_domain_prompts("law", PromptsConfig(path=path, too_long=TooLong.drop), tokenizer, longest=20)
-    assert (lengths_of(domain), domain.dropped) == ([8, 13], 1)
+    assert (lengths_of(domain), domain.dropped["too_long"]) == ([8, 13], 1)
 
 
 def test_a_prompt_that_just_fits_is_kept(tmp_path, tokenizer):
     path = json_lines(tmp_path / "rows.jsonl", LONG_SECOND)
     domain = load_domain_prompts("law", PromptsConfig(path=path), tokenizer, longest=43)
-    assert (lengths_of(domain), domain.dropped) == ([8, 43, 13], 0)
+    assert (lengths_of(domain), domain.num_dropped) == ([8, 43, 13], 0)
 
 
 def test_a_domain_all_of_whose_prompts_are_too_long_is_refused(tmp_path, tokenizer):
@@ -219,7 +219,7 @@ def test_a_domain_without_held_out_path_has_no_held_out_prompts(tokenizer):
 def test_held_out_prompts_too_long_are_dropped_and_counted(tmp_path, tokenizer):
     path = json_lines(tmp_path / "test.jsonl", LONG_SECOND)
     domain = load_held_out({"law": PromptsConfig(too_long=TooLong.drop)}, {"law": HeldOutConfig(path=path)}, tokenizer, longest=20)["law"]
-    assert (lengths_of(domain, "held_out"), domain.dropped) == ([8, 13], 1)
+    assert (lengths_of(domain, "held_out"), domain.dropped["too_long"]) == ([8, 13], 1)
 
 
 def test_held_out_prompts_too_long_are_refused_as_the_domains_are(tmp_path, tokenizer):
