@@ -12,8 +12,9 @@ What many prompts share is boilerplate and no overlap. A 13-gram is boilerplate
     - in more than ten different training prompts of one domain (GPT-3's rule: phrases and instructions rather than a question of the test set),
     - in half of the different prompts of a domain's training or held-out side, three at least (its instruction, where the data is small),
     - with fewer than seven different words (digits, bits, brackets one by one: two such rows meet by chance).
+The 13 words that two prompts share must lie outside of boilerplate: the last 12 words of an instruction and a common word after it say nothing.
 A row that holds every 13-gram of a held-out prompt overlaps all the same: a question that was copied with eleven different endings has become frequent, not
-harmless. A known limit: a held-out question that was reworded, or that has fewer than 13 words and stands inside a longer prompt, is not found.
+harmless. Known limits: a held-out question that was reworded is not found, nor one of fewer than 13 words with other text around it.
 
 The held-out side is hashed, the training side streams past it and leaves 8 bytes a row. Hashes have 64 bits: among 10^8 training and 10^6 held-out
 13-grams the chance of one false match is 10^-5.
@@ -109,7 +110,9 @@ class OverlapSearch:
 class _HeldOutGrams:
     """The 13-grams of the held-out prompts, and the training rows that have one.
 
-    hashes: of the different 13-grams, sorted. In the same order, owner: the first held-out prompt that has it; is_boilerplate: known so far.
+    hashes: of the different 13-grams, sorted. is_boilerplate: known so far, in the same order.
+    gram, prompt, place: of each occurrence of a 13-gram, its index in `hashes`, its held-out prompt, and its first word's place among the words of all
+        prompts, which stand behind each other with a gap.
     prompts_by_rarest: 13-gram -> the 13-grams and number of each held-out prompt of which it is the rarest one.
     counts: domain -> different training prompts that have each 13-gram. seen: their digests.
     pending: domain -> rows and the 13-grams they have, where that was no boilerplate yet. copies: domain -> row -> held-out prompt that it holds wholly.
@@ -117,17 +120,17 @@ class _HeldOutGrams:
 
     def __init__(self, held_out: dict[str, list[Turns]]):
         self.word_ids = WordIds()
-        prompts = [turns for rows in held_out.values() for turns in rows]
-        parts = [self._held_out_part(begin, prompts[begin : begin + ROWS_AT_ONCE]) for begin in range(0, max(1, len(prompts)), ROWS_AT_ONCE)]
-        row, hashes, has_few_words = (np.concatenate(column) for column in zip(*parts, strict=True))
-        self.hashes, first, gram = np.unique(hashes, return_index=True, return_inverse=True)
-        self.owner, self.is_boilerplate = row[first], has_few_words[first]
-        row, gram = _different_pairs(row, gram)
-        self.prompts_by_rarest = self._by_rarest(row, gram)
+        hashes, has_few_words = self._read([turns for rows in held_out.values() for turns in rows])
+        self.hashes, first, self.gram = np.unique(hashes, return_index=True, return_inverse=True)
+        self.is_boilerplate = has_few_words[first]
+        self.may_have = np.zeros(1 << (8 * len(self.hashes)).bit_length(), bool)  # by the hash's last bits: most of the others are told apart in one look
+        self.may_have[self._slot(self.hashes)] = True
+        prompt, gram = _different_pairs(self.prompt, self.gram)
+        self.prompts_by_rarest = self._by_rarest(prompt, gram)
         begin = 0
         for rows in held_out.values():
             different = begin + np.unique(_digests(rows), return_index=True)[1]
-            self._mark_half(np.bincount(gram[np.isin(row, different)], minlength=len(self.hashes)), len(different))
+            self._mark_half(np.bincount(gram[np.isin(prompt, different)], minlength=len(self.hashes)), len(different))
             begin += len(rows)
         self.counts: dict[str, np.ndarray] = {}
         self.seen: dict[str, set[int]] = defaultdict(set)
@@ -136,53 +139,66 @@ class _HeldOutGrams:
 
     def add(self, domain: str, first_row: int, prompts: list[Turns], digests: np.ndarray) -> None:
         """Note which of the training prompts, numbered from `first_row`, have a held-out 13-gram."""
-        if not len(self.hashes):
-            return
-        ids, row_of = self.word_ids.known([_words(turns) for turns in prompts])
-        starts, hashes = gram_hashes(ids)
-        place = np.searchsorted(self.hashes, hashes)
-        place[place == len(self.hashes)] = 0
-        is_held_out = self.hashes[place] == hashes
-        row, gram = _different_pairs(row_of[starts[is_held_out]], place[is_held_out])
+        row, gram = self._known_grams(prompts)
         if not len(row):
             return
         counts = self.counts.setdefault(domain, np.zeros(len(self.hashes), np.int32))
-        for own in np.unique(row).tolist():
-            own_grams = gram[np.searchsorted(row, own) : np.searchsorted(row, own, side="right")]
-            digest = int(digests[own])
+        numbers, begins = np.unique(row, return_index=True)
+        for number, grams in zip(numbers.tolist(), np.split(gram, begins)[1:], strict=True):
+            digest = int(digests[number])
             if digest not in self.seen[domain]:
                 self.seen[domain].add(digest)
-                counts[own_grams] += 1
-            self._note_copy(domain, first_row + own, own_grams)
+                counts[grams] += 1
+            self._note_copy(domain, first_row + number, grams)
         self.is_boilerplate[gram[counts[gram] > MOST_PROMPTS]] = True
         is_open = ~self.is_boilerplate[gram]
         self.pending[domain].append((row[is_open] + first_row, gram[is_open]))
 
     def sharing_rows(self, num_different: dict[str, int]) -> dict[str, dict[int, int]]:
-        """domain -> row -> a held-out prompt with which it shares what is no boilerplate; num_different: different training prompts of each domain."""
+        """domain -> row -> a held-out prompt with which it shares 13 words; num_different: different training prompts of each domain."""
         for domain, counts in self.counts.items():
             self._mark_half(counts, num_different[domain])
-        found = {}
+        prompt_of, found = self._evidence(), {}
         for domain in num_different:
             found[domain] = dict(self.copies[domain])
             for row, gram in self.pending[domain]:
-                is_shared = ~self.is_boilerplate[gram]
-                for own, prompt in zip(row[is_shared].tolist(), self.owner[gram[is_shared]].tolist(), strict=True):
-                    found[domain].setdefault(own, prompt)
+                is_shared = prompt_of[gram] >= 0
+                for number, prompt in zip(row[is_shared].tolist(), prompt_of[gram[is_shared]].tolist(), strict=True):
+                    found[domain].setdefault(number, prompt)
         return found
 
-    def _held_out_part(self, first_row: int, prompts: list[Turns]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Row, hash, and whether the words are too few different ones, of every 13-gram of some held-out prompts."""
-        ids, row_of = self.word_ids.learnt([_words(turns) for turns in prompts])
-        starts, hashes = gram_hashes(ids)
-        words = np.sort(ids[starts[:, None] + np.arange(GRAM_WORDS)], axis=1)
-        return first_row + row_of[starts], hashes, (np.diff(words, axis=1) != 0).sum(axis=1) + 1 < LEAST_DIFFERENT_WORDS
+    def _read(self, prompts: list[Turns]) -> tuple[np.ndarray, np.ndarray]:
+        """Sets `prompt` and `place`; returns the hash of each occurrence, and whether its words are too few different ones."""
+        columns, num_words = [], 0
+        for begin in range(0, max(1, len(prompts)), ROWS_AT_ONCE):
+            ids, prompt_of = self.word_ids.learnt([_words(turns) for turns in prompts[begin : begin + ROWS_AT_ONCE]])
+            starts, hashes = gram_hashes(ids)
+            words = np.sort(ids[starts[:, None] + np.arange(GRAM_WORDS)], axis=1)
+            has_few_words = (np.diff(words, axis=1) != 0).sum(axis=1) + 1 < LEAST_DIFFERENT_WORDS
+            columns.append((begin + prompt_of[starts], num_words + starts, hashes, has_few_words))
+            num_words += len(ids)
+        self.prompt, self.place, hashes, has_few_words = (np.concatenate(column) for column in zip(*columns, strict=True))
+        return hashes, has_few_words
 
-    def _by_rarest(self, row: np.ndarray, gram: np.ndarray) -> dict[int, list[tuple[np.ndarray, int]]]:
-        """`prompts_by_rarest` from the different pairs of row and 13-gram, in order of rows; of prompts with the same 13-grams, the first."""
+    def _slot(self, hashes: np.ndarray) -> np.ndarray:
+        return hashes & np.uint64(len(self.may_have) - 1)
+
+    def _known_grams(self, prompts: list[Turns]) -> tuple[np.ndarray, np.ndarray]:
+        """The different pairs of a prompt (its place in the list) and a held-out 13-gram that it has."""
+        ids, row_of = self.word_ids.known([_words(turns) for turns in prompts])
+        starts, hashes = gram_hashes(ids)
+        may_have = self.may_have[self._slot(hashes)]
+        starts, hashes = starts[may_have], hashes[may_have]
+        gram = np.searchsorted(self.hashes, hashes)
+        gram[gram == len(self.hashes)] = 0
+        is_known = self.hashes[gram] == hashes
+        return _different_pairs(row_of[starts[is_known]], gram[is_known])
+
+    def _by_rarest(self, prompt: np.ndarray, gram: np.ndarray) -> dict[int, list[tuple[np.ndarray, int]]]:
+        """`prompts_by_rarest` from the different pairs of prompt and 13-gram, in order of prompts; of prompts with the same 13-grams, the first."""
         frequency = np.bincount(gram, minlength=len(self.hashes))
         found, known = defaultdict(list), set()
-        numbers, begins = np.unique(row, return_index=True)
+        numbers, begins = np.unique(prompt, return_index=True)
         for number, grams in zip(numbers.tolist(), np.split(gram, begins)[1:], strict=True):
             if grams.tobytes() not in known:
                 known.add(grams.tobytes())
@@ -197,6 +213,17 @@ class _HeldOutGrams:
             for grams, prompt in self.prompts_by_rarest.get(gram, ()):
                 if len(np.intersect1d(grams, own_grams, assume_unique=True)) == len(grams):
                     self.copies[domain].setdefault(row, prompt)
+
+    def _evidence(self) -> np.ndarray:
+        """The first held-out prompt that has each 13-gram in words of its own; -1 where every occurrence has a word in boilerplate."""
+        num_boilerplate = np.zeros(int(self.place.max(initial=0)) + 2 * GRAM_WORDS, np.int64)
+        num_boilerplate[self.place[self.is_boilerplate[self.gram]] + GRAM_WORDS] = 1
+        num_boilerplate = np.cumsum(num_boilerplate)  # that begin before a place, GRAM_WORDS further on
+        is_own = num_boilerplate[self.place + 2 * GRAM_WORDS - 1] == num_boilerplate[self.place]
+        gram, first = np.unique(self.gram[is_own], return_index=True)
+        prompt_of = np.full(len(self.hashes), -1)
+        prompt_of[gram] = self.prompt[is_own][first]
+        return prompt_of
 
 
 def _different_pairs(row: np.ndarray, gram: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
