@@ -104,7 +104,10 @@ class PromptsConfig(SourceConfig):
 
 @dataclass(slots=True)
 class HeldOutConfig(SourceConfig):
-    """Held-out prompts of one domain, for evaluation only; no path means that the domain is not evaluated."""
+    """Held-out prompts of one domain, for evaluation only; no path means that the domain is not evaluated.
+
+    Training reads them too, whatever evaluation.every is: rows of any domain that overlap with them are refused (prompts.exclude_held_out).
+    """
 
     split: str = "test"
 

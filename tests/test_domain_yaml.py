@@ -13,9 +13,10 @@ DOMAIN = """# @package domains.law
 teacher: {{model: {teacher}}}
 prompts:
   path: law.jsonl
+  split: train[:50%]
   columns: {{prompt: question}}
   system_prompt: be brief
-held_out: {{path: law.jsonl, columns: {{prompt: question}}}}
+held_out: {{path: law.jsonl, split: "train[50%:]", columns: {{prompt: question}}}}
 """
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from opd.config import SpecializeConfig
 from opd.specialize import ExampleStream
-from rollout.config import PromptsConfig
+from rollout.config import HeldOutConfig, PromptsConfig
 from teachers.config import DomainConfig
 
 
@@ -83,3 +83,12 @@ def test_an_answer_may_be_as_long_as_the_context(tokenizer, file):
     stream = ExampleStream(config(file([{"prompt": "a", "answer": "b" * 11}]), step_size=1, rows=None), tokenizer, 16)
     [example] = stream.next(0)
     assert len(example.prompt.tokens) + len(example.completion_T) == 16
+
+
+def test_rows_that_overlap_with_held_out_prompts_are_never_an_example(tokenizer, file):
+    """Row 1 is held out; the rows behind it keep the names that messages call them by."""
+    path = file([{"prompt": f"T:{n}=", "answer": "b"} for n in range(4)])
+    prompts = PromptsConfig(path=path, exclude_held_out=True)
+    domain = DomainConfig(prompts=prompts, held_out=HeldOutConfig(path=path, split="test[1:2]"))
+    stream = ExampleStream(SpecializeConfig(domains={"tools": domain}, examples_per_step=6), tokenizer, 256)
+    assert {example.prompt.row for example in stream.next(0)} == {"prompts:0", "prompts:2", "prompts:3"}

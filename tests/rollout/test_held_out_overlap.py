@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 
 import datasets
 import pytest
@@ -40,12 +41,12 @@ def indices(domain: DomainPrompts, source: str = "prompts") -> list[int]:
 def test_an_equal_row_is_refused_with_both_rows_and_the_fix(file, tokenizer):
     cfgs = {"law": PromptsConfig(path=file("law", ["1+1=", "2+2=", "3+3="])), "code": PromptsConfig(path=file("code", ["4+4="]))}
     prompts = load(tokenizer, cfgs, {"law": None, "code": file("test", ["5+5=", "3+3=", "2+2="])})
-    with pytest.raises(ValueError) as error:
-        require_no_overlap(prompts)
-    assert str(error.value) == (
+    sentence = (
         "training row law/prompts:1 is equal to the held-out prompt code/held_out:2 (2 of 3 rows of domain law overlap like this): "
         "remove such rows from the data, or leave them out with domains.law.prompts.exclude_held_out=true"
     )
+    with pytest.raises(ValueError, match=f"^{re.escape(sentence)}$"):
+        require_no_overlap(prompts)
 
 
 def test_thirteen_shared_words_are_refused(file, tokenizer):
