@@ -16,11 +16,12 @@ The 13 words that two prompts share must lie outside of boilerplate: the last 12
 A row that holds every 13-gram of a held-out prompt overlaps all the same: a question that was copied with eleven different endings has become frequent, not
 harmless. Known limits: a held-out question that was reworded is not found, nor one of fewer than 13 words with other text around it.
 
-The held-out side is hashed, the training side streams past it and leaves 8 bytes a row. Hashes have 64 bits: among 10^8 training and 10^6 held-out
+The held-out side is hashed, the training side streams past it and leaves 16 bytes a row. Hashes have 64 bits: among 10^8 training and 10^6 held-out
 13-grams the chance of one false match is 10^-5.
 """
 
 import hashlib
+from bisect import bisect_right
 from collections import defaultdict
 from dataclasses import dataclass
 
@@ -75,16 +76,18 @@ class OverlapSearch:
         self.number_of: dict[int, int] = {}
         for number, digest in enumerate(digest for rows in prompts.values() for digest in _digests(rows).tolist()):
             self.number_of.setdefault(digest, number)
-        self.rows: dict[str, list[tuple[str, int]]] = defaultdict(list)
+        self.num_rows: dict[str, int] = defaultdict(int)
+        self.begins: dict[str, list[tuple[int, str, np.ndarray]]] = defaultdict(list)
         self.digests: dict[str, list[np.ndarray]] = defaultdict(list)
 
     def add(self, domain: str, source: str, indices: list[int], rows: list[Turns]) -> None:
         """Look at training rows; indices: their places in the source."""
+        self.begins[domain].append((self.num_rows[domain], source, np.array(indices)))
         for begin in range(0, len(rows), ROWS_AT_ONCE):
             part = [_normal(turns) for turns in rows[begin : begin + ROWS_AT_ONCE]]
             digests = _digests(part)
-            self.grams.add(domain, len(self.rows[domain]), part, digests)
-            self.rows[domain] += [(source, index) for index in indices[begin : begin + len(part)]]
+            self.grams.add(domain, self.num_rows[domain], part, digests)
+            self.num_rows[domain] += len(part)
             self.digests[domain].append(digests)
 
     def findings(self) -> dict[str, DomainOverlap]:
@@ -103,8 +106,9 @@ class OverlapSearch:
         return found
 
     def _overlap(self, domain: str, row: int, equal: dict[int, int], shared: dict[int, int]) -> RowOverlap:
-        source, index = self.rows[domain][row]
-        return RowOverlap(source=source, index=index, held_out=self.names[equal[row] if row in equal else shared[row]], is_equal=row in equal)
+        begin, source, indices = self.begins[domain][bisect_right(self.begins[domain], row, key=lambda part: part[0]) - 1]
+        prompt = equal[row] if row in equal else shared[row]
+        return RowOverlap(source=source, index=int(indices[row - begin]), held_out=self.names[prompt], is_equal=row in equal)
 
 
 class _HeldOutGrams:
