@@ -1,8 +1,8 @@
 """`opd check`: what a distillation with the same settings would refuse at its start, found without training or writing anything.
 
 Every part of the run is built as `opd distill` builds it, but for DeepSpeed's engine, whose settings alone are looked at; then the teachers' signal is
-measured on the initial student (opd/signal_check.py). One table has a row per domain. The run folder is not read or touched, so that the
-settings of a run that exists can be checked beside it.
+measured on the initial student (opd/signal_check.py). One table has a row per domain for its data, one for its teacher. The run folder is
+not read or touched, so that the settings of a run that exists can be checked beside it.
 """
 
 from opd.config import CheckCommandConfig
@@ -10,12 +10,11 @@ from opd.console import print_table
 from opd.distributed import is_main, start_processes
 from opd.engine import deepspeed_settings
 from opd.evaluate import Evaluator
-from opd.metrics import data_metrics
 from opd.rollouts import build_stream, data_ranks
 from opd.signal_check import CheckReport, run_checks
 from opd.signal_figures import SignalFigures
 from opd.student import build_student, load_student_tokenizer, seed_everything
-from rollout.stream import RolloutStream
+from rollout.data_report import data_report, report_table, show_prompts
 from teachers.compatibility import ModelFacts, model_facts
 from teachers.pool import TeacherPool
 
@@ -34,33 +33,24 @@ def check(cfg: CheckCommandConfig) -> None:
     teachers.require_context(stream.longest_rollouts)
     evaluator = Evaluator(cfg, student, tokenizer, teachers)
     if is_main():
-        _show_prompts(cfg, stream, tokenizer)
+        print_table("", *report_table(data_report(stream.prompts.domains)))
+        print(show_prompts(stream.prompts.domains, tokenizer, cfg.show), end="")
     report = run_checks(cfg, stream, evaluator)
     if is_main():
         facts = {name: model_facts(domain.teacher, f"teacher of {name}") for name, domain in cfg.domains.items()}
-        _print_report(cfg, stream, facts, report)
+        _print_report(cfg, facts, report)
     report.raise_if_refused()  # the table has the rest
 
 
-def _show_prompts(cfg: CheckCommandConfig, stream: RolloutStream, tokenizer) -> None:
-    """The first rows of each domain as text with its special tokens, and the ids, which are the same for student and teacher."""
-    for name, domain in stream.prompts.domains.items() if cfg.show else ():
-        rows = [(source, row) for source, own in domain.sources.items() for row in own][: cfg.show]
-        for source, row in rows:
-            print(f"{name}/{source}:{row['index']}\n{tokenizer.decode(row['tokens'])}\n{row['tokens']}\n")
-
-
-def _print_report(cfg: CheckCommandConfig, stream: RolloutStream, facts: dict[str, ModelFacts], report: CheckReport) -> None:
-    """One row per domain: its data, its teacher's checkpoint, its teacher's signal; below, what was found."""
-    data = data_metrics(stream.prompts)
-    header = ["domain", "rows", "dropped", "tokenizer", "template", "vocabulary", "context", "dtype", "weights"]
+def _print_report(cfg: CheckCommandConfig, facts: dict[str, ModelFacts], report: CheckReport) -> None:
+    """One row per domain: its teacher's checkpoint, its teacher's signal; below, what was found."""
+    header = ["domain", "tokenizer", "template", "vocabulary", "context", "dtype", "weights"]
     signal = ["KL", "overlap", "accuracy", "log p: tokens", "answers", "by student"]
     rows = []
     for name, own in facts.items():
         checkpoint = [own.tokenizer[:HASH_DIGITS], (own.template or "none")[:HASH_DIGITS], str(own.vocab_rows), str(own.context)]
         dtype = f"{own.stored_dtype} as {cfg.domains[name].teacher.dtype.value}"
-        counts = [f"{data[f'data/{name}/{figure}']:.0f}" for figure in ("rows", "dropped")]
-        rows.append([name, *counts, *checkpoint, dtype, own.weights[:HASH_DIGITS], *(_signal_cells(report.figures[name]) if report.figures else ())])
+        rows.append([name, *checkpoint, dtype, own.weights[:HASH_DIGITS], *(_signal_cells(report.figures[name]) if report.figures else ())])
     captions = ["tokenizer, special tokens and end of sequence are the student's; hashes are the first digits of sha256"]
     if report.figures:
         captions += ["KL and log p in nats per token: the teacher's log p of the student's tokens and of right answers, beside the student's of these"]

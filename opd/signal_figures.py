@@ -26,7 +26,7 @@ from opd.evaluate import Evaluator
 from opd.intervals import Interval, mean
 from opd.loss_config import LossConfig
 from opd.metrics import DomainTotals
-from rollout.chat import decode_completion
+from rollout.chat import decode_completion, encode_answer
 from rollout.grading import grade
 from rollout.logits import product_into, transform_
 from rollout.model import backbone_of, head_of, logit_transform
@@ -242,7 +242,7 @@ def _right_answer(prompt: Prompt, cfg: DistillConfig, longest: int, tokenizer: P
     grader = cfg.domains[prompt.domain].grader
     if grader is None or prompt.answer is None:
         return None
-    tokens = [*tokenizer(prompt.answer, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+    tokens = encode_answer(prompt.answer, tokenizer)
     if len(tokens) > longest or grade(grader, decode_completion(tokens, tokenizer), prompt.answer, prompt.row) < 1:
         return None
     return completed(prompt, tokens)

@@ -59,7 +59,10 @@ def report_table(reports: dict[str, DomainReport]) -> tuple[list[str], list[list
 
 
 def show_prompts(prompts: dict[str, DomainPrompts], tokenizer: PreTrainedTokenizerBase, count: int) -> str:
-    """The first `count` rows in use of every source, as text with special tokens and as ids; with the reference answer as a completion where there is one."""
+    """The first `count` rows in use of every source, as text with special tokens and as ids; with the reference answer as a completion where there is one.
+
+    Each row is a block of lines with an empty one behind it.
+    """
     blocks = []
     for name, domain in prompts.items():
         for source, rows in domain.sources.items():
@@ -68,8 +71,8 @@ def show_prompts(prompts: dict[str, DomainPrompts], tokenizer: PreTrainedTokeniz
                 lines += _text_and_ids("prompt", row["tokens"], tokenizer)
                 if row["answer"] is not None:
                     lines += _text_and_ids("answer", encode_answer(row["answer"], tokenizer), tokenizer)
-                blocks.append("\n".join(lines))
-    return "\n\n".join(blocks)
+                blocks.append("".join(f"{line}\n" for line in [*lines, ""]))
+    return "".join(blocks)
 
 
 def _text_and_ids(name: str, tokens: list[int], tokenizer: PreTrainedTokenizerBase) -> list[str]:

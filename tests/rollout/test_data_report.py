@@ -64,6 +64,7 @@ def test_a_prompt_is_shown_with_template_special_tokens_and_ids_and_its_answer_w
         f"  prompt ids:  {ids(text, tokenizer)}",
         "  answer text: 4<eos>",
         f"  answer ids:  {ids('4<eos>', tokenizer)}",
+        "",
     ]
 
 
