@@ -95,23 +95,24 @@ class Evaluator:
         return in_prompt_order(gather_objects(own, Group.data))
 
     @torch.no_grad()
-    def _divergence(self, model: PreTrainedModel, rollouts: list[Rollout]) -> tuple[Interval, Interval]:
-        """KL(student || teacher) per token and per sequence; the per-token interval treats sequences as the independent units."""
+    def _divergence(self, model: PreTrainedModel, rollouts: list[Rollout]) -> tuple[Interval | None, Interval | None]:
+        """KL(student || teacher) per token and per sequence; the per-token interval treats sequences as the independent units. None of a dropped domain."""
         sums = torch.zeros(6, dtype=torch.float64)
-        if rollouts:
-            whole = BatchConfig(max_tokens_per_micro_batch=self.teachers.cfg.max_tokens_per_forward)
-            batches = teacher_batches(self.teachers.score(rollouts, SignalKind.hidden_states), dict.fromkeys(self.domains, 1.0), whole)
-            for batch in batches:
-                batch = with_hidden(batch, self.teachers).to(model.device)
-                hidden_ND = backbone_of(model)(input_ids=batch.tokens_BL, use_cache=False)[0].flatten(0, 1)[batch.position_N]
-                student = ModelStates(hidden_ND, head_of(model).weight, logit_transform(model.config, "student"))
-                signal = signal_of(batch, self.teachers.head(batch.teacher))
-                _, losses = distillation_loss(student, signal, batch.target_N, batch.weight_N, self.loss, len(self.tokenizer))
-                kl_B = torch.zeros(len(batch.rollouts), dtype=torch.float64).index_add_(0, batch.rollout_N.cpu(), (losses.loss_N * batch.mask_N).double().cpu())
-                tokens_B = torch.tensor([rollout.num_loss_tokens for rollout in batch.rollouts], dtype=torch.float64)
-                ones_B = torch.ones_like(kl_B)
-                sums += torch.stack([ones_B, tokens_B, kl_B, tokens_B**2, kl_B**2, kl_B * tokens_B], dim=1).sum(0)
+        whole = BatchConfig(max_tokens_per_micro_batch=self.teachers.cfg.max_tokens_per_forward)
+        scored = [item for item in self.teachers.score(rollouts, SignalKind.hidden_states) if item.signal.kind is not None]
+        for batch in teacher_batches(scored, dict.fromkeys(self.domains, 1.0), whole):
+            batch = with_hidden(batch, self.teachers).to(model.device)
+            hidden_ND = backbone_of(model)(input_ids=batch.tokens_BL, use_cache=False)[0].flatten(0, 1)[batch.position_N]
+            student = ModelStates(hidden_ND, head_of(model).weight, logit_transform(model.config, "student"))
+            signal = signal_of(batch, self.teachers.head(batch.teacher))
+            _, losses = distillation_loss(student, signal, batch.target_N, batch.weight_N, self.loss, len(self.tokenizer))
+            kl_B = torch.zeros(len(batch.rollouts), dtype=torch.float64).index_add_(0, batch.rollout_N.cpu(), (losses.loss_N * batch.mask_N).double().cpu())
+            tokens_B = torch.tensor([rollout.num_loss_tokens for rollout in batch.rollouts], dtype=torch.float64)
+            ones_B = torch.ones_like(kl_B)
+            sums += torch.stack([ones_B, tokens_B, kl_B, tokens_B**2, kl_B**2, kl_B * tokens_B], dim=1).sum(0)
         count, tokens, kl, tokens_squared, kl_squared, product = reduce_sum(sums, Group.data).tolist()
+        if not count:
+            return None, None
         return _ratio_of_sums(count, tokens, kl, tokens_squared, kl_squared, product), mean(kl, kl_squared, int(count))
 
 

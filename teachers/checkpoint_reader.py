@@ -11,11 +11,13 @@ Names and shapes are compared with the files' headers when the map is made: ever
 of what is read of each tensor), with which a later reading is compared.
 """
 
+import copy
 import math
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import init_empty_weights
@@ -122,8 +124,7 @@ def map_checkpoint(model: PreTrainedModel, cfg: ModelConfig, role: str) -> Check
 
     Raises ValueError, naming the weight, where the checkpoint lacks one that the model has, or holds it in another shape.
     """
-    files = weight_files(cfg)
-    stored = {name: (file, opened.get_slice(name)) for file in files for opened in [open_weights(file, role)] for name in opened.keys()}  # noqa: SIM118
+    stored = _stored_tensors(cfg, role)
     views = _views_of_weights(model)
     if views is None or not stored or not set(stored) <= set(views):
         return None
@@ -143,6 +144,26 @@ def map_checkpoint(model: PreTrainedModel, cfg: ModelConfig, role: str) -> Check
     if any(filled.get(weight) != tensor.numel() for weight, tensor in unique_weights(model).items()):
         return None
     return CheckpointMap(tuple(_piece(name, stored[name][0], views[name]) for name in chosen))
+
+
+def stores_tied_weights_apart(model: PreTrainedModel, cfg: ModelConfig, role: str) -> bool:
+    """Whether a checkpoint holds a tensor for each place of a weight that its config ties; where they differ, transformers does not tie them."""
+    stored, places = _stored_tensors(cfg, role), model.state_dict(keep_vars=True)
+    tensors = [id(tensor) for name, tensor in places.items() if name in stored]
+    return len(set(tensors)) < len(tensors)
+
+
+def untied_config(config: PretrainedConfig) -> PretrainedConfig:
+    """The config of a model whose head is a weight of its own, a changed copy."""
+    config = copy.deepcopy(config)
+    config.tie_word_embeddings = config.get_text_config().tie_word_embeddings = False
+    return config
+
+
+def _stored_tensors(cfg: ModelConfig, role: str) -> dict[str, tuple[Path, Any]]:
+    """File and slice of each tensor of a checkpoint, by name; reads the files' headers."""
+    files = [(file, open_weights(file, role)) for file in weight_files(cfg)]
+    return {name: (file, opened.get_slice(name)) for file, opened in files for name in opened.keys()}  # noqa: SIM118
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,7 @@ grows with its tokens (14 KiB per token for DeepSeek-V4-Pro, 14 GB for a million
 their own, in shared memory (/dev/shm) up to a limit and beyond it in a folder on disk, mapped into memory when they are asked for. A checksum
 (CRC-32) tells a damaged file; what is lost or damaged raises `HiddenLostError`, and the pool has the teacher score that rollout again.
 
-Folders are locked by the process that uses them: one whose process was killed is removed by the next that starts.
+Folders are locked by the process that uses them and removed when it ends: one whose process was killed is removed by the next that starts.
 
 T: completion tokens of one rollout. D: the teacher's hidden size.
 """
@@ -17,6 +17,7 @@ import math
 import os
 import shutil
 import tempfile
+import weakref
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,17 +62,20 @@ class HiddenStore:
         self.disk = Path(folder or tempfile.gettempdir())
         self.numbers = itertools.count()
         self.in_memory = 0
+        self.paths_in_memory: set[Path] = set()
         self.folders: dict[Path, Path] = {}
         self.locks: list[int] = []
+        weakref.finalize(self, _close, self.folders, self.locks, os.getpid())
 
     def put(self, hidden_TD: torch.Tensor) -> StoredHidden:
         """Write hidden states. Raises ValueError where neither memory nor disk takes them."""
         content = hidden_TD.detach().cpu().contiguous()
         data = content.reshape(-1).view(torch.uint8).numpy()
-        fits = SHARED_MEMORY.is_dir() and self.in_memory + content.nbytes <= self._memory_limit()
+        fits = os.access(SHARED_MEMORY, os.W_OK) and self.in_memory + content.nbytes <= self._memory_limit()
         path = self._write(SHARED_MEMORY, data) if fits else None
         if path is not None:
             self.in_memory += content.nbytes
+            self.paths_in_memory.add(path)
         else:
             path = self._write(self.disk, data)
         if path is None:
@@ -101,7 +105,8 @@ class HiddenStore:
 
     def drop(self, stored: StoredHidden) -> None:
         """Forget hidden states that nobody will ask for (again)."""
-        if stored.path.parent == self.folders.get(SHARED_MEMORY):
+        if stored.path in self.paths_in_memory:
+            self.paths_in_memory.remove(stored.path)
             self.in_memory -= stored.num_bytes
         stored.path.unlink(missing_ok=True)
 
@@ -112,14 +117,13 @@ class HiddenStore:
                 if path.name != LOCK:
                     path.unlink()
         self.in_memory = 0
+        self.paths_in_memory.clear()
 
     def close(self) -> None:
         """Remove the folders."""
-        for folder in self.folders.values():
-            shutil.rmtree(folder, ignore_errors=True)
-        for lock in self.locks:
-            os.close(lock)
-        self.folders, self.locks, self.in_memory = {}, [], 0
+        _close(self.folders, self.locks, os.getpid())
+        self.in_memory = 0
+        self.paths_in_memory.clear()
 
     def _write(self, parent: Path, data: np.ndarray) -> Path | None:
         """A new file; None where there is no room."""
@@ -140,8 +144,8 @@ class HiddenStore:
         return self.limit
 
     def _folder(self, parent: Path) -> Path:
-        """This process's folder in a parent, made when it is first asked for."""
-        if parent not in self.folders:
+        """This process's folder in a parent, made when it is first asked for, and anew where somebody has removed it."""
+        if parent not in self.folders or not self.folders[parent].is_dir():
             try:
                 parent.mkdir(parents=True, exist_ok=True)
                 _remove_dead(parent)
@@ -153,6 +157,18 @@ class HiddenStore:
                 raise ValueError(f"teachers.hidden_folder: {parent} cannot be written to ({error.strerror})") from error
             self.locks.append(lock)
         return self.folders[parent]
+
+
+def _close(folders: dict[Path, Path], locks: list[int], owner: int) -> None:
+    """Remove the folders, unless this is a process that the owner forked."""
+    if os.getpid() != owner:
+        return
+    for folder in folders.values():
+        shutil.rmtree(folder, ignore_errors=True)
+    for lock in locks:
+        os.close(lock)
+    folders.clear()
+    locks.clear()
 
 
 def _remove_dead(parent: Path) -> None:

@@ -1,8 +1,8 @@
 """TeacherLibrary: the local teachers of a run, whose weights come into memory when they are asked for and leave when others need the room.
 
 A model without memory stands for each checkpoint from the start; what moves are its weights (teachers/residency.py). Teachers that differ in an adapter share
-one. Heads move by themselves: the update needs
-one after another when the teachers they belong to have long made room, and one and the next are there at a time.
+one. Heads move by themselves: the update needs one after another when the teachers they belong to have long made room, and one and the next are there
+at a time.
 """
 
 from dataclasses import dataclass, field
@@ -53,6 +53,8 @@ class TeacherLibrary:
         """
         if base not in self.bases:
             model, source = open_source(base, cfg, role)
+            for buffer in model.buffers():  # those that no checkpoint holds stay from now on
+                buffer.data = buffer.data.to(self.device)
             slot = AdapterSlot(model)
             self.bases[base] = Base(Teacher(base, model, slot), source, source.only(head_name(model)), slot)
         adapter = None
@@ -106,6 +108,7 @@ class TeacherLibrary:
         self.weights.discard(self.base_of[name])
         self.heads.discard(self.base_of[name])
         self.bases[self.base_of[name]].kept_head = None
+        self.bases[self.base_of[name]].adapters.present = None
 
     def figures(self) -> dict[str, LoadFigures]:
         """What reading each checkpoint and its head was and cost since this was last asked."""

@@ -30,6 +30,8 @@ def plan_placement(sizes: dict[str, int], cfg: TeachersConfig, free_bytes: int, 
     budget = int(cfg.memory_gb * GB) if cfg.memory_gb is not None else free_bytes // 2
     if cfg.placement is Placement.sharded and num_ranks == 1:
         raise ValueError("teachers.placement=sharded needs several ranks: start with torchrun, or use placement=replicated")
+    if cfg.max_resident is not None and cfg.max_resident < 1:
+        raise ValueError(f"teachers.max_resident={cfg.max_resident} leaves no teacher in memory: use 1 or more, or null for as many as fit")
     together = 2 if cfg.prefetch and len(sizes) > 1 else 1
     sharded = set()
     if cfg.placement is not Placement.replicated:
@@ -42,7 +44,8 @@ def plan_placement(sizes: dict[str, int], cfg: TeachersConfig, free_bytes: int, 
     fits_all = sum(held.values()) <= budget
     fitting = len(sizes) if fits_all else max(1, budget // largest)
     max_resident = min(len(sizes), cfg.max_resident or (fitting if fits_all else max(1, fitting - (together - 1))))
-    is_prefetched = cfg.prefetch and max_resident < len(sizes)
+    has_room = cfg.max_resident is not None or (max_resident + 1) * largest <= budget
+    is_prefetched = cfg.prefetch and max_resident < len(sizes) and has_room
     capacity = max_resident + (1 if is_prefetched else 0)
     return PlacementPlan(
         sharded=frozenset(sharded), max_resident=max_resident, capacity=capacity, description=_description(held, sharded, budget, max_resident, is_prefetched)

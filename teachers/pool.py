@@ -162,7 +162,7 @@ class TeacherPool:
 
     def head(self, teacher: str, upcoming: str | None = None) -> OutputHead:
         """The head of a teacher on the device, valid until another is asked for; `upcoming` is the next, which is read meanwhile."""
-        return self._twice(teacher, lambda: self.library.head(teacher, upcoming))
+        return self._twice(teacher, lambda: self.library.head(teacher, upcoming if self.cfg.prefetch else None))
 
     def get(self, teacher: str) -> Teacher:
         """A teacher by its name in the pool, its weights in memory."""
@@ -209,7 +209,7 @@ class TeacherPool:
     def _try_hidden(self, teacher: str, rollouts: list[Rollout], later: list[str] = ()) -> list[torch.Tensor]:
         """hidden_TD of each rollout; the first of `later` is read meanwhile. Raises whatever the teacher raises, and where it gives something else."""
         scorer = self.library.open(teacher, keep=set(later))
-        if later:
+        if later and self.cfg.prefetch:
             self.library.prefetch(later[0], keep={teacher, *later})
         begun = time.monotonic()
         hidden = scorer.hidden(rollouts, self.cfg.max_tokens_per_forward)
@@ -249,15 +249,16 @@ class TeacherPool:
 
     def _without_dropped(self, rollouts: list[Rollout], scored: list[ScoredRollout | None]) -> list[ScoredRollout]:
         """What was scored of domains that are not dropped; on a rank that has nothing else, one rollout whose tokens do not count."""
-        kept = [item for item in scored if item is not None and item.rollout.prompt.domain not in self.dropped]
+        kept = []
+        for item in scored:
+            if item is not None and item.rollout.prompt.domain not in self.dropped:
+                kept.append(item)
+            elif item is not None and item.signal.stored is not None:
+                self.store.drop(item.signal.stored)
         if kept or not rollouts or not self.dropped:
             return kept
         rollout = replace(rollouts[0], completion_mask_T=torch.zeros_like(rollouts[0].completion_mask_T))
-        token_T1 = rollout.completion_T[:, None]
-        nothing = TeacherSignal(
-            teacher=self.teacher_of[rollout.prompt.domain], kind=SignalKind.sampled_token, token_TK=token_T1, logprob_TK=torch.zeros(token_T1.shape)
-        )  # fmt: skip
-        return [ScoredRollout(rollout=rollout, signal=nothing)]
+        return [ScoredRollout(rollout=rollout, signal=TeacherSignal(teacher=self.teacher_of[rollout.prompt.domain], kind=None))]
 
 
 def _identity(cfg: TeacherConfig) -> str:

@@ -4,10 +4,14 @@ A fixed number of buffers, as long as the largest of the weights that take turns
 A buffer is on the device; on a GPU it is filled through pinned host memory. Reading happens in a thread of its own (file reads, copies and
 checksums release Python's lock), into a buffer whose owner is neither at work nor still wanted; who asks for weights that are on their way
 waits for them, and that wait is what loading costs a step.
+
+An interpreter that ends waits for readings too, for EXIT_SECONDS: torch aborts a process whose threads are cut off inside it.
 """
 
+import atexit
 import threading
 import time
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -19,6 +23,11 @@ from teachers.checkpoint_reader import Reading
 
 ALIGNMENT = 64
 """Bytes: each weight begins at a multiple of it, as vector instructions want."""
+
+EXIT_SECONDS = 30.0
+"""Longest wait for readings at the end of the process; one that hangs in the file system ends with it, and harms nothing."""
+
+_READERS: "weakref.WeakSet[threading.Thread]" = weakref.WeakSet()
 
 Weights = dict[str, torch.Tensor]
 Layout = dict[str, tuple[torch.Size, torch.dtype]]
@@ -115,8 +124,10 @@ class Residency:
         """
         if source.name not in self.residents:
             buffer = self._buffer(source, keep) or self._buffer(source, set())
-            if buffer is None:  # all that are there are on their way
-                self._wait(next(iter(self.residents.values())))
+            if buffer is None:  # all that are there are on their way; what comes of the first is told to who asks for it
+                first = next(iter(self.residents))
+                self.residents[first].thread.join(self.timeout)
+                self.discard(first)
                 buffer = self._buffer(source, set())
             self._begin(source, buffer)
         resident = self.residents[source.name]
@@ -145,6 +156,7 @@ class Residency:
         self.residents[source.name] = resident
         if source.in_background:
             resident.thread.start()
+            _READERS.add(resident.thread)
         else:
             resident.thread.run()
 
@@ -195,6 +207,13 @@ class Residency:
         self.figures.setdefault(resident.source.name, LoadFigures()).add(figures)
         self.num_loads += 1
         return resident.outcome
+
+
+@atexit.register
+def _wait_for_readers() -> None:
+    end = time.monotonic() + EXIT_SECONDS
+    for thread in list(_READERS):
+        thread.join(max(0.0, end - time.monotonic()))
 
 
 def views(buffer: torch.Tensor, layout: Layout) -> Weights:

@@ -14,7 +14,16 @@ from transformers import GenerationConfig, PreTrainedModel
 from rollout.config import ModelConfig
 from rollout.model import head_of, load_model
 from rollout.quantized_models import plain_config, quantization_of, read_config
-from teachers.checkpoint_reader import CheckpointMap, Reading, Rows, empty_model, map_checkpoint, unique_weights
+from teachers.checkpoint_reader import (
+    CheckpointMap,
+    Reading,
+    Rows,
+    empty_model,
+    map_checkpoint,
+    stores_tied_weights_apart,
+    unique_weights,
+    untied_config,
+)
 from teachers.residency import Layout, Weights
 
 
@@ -51,12 +60,15 @@ class TeacherSource:
         return replace(self, layout={name: self.layout[name]})
 
     def _read_through_transformers(self, weights: Weights) -> Reading:
-        reading = Reading()
-        for name, tensor in unique_weights(load_model(self.cfg, self.role)).items():
-            if name in weights:
-                weights[name].copy_(tensor.detach())
-                reading.num_bytes += tensor.nbytes
-                reading.checksums[name] = zlib.crc32(weights[name].reshape(-1).view(torch.uint8).numpy())
+        model = load_model(self.cfg, self.role)
+        untied = sorted(unique_weights(model).keys() - self.layout.keys())
+        if untied:
+            raise ValueError(f"the checkpoint {self.cfg.model} holds {untied[0]}, which its config ties to another weight: set tie_word_embeddings=false there")
+        reading, loaded = Reading(), model.state_dict()
+        for name, weight in weights.items():
+            weight.copy_(loaded[name])
+            reading.num_bytes += weight.nbytes
+            reading.checksums[name] = zlib.crc32(weight.reshape(-1).view(torch.uint8).numpy())
         return reading
 
 
@@ -67,6 +79,8 @@ def open_source(name: str, cfg: ModelConfig, role: str) -> tuple[PreTrainedModel
     """
     config = read_config(cfg, role)
     model = empty_model(plain_config(config), cfg)
+    if stores_tied_weights_apart(model, cfg, role):
+        model = empty_model(untied_config(plain_config(config)), cfg)
     mapped = None if quantization_of(config) else map_checkpoint(model, cfg, role)
     with suppress(OSError):  # a model need not have one
         model.generation_config = GenerationConfig.from_pretrained(cfg.model, revision=cfg.revision)

@@ -21,14 +21,14 @@ class TeacherSignal:
     """What a teacher gives for every completion token; row t is about completion token t.
 
     teacher: name in the pool.
-    kind: what is given; the other fields are None.
+    kind: what is given; the other fields are None. None is nothing: the rollout's tokens do not count.
     hidden_TD: last hidden states after the final norm, in the teacher's dtype; the teacher's head belongs to them.
     stored: the same, waiting in the pool's store (teachers/hidden_store.py); of the two one is None.
     token_TK, logprob_TK: tokens and their float32 log-probabilities at temperature 1: the K likeliest, or (K = 1) the sampled one.
     """
 
     teacher: str
-    kind: SignalKind = SignalKind.hidden_states
+    kind: SignalKind | None = SignalKind.hidden_states
     hidden_TD: torch.Tensor | None = None
     stored: StoredHidden | None = None
     token_TK: torch.Tensor | None = None
