@@ -23,7 +23,7 @@ def distill(cfg: DistillConfig) -> None:
     tokenizer = load_student_tokenizer(cfg.student)
     student = build_student(cfg.student, tokenizer, cfg.quant)           # MoE; what must not train is frozen
     teachers = TeacherPool(cfg.domains, cfg.teachers, tokenizer, device, data_ranks())  # frozen; grouped, few in memory at a time
-    stream = build_stream(cfg, student, tokenizer, device)               # prompts, sampler, replay: its own answers
+    stream = build_stream(cfg, student, tokenizer, device, teachers.dropped)  # prompts, sampler, replay: its own answers
     teachers.require_context(stream.longest_rollouts)
     evaluator = Evaluator(cfg, student, tokenizer, teachers)
     engine = Engine(student, len(tokenizer), cfg, device)                # the only code that touches DeepSpeed

@@ -1,5 +1,6 @@
 """The rollout stream of a training run: rollout/stream.py joined to the run's ranks, student and domains."""
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,8 +33,12 @@ def data_ranks() -> DataRanks:
     return DataRanks(rank(Group.data), num_ranks(Group.data), num_local_processes())
 
 
-def build_stream(cfg: DistillConfig, student: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, device: torch.device) -> RolloutStream:
+def build_stream(
+    cfg: DistillConfig, student: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, device: torch.device, excluded: Collection[str] = ()
+) -> RolloutStream:
     """Prompts of all domains, a sampler with a copy of the student, and the replay files of the run.
+
+    excluded: domains that are asked for no prompts (any more), as those whose teachers are dropped.
 
     Raises ValueError for what `load_prompts` refuses, training rows that overlap with held-out prompts, an impossible length, answers that a grader
     would miss, and replay files that are not there.
@@ -49,6 +54,6 @@ def build_stream(cfg: DistillConfig, student: PreTrainedModel, tokenizer: PreTra
     for run in (cfg.rollout.replay, cfg.rollout.compare):
         if run is not None:
             load_rollouts(replay_file(run, max(0, cfg.num_steps - 1)))
-    mixture = PromptMixture(prompts, cfg.rollout.prompts_per_step, cfg.seed)
+    mixture = PromptMixture(prompts, cfg.rollout.prompts_per_step, cfg.seed, excluded)
     sampler = LocalSampler(copy_for_sampling(student, device, cfg.quant), end_tokens(student, tokenizer), cfg.seed, len(tokenizer))
     return RolloutStream(mixture, sampler, cfg.rollout, cfg.run_dir, data_ranks())

@@ -11,7 +11,7 @@ This is the only module that imports `datasets`.
 import hashlib
 import math
 import random
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -74,10 +74,11 @@ class DomainPrompts:
 class PromptMixture:
     """The stream of prompts of all domains. `state()` and `restore()` make it resumable."""
 
-    def __init__(self, domains: dict[str, DomainPrompts], prompts_per_step: int, seed: int):
+    def __init__(self, domains: dict[str, DomainPrompts], prompts_per_step: int, seed: int, excluded: Collection[str] = ()):
+        """excluded: domains that are asked for no prompts; it may grow during the run, on all ranks alike."""
         if not domains:
             raise ValueError("no domain is selected: add one, as in 'domain=[arithmetic,sorting]'")
-        self.domains, self.prompts_per_step, self.seed = domains, prompts_per_step, seed
+        self.domains, self.prompts_per_step, self.seed, self.excluded = domains, prompts_per_step, seed, excluded
         self.absent: dict[str, dict[str, int]] = {}
 
     def next(self, step: int) -> list[Prompt]:
@@ -90,7 +91,7 @@ class PromptMixture:
 
     def asked_shares(self, step: int) -> dict[str, float]:
         """Fraction of the step's prompts that each domain asks for; they sum to 1."""
-        shares = {name: schedule_value(d.cfg.share, step, f"domains.{name}.prompts.share") for name, d in self.domains.items()}
+        shares = {name: schedule_value(d.cfg.share, step, f"domains.{name}.prompts.share") for name, d in self.domains.items() if name not in self.excluded}
         total = sum(shares.values())
         if total == 0:
             raise ValueError(f"every domain's prompts.share is 0 at step {step}, so there is nothing to sample")
