@@ -65,7 +65,7 @@ class HiddenStore:
         self.paths_in_memory: set[Path] = set()
         self.folders: dict[Path, Path] = {}
         self.locks: list[int] = []
-        weakref.finalize(self, _close, self.folders, self.locks, os.getpid())
+        self.remove_folders = weakref.finalize(self, _remove, self.folders, self.locks, os.getpid())
 
     def put(self, hidden_TD: torch.Tensor) -> StoredHidden:
         """Write hidden states. Raises ValueError where neither memory nor disk takes them."""
@@ -120,10 +120,8 @@ class HiddenStore:
         self.paths_in_memory.clear()
 
     def close(self) -> None:
-        """Remove the folders."""
-        _close(self.folders, self.locks, os.getpid())
-        self.in_memory = 0
-        self.paths_in_memory.clear()
+        """Remove the folders; nothing can be put any more."""
+        self.remove_folders()
 
     def _write(self, parent: Path, data: np.ndarray) -> Path | None:
         """A new file; None where there is no room."""
@@ -159,7 +157,7 @@ class HiddenStore:
         return self.folders[parent]
 
 
-def _close(folders: dict[Path, Path], locks: list[int], owner: int) -> None:
+def _remove(folders: dict[Path, Path], locks: list[int], owner: int) -> None:
     """Remove the folders, unless this is a process that the owner forked."""
     if os.getpid() != owner:
         return
@@ -167,8 +165,6 @@ def _close(folders: dict[Path, Path], locks: list[int], owner: int) -> None:
         shutil.rmtree(folder, ignore_errors=True)
     for lock in locks:
         os.close(lock)
-    folders.clear()
-    locks.clear()
 
 
 def _remove_dead(parent: Path) -> None:
