@@ -1,6 +1,6 @@
-"""Fixtures of the tests of `teachers`: a small HTTP server that speaks the part of vLLM's protocol that scoring needs, over a transformers model.
+"""Fixtures of the tests of `teachers`: three teachers on disk, a pool of them, rollouts of three domains; and a small HTTP server.
 
-What it computes is right unless a test says otherwise: `spoil` changes an answer before it is sent, `statuses` are sent first, one a request.
+The server speaks the part of vLLM's protocol that scoring needs, over a transformers model. What it computes is right unless a test says otherwise: `spoil` changes an answer before it is sent, `statuses` are sent first, one a request.
 """
 
 import json
@@ -15,6 +15,12 @@ from multiprocessing.synchronize import Event
 import pytest
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from rollout.model import save_model
+from teachers.config import DomainConfig, TeacherConfig, TeachersConfig
+from teachers.pool import TeacherPool
+
+CPU = torch.device("cpu")
 
 
 class ServedModel(ThreadingHTTPServer):
@@ -136,3 +142,29 @@ def new_server_process(tokenizer) -> Iterator[Callable[..., tuple[BaseProcess, s
     for process in processes:
         process.kill()
         process.join()
+
+
+@pytest.fixture(scope="session")
+def folders(saved_v4, saved_qwen3_moe, new_student, tokenizer, tmp_path_factory) -> dict[str, str]:
+    """Three teachers by name; `wide` has another hidden size than the others."""
+    wide = new_student("qwen3_moe_tiny", seed=1, hidden_size=48)
+    folder = tmp_path_factory.mktemp("saved") / "wide"
+    save_model(folder, wide, tokenizer, wide.state_dict())
+    return {"v4": str(saved_v4), "qwen": str(saved_qwen3_moe), "wide": str(folder)}
+
+
+@pytest.fixture(scope="session")
+def rollouts(random_rollouts):
+    """Rollouts of three domains in mixed order."""
+    return random_rollouts([("law", 9, 12), ("code", 5, 8), ("law", 4, 20), ("math", 7, 7), ("code", 12, 15), ("math", 3, 1), ("law", 9, 12)])
+
+
+@pytest.fixture
+def new_pool(folders, tokenizer):
+    """new_pool({"law": "v4", ...}, max_resident=1): a pool whose domains have the teachers of `folders`."""
+
+    def make(teachers: dict[str, str], **settings) -> TeacherPool:
+        domains = {name: DomainConfig(teacher=TeacherConfig(model=folders.get(teacher, teacher))) for name, teacher in teachers.items()}
+        return TeacherPool(domains, TeachersConfig(**{"max_resident": 3, "prefetch": False} | settings), tokenizer, CPU)
+
+    return make

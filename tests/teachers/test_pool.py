@@ -6,38 +6,12 @@ import pytest
 import torch
 
 from rollout.config import Dtype, Experts, ModelConfig
-from rollout.model import load_model, save_model
+from rollout.model import load_model
 from teachers.config import DomainConfig, SignalKind, TeacherConfig, TeachersConfig
 from teachers.pool import TeacherPool
 from teachers.teacher import Teacher
 
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(scope="session")
-def folders(saved_v4, saved_qwen3_moe, new_student, tokenizer, tmp_path_factory) -> dict[str, str]:
-    """Three teachers by name; `wide` has another hidden size than the others."""
-    wide = new_student("qwen3_moe_tiny", seed=1, hidden_size=48)
-    folder = tmp_path_factory.mktemp("saved") / "wide"
-    save_model(folder, wide, tokenizer, wide.state_dict())
-    return {"v4": str(saved_v4), "qwen": str(saved_qwen3_moe), "wide": str(folder)}
-
-
-@pytest.fixture(scope="session")
-def rollouts(random_rollouts):
-    """Rollouts of three domains in mixed order."""
-    return random_rollouts([("law", 9, 12), ("code", 5, 8), ("law", 4, 20), ("math", 7, 7), ("code", 12, 15), ("math", 3, 1), ("law", 9, 12)])
-
-
-@pytest.fixture
-def new_pool(folders, tokenizer):
-    """new_pool({"law": "v4", ...}, max_resident=1): a pool whose domains have the teachers of `folders`."""
-
-    def make(teachers: dict[str, str], **settings) -> TeacherPool:
-        domains = {name: DomainConfig(teacher=TeacherConfig(model=folders.get(teacher, teacher))) for name, teacher in teachers.items()}
-        return TeacherPool(domains, TeachersConfig(**{"max_resident": 3, "prefetch": False} | settings), tokenizer, CPU)
-
-    return make
 
 
 def hidden_of(pool: TeacherPool, rollouts: list) -> list[torch.Tensor]:
