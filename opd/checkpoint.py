@@ -104,7 +104,7 @@ def _take_up(teachers: TeacherPool, record: dict | None, step: int) -> None:
     """Begin or continue the manifest. The main rank reads the teachers' files, so that the ranks cannot disagree on them."""
     present = on_main(lambda: describe_domains(teachers.domains, teachers.identities()))
     teachers.manifest.take_up(record, step, present, teachers.cfg.allow_change)
-    teachers.dropped = {name: failure["reason"] for name, failure in teachers.manifest.dropped.items()}
+    teachers.dropped.update({name: failure["reason"] for name, failure in teachers.manifest.dropped.items()})
 
 
 def _newest(folder: Path) -> str | None:
