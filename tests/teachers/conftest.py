@@ -1,6 +1,7 @@
 """Fixtures of the tests of `teachers`: three teachers on disk, a pool of them, rollouts of three domains; and a small HTTP server.
 
-The server speaks the part of vLLM's protocol that scoring needs, over a transformers model. What it computes is right unless a test says otherwise: `spoil` changes an answer before it is sent, `statuses` are sent first, one a request.
+The server speaks the part of vLLM's protocol that scoring needs, over a transformers model. What it computes is right unless a test says otherwise:
+`spoil` changes an answer before it is sent, `statuses` are sent first, one a request.
 """
 
 import json

@@ -112,7 +112,7 @@ def test_a_head_that_is_damaged_before_the_update_asks_for_it_is_named(pool, fra
     scored = pool.score(of(rollouts, "law", "code"))
     pool.score(of(rollouts, "law"))
     cut_off(fragile)
-    with pytest.raises(TeacherFailure, match="the teacher of code .* failed twice"):
+    with pytest.raises(TeacherFailure, match=r"the teacher of code .* failed twice"):
         pool.head(next(item.signal.teacher for item in scored if item.rollout.prompt.domain == "code"))
 
 
@@ -191,7 +191,7 @@ def test_hidden_states_of_a_domain_that_another_rank_drops_are_not_kept(folders,
 
 
 def files_of(store: HiddenStore) -> set[Path]:
-    return {path for folder in store.folders.values() for path in folder.iterdir() if path.name != ".lock"}
+    return {path for folder in store.folders.values() if folder.exists() for path in folder.iterdir() if path.name != ".lock"}
 
 
 def flip(path: Path) -> None:
