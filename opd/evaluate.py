@@ -174,6 +174,7 @@ def evaluate(cfg: EvaluateConfig) -> None:
         check_compatible("base", cfg.base, tokenizer)
     student = load_model(cfg.student, "student", device)
     teachers = TeacherPool(cfg.domains, cfg.teachers, tokenizer, device, data_ranks())
+    teachers.require_whole(teachers.configs)
     evaluator = Evaluator(cfg, student, tokenizer, teachers)
     if not evaluator.prompts:
         raise ValueError("no domain has held-out prompts: set domains.NAME.held_out.path")

@@ -28,6 +28,7 @@ from teachers.types import ScoredRollout
 
 def update(engine: Engine, teachers: TeacherPool, scored: list[ScoredRollout], cfg: RunConfig) -> dict[str, float]:
     """Distil one step's scored rollouts (this rank's) into the student; returns the step's metrics."""
+    scored = teachers.recovered(scored)
     weights, metrics = domain_weights([item.rollout for item in scored], cfg, engine.policy_step)
     batches = distillation_batches(scored, weights, cfg.batch)
     metrics |= _train(engine, batches, cfg, teachers)

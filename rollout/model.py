@@ -106,7 +106,13 @@ def build_model(architecture: dict[str, Any], vocab_size: int, cfg: ModelConfig,
 
 def prepare_model(model: PreTrainedModel, cfg: ModelConfig, role: str) -> PreTrainedModel:
     """Apply the settings that are made after loading, and refuse a model whose logits are not what `logit_transform` says."""
-    transform = logit_transform(model.config, role)
+    apply_settings(model, cfg, role)
+    verify_transform(model, cfg, role)
+    return model
+
+
+def apply_settings(model: PreTrainedModel, cfg: ModelConfig, role: str) -> PreTrainedModel:
+    """The settings that are made after loading; its weights need not be there. Raises ValueError where one would be ignored, and for an unusual head."""
     if not isinstance(head_of(model), nn.Linear):
         raise ValueError(f"the {role} ({model.config.model_type}) has no single linear head, which the full-vocabulary divergence needs")
     if head_of(model).bias is not None:
@@ -118,14 +124,18 @@ def prepare_model(model: PreTrainedModel, cfg: ModelConfig, role: str) -> PreTra
     if has_quantized_indexer(model.config):  # the checkpoint says so
         quantize_indexer(model, role)
     unify_dtypes(model, torch_dtype(cfg.dtype))
-    model.eval()
+    return model.eval()
+
+
+def verify_transform(model: PreTrainedModel, cfg: ModelConfig, role: str) -> None:
+    """Raises ValueError where a model's logits are not what `logit_transform` says."""
+    transform = logit_transform(model.config, role)
     if cfg.attention is Attention.flash_attention_2:  # a student is still on the CPU, where that does not run
         model.set_attn_implementation(Attention.eager.value)
         _verify_transform(model, transform, role)
         model.set_attn_implementation(cfg.attention.value)
     else:
         _verify_transform(model, transform, role)
-    return model
 
 
 def load_tokenizer(path: str, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:

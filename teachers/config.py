@@ -55,7 +55,8 @@ class DomainConfig:
 
 
 class Placement(Enum):
-    """Where a teacher's weights are while it scores: whole on every rank, or some rows of each weight on each (torch's FSDP2).
+    """Where a teacher's weights are while it scores: whole on every rank, or some rows of each weight on each (torch's FSDP2, which gathers
+    one layer at a time for a forward, in memory beside that of TeachersConfig.memory_gb).
 
     auto: whole where two of that size fit into the memory for teachers, else in shards.
     """

@@ -13,7 +13,9 @@ from rollout.model import prepare_model
 from teachers.adapters import Adapter, AdapterSlot, check_adapter
 from teachers.config import TeacherConfig
 from teachers.placement import PlacementPlan
+from teachers.ranks import Ranks
 from teachers.residency import LoadFigures, Residency, Weights, size_of
+from teachers.sharding import Shards
 from teachers.sources import TeacherSource, head_name, open_source
 from teachers.teacher import Teacher
 from teachers.types import OutputHead
@@ -25,6 +27,7 @@ class Base:
 
     model: without memory until weights are attached. source, head: where those, and the head's alone, are read from.
     adapters: the model's place for an adapter. kept_head: in host memory, where it cannot be read alone.
+    is_sharded: over the ranks; each then reads its rows and, alone, the head.
     """
 
     model: Teacher
@@ -33,6 +36,7 @@ class Base:
     adapters: AdapterSlot
     is_verified: bool = False
     kept_head: torch.Tensor | None = None
+    is_sharded: bool = False
 
 
 @dataclass(slots=True)
@@ -68,10 +72,17 @@ class TeacherLibrary:
         """Bytes of each checkpoint's weights in memory."""
         return {name: size_of(base.source.layout) for name, base in self.bases.items()}
 
-    def place(self, plan: PlacementPlan, timeout: float) -> None:
-        """Decide on the memory for weights, once all teachers are in."""
+    def place(self, plan: PlacementPlan, timeout: float, ranks: Ranks) -> None:
+        """Decide on the memory for weights, once all teachers are in; every rank calls it. Raises ValueError for a teacher that cannot be sharded."""
         self.weights = Residency(plan.capacity, self.device, timeout, on_evict=lambda name: self.bases[name].model.detach())
         self.heads = Residency(2, self.device, timeout)
+        shards = Shards(ranks, self.device)
+        for name in sorted(plan.sharded):
+            self._shard(name, shards)
+
+    def is_sharded(self, name: str) -> bool:
+        """Whether a teacher's weights are divided among the ranks; a server's are not."""
+        return name in self.base_of and self.bases[self.base_of[name]].is_sharded
 
     def is_here(self, name: str) -> bool:
         """Whether a teacher's weights are in memory, or on their way."""
@@ -93,13 +104,13 @@ class TeacherLibrary:
     def head(self, name: str, upcoming: str | None = None) -> OutputHead:
         """The head of a teacher on the device, valid until another teacher is asked for; `upcoming` is the next whose head will be."""
         base = self.bases[self.base_of[name]]
-        if self.is_here(name) or (base.source.mapped is None and base.kept_head is None):
+        if self._has_head(name) or (base.source.mapped is None and base.kept_head is None):
             weight = self.open(name).head.weight_VD
         elif base.kept_head is not None:
             weight = base.kept_head.to(self.device)
         else:
-            weight = next(iter(self.heads.fetch(base.head)[0].values()))
-        if upcoming is not None and not self.is_here(upcoming) and self.bases[self.base_of[upcoming]].kept_head is None:
+            weight = self._read_head(base)
+        if upcoming is not None and not self._has_head(upcoming) and self.bases[self.base_of[upcoming]].kept_head is None:
             self.heads.prefetch(self.bases[self.base_of[upcoming]].head, {self.base_of[name]})
         return OutputHead(weight_VD=weight, transform=self.teachers[name].transform)
 
@@ -117,6 +128,22 @@ class TeacherLibrary:
             for name, figures in residency.take_figures().items():
                 total.setdefault(name, LoadFigures()).add(figures)
         return total
+
+    def _has_head(self, name: str) -> bool:
+        """Whether a teacher's head is in memory with its other weights."""
+        return self.is_here(name) and not self.is_sharded(name)
+
+    def _read_head(self, base: Base) -> torch.Tensor:
+        return next(iter(self.heads.fetch(base.head)[0].values()))
+
+    def _shard(self, name: str, shards: Shards) -> None:
+        base, users = self.bases[name], [teacher for teacher, used in self.base_of.items() if used == name]
+        if any(self.teachers[teacher].adapter is not None for teacher in users):
+            raise ValueError(f"the {base.source.role} has an adapter, and a sharded base takes none: set teachers.placement=replicated, or merge the adapter")
+        base.model, base.source = shards.add(base.model.model, base.source, lambda: self._read_head(base))
+        base.is_sharded = base.is_verified = True  # it verifies itself, in a forward that all ranks share
+        for teacher in users:
+            self.teachers[teacher] = base.model
 
     def _bases_of(self, names: set[str]) -> set[str]:
         return {self.base_of[name] for name in names}

@@ -6,14 +6,18 @@ teachers or the vocabulary. A teacher that a server holds (teachers/remote.py) h
 
 A teacher that raises, takes too long, or gives NaN or the wrong length is read again from disk and scores again; when that fails too the run stops
 with its name or, with teachers.on_failure=drop, goes on without its domains on all ranks. Never is a signal made up.
+
+Ranks score on their own, except with a teacher that is sharded over them (teachers/sharding.py): all go through the same ones in one order, also
+a rank that has no rollouts for it, and what fails on one has failed on all.
 """
 
 import logging
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -28,30 +32,12 @@ from teachers.hidden_store import HiddenLostError, HiddenStore
 from teachers.library import TeacherLibrary
 from teachers.manifest import TeacherManifest, teacher_identity
 from teachers.placement import free_memory, plan_placement
+from teachers.ranks import OneRank, Ranks, on_all
 from teachers.remote import RemoteTeacher
 from teachers.teacher import Teacher
 from teachers.types import OutputHead, ScoredRollout, TeacherFailure, TeacherSignal
 
 Result = TypeVar("Result")
-
-
-class Ranks(Protocol):
-    """The ranks that share a step's rollouts; `local_count` of them are processes of this machine."""
-
-    count: int
-    local_count: int
-
-    def gather(self, value: Any) -> list[Any]:
-        """Every rank's value, in rank order; every rank calls it."""
-
-
-@dataclass(frozen=True, slots=True)
-class OneRank:
-    count: int = 1
-    local_count: int = 1
-
-    def gather(self, value: Any) -> list[Any]:
-        return [value]
 
 
 class TeacherPool:
@@ -62,7 +48,7 @@ class TeacherPool:
     ):
         """Checks every teacher (teachers/compatibility.py), reads the headers of its files, and decides where weights will be; loads nothing.
 
-        Raises ValueError with the domain's name where a teacher does not fit.
+        Every rank calls it. Raises ValueError with the domain's name where a teacher does not fit.
         """
         self.cfg, self.device, self.vocab_size, self.ranks = cfg, device, len(tokenizer), ranks or OneRank()
         self.domains, self.manifest = domains, TeacherManifest()
@@ -82,9 +68,10 @@ class TeacherPool:
             else:
                 self.context[teacher] = check_teacher(name, teacher_cfg, tokenizer, teacher in rendered)
                 self.library.add(teacher, _base_identity(teacher_cfg), teacher_cfg, f"teacher of {name}")
-        plan = plan_placement(self.library.sizes(), cfg, free_memory(device, self.ranks.local_count), self.ranks.count)
+        free = min(self.ranks.gather(free_memory(device, self.ranks.local_count)))  # one plan on all ranks
+        plan = plan_placement(self.library.sizes(), cfg, free, self.ranks.count)
         logging.getLogger(__name__).info("%s", plan.description)
-        self.library.place(plan, cfg.load_timeout_seconds)
+        self.library.place(plan, cfg.load_timeout_seconds, self.ranks)
         self.store = HiddenStore(cfg.hidden_memory_gb, cfg.hidden_folder, self.ranks.local_count)
         self.dropped: dict[str, str] = {}
         self.scoring: dict[str, ScoringFigures] = {}
@@ -125,11 +112,10 @@ class TeacherPool:
                 by_teacher.setdefault(self.teacher_of[rollout.prompt.domain], []).append(index)
         scored: list[ScoredRollout | None] = [None] * len(rollouts)
         failed: dict[str, str] = {}
-        local = [teacher for teacher in by_teacher if teacher not in self.remote]
-        local.sort(key=lambda teacher: (not self.library.is_here(teacher), self.library.base_of[teacher]))  # those in memory first
+        local = self._order([teacher for teacher in by_teacher if teacher not in self.remote])
         order = local + [teacher for teacher in by_teacher if teacher in self.remote]
         for position, teacher in enumerate(order):
-            indices, later = by_teacher[teacher], local[position + 1 :]
+            indices, later = by_teacher.get(teacher, []), local[position + 1 :]
             try:
                 signals = self._signals(teacher, [rollouts[i] for i in indices], kind or self.cfg.signal, later)
             except TeacherFailure as error:
@@ -143,13 +129,35 @@ class TeacherPool:
             self._drop(failed, max((rollout.policy_step for rollout in rollouts), default=0) + 1)
         return self._without_dropped(rollouts, scored)
 
+    def recovered(self, scored: list[ScoredRollout]) -> list[ScoredRollout]:
+        """The same, those of sharded teachers scored again whose hidden states are lost or damaged in the store; every rank calls it, before the update.
+
+        Others are scored again when they are asked for, which a rank can do alone.
+        """
+        lost: dict[str, list[int]] = {}
+        for index, item in enumerate(scored):
+            if item.signal.stored is not None and self.library.is_sharded(item.signal.teacher) and not self._is_intact(item):
+                lost.setdefault(item.signal.teacher, []).append(index)
+        result = list(scored)
+        for teacher in self._order(list(lost)):
+            indices = lost.get(teacher, [])
+            signals = self._signals(teacher, [scored[i].rollout for i in indices], SignalKind.hidden_states, [])
+            for index, signal in zip(indices, signals, strict=True):
+                result[index] = replace(scored[index], signal=signal)
+        return result
+
     def hidden(self, signal: TeacherSignal, rollout: Rollout, keep: bool = False) -> torch.Tensor:
-        """hidden_TD of a signal, taken from the store or only looked at; the teacher scores the rollout again where it is lost or damaged there."""
+        """hidden_TD of a signal, taken from the store or only looked at; the teacher scores the rollout again where it is lost or damaged there.
+
+        Raises TeacherFailure where that is so and the teacher is sharded: the other ranks are elsewhere (`recovered`).
+        """
         if signal.stored is None:
             return signal.hidden_TD
         try:
             hidden_TD = self.store.look(signal.stored)
         except HiddenLostError as error:
+            if self.library.is_sharded(signal.teacher):
+                raise TeacherFailure(f"{error}, and {self._who(signal.teacher)} is sharded, so no rank can score by itself: resume the run") from error
             logging.getLogger(__name__).warning("%s: request %d is scored again", error, rollout.prompt.request)
             hidden_TD = self._twice(signal.teacher, lambda: self._try_hidden(signal.teacher, [rollout]))[0].to(signal.stored.dtype)
         if not keep:
@@ -165,8 +173,15 @@ class TeacherPool:
         return self._twice(teacher, lambda: self.library.head(teacher, upcoming if self.cfg.prefetch else None))
 
     def get(self, teacher: str) -> Teacher:
-        """A teacher by its name in the pool, its weights in memory."""
+        """A teacher by its name in the pool, its weights in memory. Raises ValueError for one that is sharded."""
+        self.require_whole([teacher])
         return self._twice(teacher, lambda: self.library.open(teacher))
+
+    def require_whole(self, teachers: Iterable[str]) -> None:
+        """Raises ValueError where one of the teachers is sharded over the ranks, so that none can sample from it."""
+        for teacher in teachers:
+            if self.library.is_sharded(teacher):
+                raise ValueError(f"{self._who(teacher)} is sharded over the ranks and cannot be sampled from: set teachers.placement=replicated")
 
     def domains_of(self, teacher: str) -> list[str]:
         """The domains that a teacher scores."""
@@ -191,9 +206,10 @@ class TeacherPool:
             signals = self.remote[teacher].score(rollouts, kind, self.cfg.top_k, self.vocab_size)
             self.scoring.setdefault(teacher, ScoringFigures()).seconds += time.monotonic() - begun
             return signals
-        signals = self._twice(teacher, lambda: self._try_signals(teacher, rollouts, kind, later))
+        attempt = partial(self._try_signals, teacher, rollouts, kind, later)
+        signals = self._twice(teacher, partial(on_all, self.ranks, attempt) if self.library.is_sharded(teacher) else attempt)
         figures = self.scoring.setdefault(teacher, ScoringFigures())
-        if kind is not SignalKind.hidden_states:
+        if kind is not SignalKind.hidden_states or not signals:
             return signals
         dtype = torch_dtype(self.cfg.hidden_dtype) if self.cfg.hidden_dtype is not None else signals[0].hidden_TD.dtype
         if dtype != signals[0].hidden_TD.dtype:
@@ -208,9 +224,7 @@ class TeacherPool:
 
     def _try_hidden(self, teacher: str, rollouts: list[Rollout], later: list[str] = ()) -> list[torch.Tensor]:
         """hidden_TD of each rollout; the first of `later` is read meanwhile. Raises whatever the teacher raises, and where it gives something else."""
-        scorer = self.library.open(teacher, keep=set(later))
-        if later and self.cfg.prefetch:
-            self.library.prefetch(later[0], keep={teacher, *later})
+        scorer = self._open(teacher, later)
         begun = time.monotonic()
         hidden = scorer.hidden(rollouts, self.cfg.max_tokens_per_forward)
         for rollout, hidden_TD in zip(rollouts, hidden, strict=True):
@@ -223,7 +237,7 @@ class TeacherPool:
 
     def _twice(self, teacher: str, attempt: Callable[[], Result]) -> Result:
         """What an attempt gives or, where it raises, a second one with the teacher read anew. Raises TeacherFailure."""
-        who = f"the teacher of {' and '.join(self.domains_of(teacher))} ({self.configs[teacher][1].model})"
+        who = self._who(teacher)
         try:
             return attempt()
         except Exception as error:  # whatever a teacher raises
@@ -234,6 +248,40 @@ class TeacherPool:
         except Exception as error:
             self.library.discard(teacher)
             raise TeacherFailure(f"{who} failed twice: {first_sentence(error)}") from error
+
+    def _open(self, teacher: str, later: list[str]) -> Teacher:
+        """A teacher with its weights, the first of `later` on its way; a sharded one has them on all ranks, or this raises on all."""
+
+        def attempt() -> Teacher:
+            scorer = self.library.open(teacher, keep=set(later))
+            if later and self.cfg.prefetch:
+                self.library.prefetch(later[0], keep={teacher, *later})
+            return scorer
+
+        return on_all(self.ranks, attempt) if self.library.is_sharded(teacher) else attempt()
+
+    def _order(self, wanted: list[str]) -> list[str]:
+        """Local teachers in the order in which they score, those in memory first. With the sharded ones that any rank needs, in the same order on all ranks."""
+        is_here = {teacher: self.library.is_here(teacher) for teacher in wanted}
+        sharded = [teacher for teacher in self.configs if self.library.is_sharded(teacher)]
+        if sharded:
+            states = self.ranks.gather({teacher: (teacher in wanted, self.library.is_here(teacher)) for teacher in sharded})
+            needed = [teacher for teacher in sharded if any(state[teacher][0] for state in states)]
+            is_here |= {teacher: all(state[teacher][1] for state in states) for teacher in needed}
+        return sorted(is_here, key=lambda teacher: (not is_here[teacher], self.library.base_of[teacher]))
+
+    def _is_intact(self, item: ScoredRollout) -> bool:
+        """Whether stored hidden states are as they were written; forgets them where they are not."""
+        try:
+            self.store.look(item.signal.stored)
+        except HiddenLostError as error:
+            logging.getLogger(__name__).warning("%s: request %d is scored again", error, item.rollout.prompt.request)
+            self.store.drop(item.signal.stored)
+            return False
+        return True
+
+    def _who(self, teacher: str) -> str:
+        return f"the teacher of {' and '.join(self.domains_of(teacher))} ({self.configs[teacher][1].model})"
 
     def _drop(self, failed: dict[str, str], step: int) -> None:
         """Go on without the domains of teachers that failed on any rank, from a step on. Raises TeacherFailure where none would be left."""

@@ -31,7 +31,8 @@ from teachers.residency import Layout, Weights
 class TeacherSource:
     """A teacher's checkpoint, to be read into memory as often as it is asked for.
 
-    layout: of its weights. mapped: how its files are read; None where transformers reads them.
+    layout: of its weights, or of what is read of them. first_row: of what is read of a weight, where that is not its beginning.
+    mapped: how its files are read; None where transformers reads them.
     checksums: of its tensors when they were first read; a later reading must find the same.
     """
 
@@ -40,6 +41,7 @@ class TeacherSource:
     cfg: ModelConfig
     layout: Layout
     mapped: CheckpointMap | None
+    first_row: dict[str, int] = field(default_factory=dict)
     checksums: dict[str, int] = field(default_factory=dict)
 
     @property
@@ -49,7 +51,10 @@ class TeacherSource:
 
     def read(self, weights: Weights) -> Reading:
         """Fill the weights given. Raises ValueError where the files' contents have changed since they were first read."""
-        reading = self._read_through_transformers(weights) if self.mapped is None else self.mapped.read({name: Rows(w) for name, w in weights.items()})
+        if self.mapped is None:
+            reading = self._read_through_transformers(weights)
+        else:
+            reading = self.mapped.read({name: Rows(tensor, self.first_row.get(name, 0)) for name, tensor in weights.items()})
         for name, checksum in reading.checksums.items():
             if self.checksums.setdefault(name, checksum) != checksum:
                 raise ValueError(f"{name} at {self.cfg.model} is not what it was when it was first read: the checkpoint is damaged or replaced")

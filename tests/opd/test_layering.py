@@ -69,7 +69,8 @@ def test_the_number_of_processes_is_read_in_one_place():
 
 @pytest.mark.parametrize("name", NAMES)
 def test_torchs_process_groups_are_used_in_one_place(name):
-    if name != "opd/distributed.py":
+    """One other place divides frozen models among the ranks."""
+    if name not in ("opd/distributed.py", "teachers/sharding.py"):
         assert not [module for module in imports(ROOT / name) if module.startswith("torch.distributed")]
 
 
