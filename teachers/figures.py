@@ -1,7 +1,8 @@
 """Figures of each teacher: what scoring and loading took in a step.
 
     teacher/T/seconds                  of scoring, without waiting for weights; of the rank that took longest
-    teacher/T/loads, bytes_loaded      readings of its weights and of its head, and what they read, over all ranks
+    teacher/T/loads, bytes_loaded      readings of its weights and of its head, and what they read, over all ranks; of teachers that share a base with
+                                       adapters of their own, the first of the run has what concerns the base
     teacher/T/load_seconds             of reading, in the background or not; of the rank that took longest
     teacher/T/load_hidden              share of those seconds that nobody waited for; not there where nothing was read
     teacher/T/rounding_kl              KL(teacher || teacher from hidden states in teachers.hidden_dtype), nats per token, of some rollouts

@@ -122,11 +122,12 @@ class TeacherLibrary:
         self.bases[self.base_of[name]].adapters.present = None
 
     def figures(self) -> dict[str, LoadFigures]:
-        """What reading each checkpoint and its head was and cost since this was last asked."""
+        """What reading each teacher and its head was and cost since this was last asked; of teachers that share a checkpoint, the first has it."""
         total: dict[str, LoadFigures] = {}
         for residency in (self.weights, self.heads):
-            for name, figures in residency.take_figures().items():
-                total.setdefault(name, LoadFigures()).add(figures)
+            for base, figures in residency.take_figures().items():
+                first = next(name for name, own in self.base_of.items() if own == base)
+                total.setdefault(first, LoadFigures()).add(figures)
         return total
 
     def _has_head(self, name: str) -> bool:

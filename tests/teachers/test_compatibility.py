@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from rollout.config import ModelConfig, PromptsConfig
+from rollout.config import PromptsConfig
 from rollout.synthetic import CHARACTERS, character_tokenizer
 from teachers.compatibility import check_teacher, model_facts, template_fingerprint, tokenizer_fingerprint
-from teachers.config import DomainConfig, TeachersConfig
+from teachers.config import DomainConfig, TeacherConfig, TeachersConfig
 from teachers.pool import TeacherPool
 
 
@@ -17,38 +17,38 @@ from teachers.pool import TeacherPool
 def teacher_with_tokenizer(saved_qwen3_moe, changed_checkpoint):
     """teacher_with_tokenizer(tokenizer): the settings of a teacher whose folder holds that tokenizer."""
 
-    def make(tokenizer) -> ModelConfig:
+    def make(tokenizer) -> TeacherConfig:
         folder = changed_checkpoint(saved_qwen3_moe)
         tokenizer.save_pretrained(folder)
-        return ModelConfig(model=str(folder))
+        return TeacherConfig(model=str(folder))
 
     return make
 
 
 @pytest.mark.parametrize("saved", ["saved_v4", "saved_qwen3_moe"])
 def test_a_teacher_of_either_family_with_the_students_tokenizer_is_accepted(request, tokenizer, saved):
-    check_teacher("law", ModelConfig(model=str(request.getfixturevalue(saved))), tokenizer)
+    check_teacher("law", TeacherConfig(model=str(request.getfixturevalue(saved))), tokenizer)
 
 
 def test_a_domain_without_teacher_is_refused_with_the_key_to_set(tokenizer):
     with pytest.raises(ValueError, match=r"domain law has no teacher: set domains\.law\.teacher\.model"):
-        check_teacher("law", ModelConfig(), tokenizer)
+        check_teacher("law", TeacherConfig(), tokenizer)
 
 
 def test_a_missing_folder_is_refused(tokenizer, tmp_path):
     with pytest.raises(ValueError, match=r"the teacher of law is not at .*nowhere"):
-        check_teacher("law", ModelConfig(model=str(tmp_path / "nowhere")), tokenizer)
+        check_teacher("law", TeacherConfig(model=str(tmp_path / "nowhere")), tokenizer)
 
 
 def test_a_hub_id_that_cannot_be_reached_is_refused(tokenizer):
     with pytest.raises(ValueError, match="the teacher of law cannot be read from nobody/nothing"):
-        check_teacher("law", ModelConfig(model="nobody/nothing"), tokenizer)
+        check_teacher("law", TeacherConfig(model="nobody/nothing"), tokenizer)
 
 
 def test_an_unknown_family_is_refused(saved_qwen3_moe, changed_checkpoint, tokenizer):
     folder = changed_checkpoint(saved_qwen3_moe, config={"model_type": "nonsense"})
     with pytest.raises(ValueError, match=r"the teacher of law cannot be read from .*nonsense"):
-        check_teacher("law", ModelConfig(model=str(folder)), tokenizer)
+        check_teacher("law", TeacherConfig(model=str(folder)), tokenizer)
 
 
 @pytest.mark.parametrize("saved", ["saved_v4", "saved_qwen3_moe"])
@@ -57,7 +57,7 @@ def test_a_folder_without_tokenizer_is_refused(request, changed_checkpoint, toke
     for file in folder.glob("tokenizer*"):
         file.unlink()
     with pytest.raises(ValueError, match=r"the teacher of law cannot be read from .*: no tokenizer"):
-        check_teacher("law", ModelConfig(model=str(folder)), tokenizer)
+        check_teacher("law", TeacherConfig(model=str(folder)), tokenizer)
 
 
 def test_a_tokenizer_that_exchanges_two_tokens_is_refused(teacher_with_tokenizer, tokenizer, monkeypatch):
@@ -85,11 +85,11 @@ def test_a_teacher_with_another_end_token_is_refused(teacher_with_tokenizer, tok
 def test_a_teacher_with_fewer_vocabulary_rows_than_tokens_is_refused(saved_qwen3_moe, changed_checkpoint, tokenizer):
     folder = changed_checkpoint(saved_qwen3_moe, config={"vocab_size": len(tokenizer) - 1})
     with pytest.raises(ValueError, match=f"the teacher of law has {len(tokenizer) - 1} vocabulary rows, fewer than the tokenizer's {len(tokenizer)}"):
-        check_teacher("law", ModelConfig(model=str(folder)), tokenizer)
+        check_teacher("law", TeacherConfig(model=str(folder)), tokenizer)
 
 
 def test_a_teacher_with_padded_vocabulary_rows_is_accepted(saved_qwen3_moe, changed_checkpoint, tokenizer):
-    check_teacher("law", ModelConfig(model=str(changed_checkpoint(saved_qwen3_moe, config={"vocab_size": 128}))), tokenizer)
+    check_teacher("law", TeacherConfig(model=str(changed_checkpoint(saved_qwen3_moe, config={"vocab_size": 128}))), tokenizer)
 
 
 def test_equal_vocabularies_have_equal_fingerprints_whatever_the_template(tokenizer):
@@ -102,7 +102,7 @@ def test_equal_vocabularies_have_equal_fingerprints_whatever_the_template(tokeni
 def other_template(teacher_with_tokenizer, tokenizer):
     """other_template("..."): the settings of a teacher whose tokenizer has that chat template."""
 
-    def make(template: str | None) -> ModelConfig:
+    def make(template: str | None) -> TeacherConfig:
         other = copy.deepcopy(tokenizer)
         other.chat_template = template
         cfg = teacher_with_tokenizer(other)
@@ -148,6 +148,6 @@ def test_another_padding_token_is_accepted(teacher_with_tokenizer, tokenizer):
 
 
 def test_facts_of_a_teacher_are_those_of_its_files(saved_qwen3_moe, changed_checkpoint, tokenizer):
-    facts = model_facts(ModelConfig(model=str(changed_checkpoint(saved_qwen3_moe, config={"vocab_size": 128, "dtype": "bfloat16"}))), "teacher of law")
+    facts = model_facts(TeacherConfig(model=str(changed_checkpoint(saved_qwen3_moe, config={"vocab_size": 128, "dtype": "bfloat16"}))), "teacher of law")
     assert (facts.vocab_rows, facts.context, facts.stored_dtype) == (128, 256, "bfloat16")
     assert (facts.tokenizer, facts.template) == (tokenizer_fingerprint(tokenizer), template_fingerprint(tokenizer))
