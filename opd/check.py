@@ -5,6 +5,10 @@ measured on the initial student (opd/signal_check.py). One table has a row per d
 not read or touched, so that the settings of a run that exists can be checked beside it.
 """
 
+import hashlib
+
+from transformers import PreTrainedTokenizerBase
+
 from opd.config import CheckCommandConfig
 from opd.console import print_table
 from opd.distributed import is_main, start_processes
@@ -15,7 +19,7 @@ from opd.signal_check import CheckReport, run_checks
 from opd.signal_figures import SignalFigures
 from opd.student import build_student, load_student_tokenizer, seed_everything
 from rollout.data_report import data_report, report_table, show_prompts
-from teachers.compatibility import ModelFacts, model_facts
+from teachers.compatibility import ModelFacts, model_facts, tokenizer_fingerprint
 from teachers.pool import TeacherPool
 
 HASH_DIGITS = 8
@@ -37,12 +41,22 @@ def check(cfg: CheckCommandConfig) -> None:
         print(show_prompts(stream.prompts.domains, tokenizer, cfg.show), end="")
     report = run_checks(cfg, stream, evaluator)
     if is_main():
-        facts = {name: model_facts(domain.teacher, f"teacher of {name}") for name, domain in cfg.domains.items()}
-        _print_report(cfg, facts, report)
+        _print_report(cfg, {name: _facts(name, teachers, tokenizer) for name in cfg.domains}, teachers.plan.description, report)
     report.raise_if_refused()  # the table has the rest
 
 
-def _print_report(cfg: CheckCommandConfig, facts: dict[str, ModelFacts], report: CheckReport) -> None:
+def _facts(domain: str, teachers: TeacherPool, tokenizer: PreTrainedTokenizerBase) -> ModelFacts:
+    """Of a domain's teacher; of one behind a server, what it was held to when the pool was made."""
+    cfg = teachers.domains[domain].teacher
+    if not teachers.is_remote(domain):
+        return model_facts(cfg, f"teacher of {domain}")
+    own = teachers.remote[teachers.teacher_of[domain]]
+    fingerprint = hashlib.sha256(str(own.identity()["fingerprint"]).encode()).hexdigest()
+    same = {"tokenizer": tokenizer_fingerprint(tokenizer), "template": None, "vocab_rows": len(tokenizer)}
+    return ModelFacts(**same, context=own.context, stored_dtype="of the server", weights=fingerprint)
+
+
+def _print_report(cfg: CheckCommandConfig, facts: dict[str, ModelFacts], placement: str, report: CheckReport) -> None:
     """One row per domain: its teacher's checkpoint, its teacher's signal; below, what was found."""
     header = ["domain", "tokenizer", "template", "vocabulary", "context", "dtype", "weights"]
     signal = ["KL", "overlap", "accuracy", "log p: tokens", "answers", "by student"]
@@ -51,7 +65,7 @@ def _print_report(cfg: CheckCommandConfig, facts: dict[str, ModelFacts], report:
         checkpoint = [own.tokenizer[:HASH_DIGITS], (own.template or "none")[:HASH_DIGITS], str(own.vocab_rows), str(own.context)]
         dtype = f"{own.stored_dtype} as {cfg.domains[name].teacher.dtype.value}"
         rows.append([name, *checkpoint, dtype, own.weights[:HASH_DIGITS], *(_signal_cells(report.figures[name]) if report.figures else ())])
-    captions = ["tokenizer, special tokens and end of sequence are the student's; hashes are the first digits of sha256"]
+    captions = [placement, "tokenizer, special tokens and end of sequence are the student's; hashes are the first digits of sha256"]
     if report.figures:
         captions += ["KL and log p in nats per token: the teacher's log p of the student's tokens and of right answers, beside the student's of these"]
     for kind, sentences in (("refused", report.refusals), ("warning", report.warnings), ("note", report.notes)):

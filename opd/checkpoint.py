@@ -83,6 +83,7 @@ def resume(run_dir: Path, engine: Engine, stream: Resumable, tracker: Tracker, t
         replace_domains(run_dir, teachers.domains)
         teachers.manifest.write(run_dir)
         tracker.record_teachers(teachers.manifest.history())
+        tracker.display.say(teachers.plan.description)
     return step
 
 

@@ -60,6 +60,8 @@ def free_memory(device: torch.device, local_processes: int) -> int:
 
 
 def _description(held: dict[str, int], sharded: set[str], budget: int, max_resident: int, is_prefetched: bool) -> str:
+    if not held:
+        return "teachers: all behind servers"
     size = f"{max(held.values(), default=0) / GB:.3g} GB at most" if len(held) > 1 else f"{sum(held.values()) / GB:.3g} GB"
     parts = [f"teachers: {len(held)} of {size} per rank, {sum(held.values()) / GB:.3g} GB in all, {budget / GB:.3g} GB may be used"]
     if sharded:

@@ -74,7 +74,6 @@ class TeacherPool:
         self.store = HiddenStore(cfg.hidden_memory_gb, cfg.hidden_folder, self.ranks.local_count)
         self.dropped: dict[str, str] = {}
         self.scoring: dict[str, ScoringFigures] = {}
-        self.is_announced = False
 
     @property
     def num_loads(self) -> int:
@@ -104,7 +103,6 @@ class TeacherPool:
 
         Every rank calls it. Raises ValueError for a rollout of an unknown domain, and TeacherFailure where a teacher fails twice.
         """
-        self._announce()
         by_teacher: dict[str, list[int]] = {}
         for index, rollout in enumerate(rollouts):
             if rollout.prompt.domain not in self.teacher_of:
@@ -199,12 +197,6 @@ class TeacherPool:
         self.scoring = {}
         everywhere = self.ranks.gather(own)
         return teacher_metrics({self.label(name): [rank.get(name, TeacherFigures()) for rank in everywhere] for name in self.configs})
-
-    def _announce(self) -> None:
-        """Say where teachers will be, before the first is loaded and after all that could refuse the run."""
-        if not self.is_announced:
-            logging.getLogger(__name__).info("%s", self.plan.description)
-            self.is_announced = True
 
     def _signals(self, teacher: str, rollouts: list[Rollout], kind: SignalKind, later: list[str]) -> list[TeacherSignal]:
         """A teacher's signals of some rollouts, their hidden states in the store; the first of `later` is read meanwhile."""
