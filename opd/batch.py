@@ -38,7 +38,7 @@ class MicroBatch:
     target_N: the completion tokens. mask_N: whether a token enters the loss.
     weight_N: float32, w_d / N_d on tokens of the loss and 0 elsewhere, so that the step's loss is sum(weight * divergence).
     rollout_N: index into `rollouts` of each token.
-    teacher, signal: who scored and what was given; None for supervised examples, and where a rank's teachers are all dropped.
+    teacher, signal: who scored and what was given; signal is None for supervised examples, and in the filler of a rank whose teachers are dropped.
     teacher_hidden_ND, teacher_token_NK, teacher_logprob_NK: what was given (teachers/types.py); the others are None.
     waiting: the rollouts' signals while their hidden states are in the pool's store; `with_hidden` brings them.
     """
@@ -102,7 +102,7 @@ def _signals(signals: list[TeacherSignal]) -> dict[str, Any]:
     """The teacher's fields of a micro-batch, from those of its rollouts."""
     (kind,) = {signal.kind for signal in signals}
     if kind is None:
-        return {}
+        return {"is_filler": True}
     if kind is SignalKind.hidden_states:
         if any(signal.stored is not None for signal in signals):
             return {"signal": kind, "waiting": tuple(signals)}

@@ -74,8 +74,7 @@ class TrainedModel(nn.Module):
             loss, losses = cross_entropy(student, batch.target_N, batch.weight_N, self.vocab_size)
         else:
             loss, losses = distillation_loss(student, signal, batch.target_N, batch.weight_N, self.loss, self.vocab_size)
-        if not batch.is_filler:
-            self.recorder.count(batch.real_BL)
+        self.recorder.count(batch.real_BL & (not batch.is_filler))  # nothing of a filler, on a rank that may have nothing else
         if self.balance_loss:
             loss = loss + self.balance_loss * balance_scale * self.recorder.balance_loss(batch.real_BL)
         return loss, losses

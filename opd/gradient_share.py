@@ -19,7 +19,7 @@ def gradient_shares(engine: Engine, batches: list[MicroBatch], teachers: Teacher
     """teacher/T/gradient_share for every teacher of the step; every rank calls it with its micro-batches."""
     own = [batch for batch in batches if not batch.is_filler]
     present = sorted({name for names in gather_objects([batch.teacher for batch in own], Group.data) for name in names})
-    norms = {name: _gradient_norm(engine, [batch for batch in own if batch.teacher == name], own[0], teachers) for name in present}
+    norms = {name: _gradient_norm(engine, [batch for batch in own if batch.teacher == name], batches[0], teachers) for name in present}
     total = sum(norms.values())
     return {f"teacher/{teachers.label(name)}/gradient_share": norm / total for name, norm in norms.items()} if total else {}
 

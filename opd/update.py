@@ -66,7 +66,8 @@ def _train(engine: Engine, batches: list[MicroBatch], cfg: RunConfig, teachers: 
     if engine.recorder.routers and cfg.student.router_probe_every and engine.policy_step % cfg.student.router_probe_every == 0:
         metrics = engine.probe_routing(batches[0])
     if engine.is_quantization_due():
-        metrics |= measure_quantization(engine, [rollout for batch in batches if not batch.is_filler for rollout in batch.rollouts], cfg)
+        rollouts = [rollout for batch in batches if not batch.is_filler for rollout in batch.rollouts]
+        metrics |= measure_quantization(engine, rollouts or [*batches[0].rollouts], cfg)  # a rank whose teachers are dropped takes part with nothing
     every = cfg.teachers.gradient_share_every if teachers is not None else 0
     if every and engine.policy_step % every == 0:
         metrics |= gradient_shares(engine, batches, teachers)

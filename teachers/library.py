@@ -122,12 +122,11 @@ class TeacherLibrary:
         self.bases[self.base_of[name]].adapters.present = None
 
     def figures(self) -> dict[str, LoadFigures]:
-        """What reading each teacher and its head was and cost since this was last asked; of teachers that share a checkpoint, the first has it."""
-        total: dict[str, LoadFigures] = {}
+        """What reading each checkpoint and its head was and cost since this was last asked, under the first of the teachers that share it."""
+        first, total = {base: name for name, base in reversed(self.base_of.items())}, {}
         for residency in (self.weights, self.heads):
             for base, figures in residency.take_figures().items():
-                first = next(name for name, own in self.base_of.items() if own == base)
-                total.setdefault(first, LoadFigures()).add(figures)
+                total.setdefault(first[base], LoadFigures()).add(figures)
         return total
 
     def _has_head(self, name: str) -> bool:

@@ -122,6 +122,7 @@ class Residency:
 
         Raises TimeoutError, and whatever reading raised.
         """
+        begun = time.monotonic()
         if source.name not in self.residents:
             buffer = self._buffer(source, keep) or self._buffer(source, set())
             if buffer is None:  # all that are there are on their way; what comes of the first is told to who asks for it
@@ -131,7 +132,7 @@ class Residency:
                 buffer = self._buffer(source, set())
             self._begin(source, buffer)
         resident = self.residents[source.name]
-        reading = self._wait(resident) if resident.thread is not None else None
+        reading = self._wait(resident, begun) if resident.thread is not None else None
         self.residents.move_to_end(source.name)
         return resident.weights, reading
 
@@ -191,8 +192,7 @@ class Residency:
             resident.outcome = error
         resident.seconds = time.monotonic() - begun
 
-    def _wait(self, resident: Resident) -> Reading:
-        begun = time.monotonic()
+    def _wait(self, resident: Resident, begun: float) -> Reading:
         if resident.is_arriving:
             resident.thread.join(self.timeout)
         waited = time.monotonic() - begun if resident.source.in_background else resident.seconds

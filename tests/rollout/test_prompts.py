@@ -70,6 +70,20 @@ def test_a_domain_of_share_zero_is_never_asked():
     assert all(not {"never", "also never"} & set(counts_of(mixture.next(step))) for step in range(300))
 
 
+def test_a_domain_that_is_excluded_in_the_run_is_asked_no_more_and_leaves_its_share_to_the_others():
+    mixture, excluded = mixture_of(SHARES, prompts_per_step=11), {}
+    mixture.excluded = excluded
+    assert "law" in counts_of(mixture.next(0))
+    excluded["law"] = "its teacher failed"
+    consumed = mixture.state()["law"]
+    assert mixture.asked_shares(1) == pytest.approx({name: share / 5 for name, share in SHARES.items() if name != "law"})
+    for step in range(1, 50):
+        counts = counts_of(mixture.next(step))
+        assert counts.total() == 11
+        assert "law" not in counts
+    assert mixture.state()["law"] == consumed
+
+
 def test_a_step_in_which_every_share_is_zero_is_refused():
     mixture = mixture_of({"law": {0: 1.0, 2: 0.0}}, prompts_per_step=4)
     mixture.next(1)

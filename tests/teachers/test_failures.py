@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -192,7 +193,7 @@ def test_hidden_states_of_a_domain_that_another_rank_drops_are_not_kept(folders,
 
 
 def files_of(store: HiddenStore) -> set[Path]:
-    return {path for folder in store.folders.values() if folder.exists() for path in folder.iterdir() if path.name != ".lock"}
+    return {path for folder in store.folders.values() for path in folder.glob("*") if path.name != ".lock"}
 
 
 def flip(path: Path) -> None:
@@ -253,3 +254,27 @@ def test_a_config_that_is_edited_in_the_run_changes_nothing(pool, fragile, rollo
     pool.score(of(rollouts, "law"))
     after = [pool.hidden(item.signal, item.rollout) for item in pool.score(of(rollouts, "code"))]
     assert all(torch.equal(one, other) for one, other in zip(before, after, strict=True))
+
+
+def test_a_teacher_whose_adapter_is_damaged_is_named_and_reads_it_anew(folders, tokenizer, rollouts, tmp_path):
+    """The adapter stays in memory while its base does, so that the second attempt has to read both."""
+    model = get_peft_model(load_model(ModelConfig(model=folders["qwen"]), "base"), LoraConfig(r=2, target_modules=["q_proj"]))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(torch.nan)
+    model.save_pretrained(tmp_path / "adapter")
+    pool = TeacherPool({"law": DomainConfig(teacher=TeacherConfig(model=folders["qwen"], adapter=str(tmp_path / "adapter")))}, TeachersConfig(), tokenizer, CPU)
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+
+    class Mend(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            save_file({name: torch.zeros_like(tensor) for name, tensor in load_file(file).items()}, file)
+
+    mend = Mend()
+    logging.getLogger("teachers.pool").addHandler(mend)
+    try:
+        [item, *_] = pool.score(of(rollouts, "law"))
+    finally:
+        logging.getLogger("teachers.pool").removeHandler(mend)
+    plain = Teacher("oracle", load_model(ModelConfig(model=folders["qwen"]), "oracle"))
+    assert torch.allclose(pool.hidden(item.signal, item.rollout), plain.hidden([item.rollout], 1000)[0], atol=1e-5)
