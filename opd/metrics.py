@@ -29,6 +29,7 @@ Step 0 holds what was measured before training. Names:
     quant/flipped, quant/scale_spread         share of FP4 values that the update changed; largest spread of scale exponents in a 128 x 128 block
     seconds/PHASE, seconds/step (evaluation included), throughput/completion_tokens_per_second
     teacher/T/seconds, loads, bytes_loaded, load_seconds, load_hidden, rounding_kl          teachers/figures.py; T: its domains joined by +
+    teacher/T/kl_per_token, entropy, token_share          as of domains, over all domains of the teacher; of the tokens of the loss
     teacher/T/gradient_share                  opd/gradient_share.py
     system/teacher_loads                      readings of teachers and heads from disk in this step, over all ranks; like seconds, not the same after a resume
     evaluation/D/truncated, accuracy, accuracy_low, accuracy_high, greedy, kl_per_token, kl_per_sequence (with _low, _high)
@@ -162,6 +163,21 @@ def loss_metrics(totals: DomainTotals, is_distillation: bool) -> dict[str, float
             result[f"domain/{domain}/kl_per_sequence"] = sums["loss"] / sums["sequences"]
         else:
             result[f"domain/{domain}/loss_per_token"] = sums["loss"] / sums["tokens"]
+    return result
+
+
+def teacher_loss_metrics(totals: DomainTotals, domains_of: dict[str, list[str]]) -> dict[str, float]:
+    """The same losses by teacher: divergence and entropy over all its domains' tokens, and its share of the step's tokens. domains_of: by what it is called."""
+    sums_of, names, result = totals.reduced(LOSS_SUMS), totals.names(), {}
+    everything = sum(sums["tokens"] for sums in sums_of.values())
+    for teacher, domains in domains_of.items():
+        tokens = sum(sums_of[domain]["tokens"] for domain in domains)
+        if not tokens:
+            continue
+        result[f"teacher/{teacher}/token_share"] = tokens / everything
+        result[f"teacher/{teacher}/kl_per_token"] = sum(sums_of[domain]["loss"] for domain in domains) / tokens
+        if "teacher_entropy" in names:
+            result[f"teacher/{teacher}/entropy"] = sum(sums_of[domain]["teacher_entropy"] for domain in domains) / tokens
     return result
 
 

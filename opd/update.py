@@ -16,7 +16,7 @@ from opd.config import RunConfig
 from opd.distributed import Group, num_ranks, reduce_sum
 from opd.engine import Engine
 from opd.gradient_share import gradient_shares
-from opd.metrics import DomainTotals, add_losses, loss_metrics
+from opd.metrics import DomainTotals, add_losses, loss_metrics, teacher_loss_metrics
 from opd.quant_config import ExpertFormat
 from rollout.config import schedule_value
 from rollout.replay import rollout_key
@@ -91,7 +91,10 @@ def _train(engine: Engine, batches: list[MicroBatch], cfg: RunConfig, teachers: 
     engine.recorder.sum_ranks()
     if cfg.student.router_bias_speed:
         engine.recorder.update_bias(cfg.student.router_bias_speed)
-    return metrics | engine.recorder.metrics() | loss_metrics(totals, is_distillation=teachers is not None)
+    metrics |= engine.recorder.metrics() | loss_metrics(totals, is_distillation=teachers is not None)
+    if teachers is not None:
+        metrics |= teacher_loss_metrics(totals, {teachers.label(name): teachers.domains_of(name) for name in teachers.configs})
+    return metrics
 
 
 def _next_teacher(batches: list[MicroBatch], number: int) -> str | None:

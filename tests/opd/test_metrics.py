@@ -9,7 +9,7 @@ import torch
 import opd.metrics
 from opd.batch import supervised_batches
 from opd.config import BatchConfig, DistillConfig
-from opd.metrics import DomainTotals, add_losses, data_metrics, loss_metrics, rollout_metrics
+from opd.metrics import DomainTotals, add_losses, data_metrics, loss_metrics, rollout_metrics, teacher_loss_metrics
 from opd.tiles import TokenLosses
 from rollout.config import GraderKind, PromptsConfig, RolloutConfig
 from rollout.prompts import PromptMixture, load_prompts
@@ -91,6 +91,16 @@ def test_a_long_rollout_counts_by_its_tokens_and_not_as_one_of_two_means(make_ro
         add_losses(totals, batch, TokenLosses(losses_N, losses_N, losses_N))
     assert loss_metrics(totals, True)["domain/law/kl_per_token"] == pytest.approx(0.1)
     assert loss_metrics(totals, True)["domain/law/kl_per_sequence"] == pytest.approx(0.5)
+
+
+def test_figures_of_a_teacher_are_those_of_its_domains_tokens_together():
+    totals = DomainTotals(["law", "code", "math"])
+    totals.add("law", tokens=6, loss=3.0, teacher_entropy=1.2)
+    totals.add("code", tokens=2, loss=0.2, teacher_entropy=0.4)
+    totals.add("math", tokens=8, loss=0.8, teacher_entropy=1.6)
+    metrics = teacher_loss_metrics(totals, {"law+code": ["law", "code"], "math": ["math"], "absent": []})
+    expected = {"law+code": {"token_share": 0.5, "kl_per_token": 0.4, "entropy": 0.2}, "math": {"token_share": 0.5, "kl_per_token": 0.1, "entropy": 0.2}}
+    assert metrics == {f"teacher/{teacher}/{name}": pytest.approx(value) for teacher, own in expected.items() for name, value in own.items()}
 
 
 def test_tokens_outside_the_mask_enter_no_figure(make_rollout):
