@@ -34,7 +34,7 @@ COMMANDS = {
     "check": "what distill with the same settings would refuse at its start, and what it would warn of; trains and writes nothing",
     "evaluate": "accuracy and recovery on held-out prompts",
     "export": "write the folder to serve, its experts packed in FP4, and verify it",
-    "bench": "time and memory beside other ways and libraries; the word after it says of what: divergence, qat",
+    "bench": "time and memory beside other ways and libraries; the word after it says of what: divergence, qat, teachers",
 }
 USER_ERROR, INTERRUPTED = 2, 130
 
@@ -156,6 +156,10 @@ def _run(command: str, cfg) -> None:
         from opd.bench_qat import bench_qat
 
         return bench_qat(cfg)
+    if command == "bench_teachers":
+        from opd.bench_teachers import bench_teachers
+
+        return bench_teachers(cfg)
     from opd.evaluate import evaluate
 
     return evaluate(cfg)

@@ -1,9 +1,17 @@
-"""Typed settings of `opd bench`: what every subject has, and each subject's own. They measure, and know nothing of runs."""
+"""Typed settings of `opd bench`, subject by subject."""
 
 from dataclasses import dataclass, field
+from enum import Enum
 
 from opd.loss_config import DivergenceKind
 from rollout.config import Dtype
+
+
+class PageCache(Enum):
+    """Where teachers' files are when a step begins: in the operating system's page cache (warm), or on the disk alone (cold)."""
+
+    warm = "warm"
+    cold = "cold"
 
 
 @dataclass(slots=True)
@@ -58,4 +66,34 @@ class QatBenchConfig(BenchConfig):
     shape: list[int] = field(default_factory=lambda: [16, 1024, 1024])
     tokens_per_expert: int = 128
     steps: int = 40
+    overrides: list[str] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class TeachersBenchConfig(BenchConfig):
+    """`opd bench teachers`: steps with many teachers against steps with one, on the same tokens: time, loading that is hidden, memory.
+
+    num_teachers: numbers of teachers to compare; the first is what the others are compared with.
+    tokens_per_step: prompts and completions of one step together.
+    rollouts_per_teacher: with the largest number of teachers; all numbers of teachers score the same rollouts.
+    length_spread: the longest rollout is (1 + it) times as long as the average one, the shortest (1 - it) times.
+    caches: where the teachers' files are when a step begins.
+    teacher_architecture, student_architecture: of the new models: options of the group `student`.
+    vocab_size: tokens of the tokenizer that all share.
+    teacher_folder: teachers are written into a temporary folder in it; null takes the run's own.
+    memory: also the peak of anonymous memory, each in a process of its own.
+    overrides: settings of `opd distill`.
+    """
+
+    run_dir: str = "runs/bench_teachers"
+    num_teachers: list[int] = field(default_factory=lambda: [1, 12])
+    tokens_per_step: int = 4608
+    rollouts_per_teacher: int = 3
+    length_spread: float = 0.0
+    caches: list[PageCache] = field(default_factory=lambda: [PageCache.warm, PageCache.cold])
+    teacher_architecture: str = "deepseek_v4_50m"
+    student_architecture: str = "deepseek_v4_50m"
+    vocab_size: int = 8192
+    teacher_folder: str | None = None
+    memory: bool = True
     overrides: list[str] = field(default_factory=list)

@@ -75,11 +75,12 @@ def peak_bytes(work: Callable[[], Any], device: str) -> tuple[int, Any]:
         return torch.cuda.max_memory_allocated() - before, result
     ctypes.CDLL(None).malloc_trim(0)
     HIGH_WATER.write_text("5")
-    before = _status_bytes("VmRSS")
+    before = status_bytes("VmRSS")
     result = work()
-    return _status_bytes("VmHWM") - before, result
+    return status_bytes("VmHWM") - before, result
 
 
-def _status_bytes(name: str) -> int:
+def status_bytes(name: str) -> int:
+    """A line of the operating system's account of this process, as VmRSS."""
     [line] = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(f"{name}:")]
     return int(line.split()[1]) * 1024

@@ -10,7 +10,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from opd.bench_config import DivergenceBenchConfig, QatBenchConfig
+from opd.bench_config import DivergenceBenchConfig, QatBenchConfig, TeachersBenchConfig
 from opd.export_config import ExportConfig, check_export
 from opd.loss_config import LossConfig
 from opd.quant_config import QuantConfig
@@ -287,6 +287,7 @@ SCHEMAS: dict[str, type] = {
     "pipeline": PipelineConfig,
     "bench_divergence": DivergenceBenchConfig,
     "bench_qat": QatBenchConfig,
+    "bench_teachers": TeachersBenchConfig,
 }
 
 

@@ -16,7 +16,7 @@ AT_LEAST_ONE = (
     "prompts_per_step", "completions_per_prompt", "max_new_tokens", "decode_width", "examples_per_step", "max_tokens",
     "max_tokens_per_micro_batch", "max_tokens_per_forward", "max_resident", "keep", "threads", "processes",
     "top_k", "num_tokens", "vocab_sizes", "hidden", "teacher_hidden", "repeats", "measure_rollouts", "kl_prompts",
-    "shape", "tokens_per_expert", "max_connections",
+    "shape", "tokens_per_expert", "max_connections", "num_teachers", "tokens_per_step", "rollouts_per_teacher", "vocab_size",
 )  # fmt: skip
 """Whole numbers from 1; of a list, each of its members, and there is one."""
 

@@ -105,9 +105,9 @@ def test_the_subject_is_the_word_after_bench():
     assert split_command(["bench", "divergence", "repeats=3"]) == ("bench_divergence", ["repeats=3"])
     assert split_command(["bench", "qat"]) == ("bench_qat", [])
     for arguments in (["bench"], ["bench", "repeats=3"]):
-        with pytest.raises(ValueError, match="bench needs a subject, as in `opd bench divergence`; the subjects are divergence, qat"):
+        with pytest.raises(ValueError, match="bench needs a subject, as in `opd bench divergence`; the subjects are divergence, qat, teachers"):
             split_command(arguments)
-    with pytest.raises(ValueError, match=r"bench has no subject 'divergance' \(did you mean 'divergence'\?\); the subjects are divergence, qat"):
+    with pytest.raises(ValueError, match=r"bench has no subject 'divergance' \(did you mean 'divergence'\?\); the subjects are divergence, qat, teachers"):
         split_command(["bench", "divergance"])
 
 
