@@ -120,9 +120,14 @@ def domains_of(num_teachers: int) -> list[str]:
     return [f"domain{number:02d}" for number in range(num_teachers)]
 
 
+def teacher_config(cfg: TeachersBenchConfig, folder: Path) -> DistillConfig:
+    """Settings under which a teacher is built, as a student."""
+    return step_config(replace(cfg, student_architecture=cfg.teacher_architecture), Contender(1), folder)
+
+
 def save_teachers(cfg: TeachersBenchConfig, folder: Path) -> int:
     """Write as many teachers as the largest number, one folder for each domain; returns the parameters of one."""
-    settings, tokenizer = step_config(replace(cfg, student_architecture=cfg.teacher_architecture), Contender(1), folder), word_tokenizer(cfg.vocab_size)
+    settings, tokenizer = teacher_config(cfg, folder), word_tokenizer(cfg.vocab_size)
     num_parameters = 0
     for number, domain in enumerate(domains_of(max(cfg.num_teachers)), start=1):
         seed_everything(cfg.seed + number)
@@ -144,13 +149,15 @@ def make_rollouts(cfg: TeachersBenchConfig) -> list[Rollout]:
 
     Raises ValueError where they would be shorter than four tokens.
     """
+    if not 0 <= cfg.length_spread < 1:
+        raise ValueError(f"length_spread must be from 0 to below 1, not {cfg.length_spread}")
     domains, generator = domains_of(max(cfg.num_teachers)), torch.Generator().manual_seed(cfg.seed)
     count = len(domains) * cfg.rollouts_per_teacher
     place_R = torch.linspace(-1, 1, count)[torch.randperm(count, generator=generator)] if count > 1 else torch.zeros(1)
     bound_R = (cfg.tokens_per_step / count * (1 + cfg.length_spread * place_R)).cumsum(0).round().long().tolist()
     lengths = [end - begin for begin, end in zip([0, *bound_R], [*bound_R[:-1], cfg.tokens_per_step], strict=False)]
     if min(lengths) < 4:
-        raise ValueError(f"tokens_per_step={cfg.tokens_per_step} makes rollouts of {min(lengths)} tokens, which is too short: use at least {8 * count}")
+        raise ValueError(f"tokens_per_step={cfg.tokens_per_step} makes rollouts of {min(lengths)} tokens, which is too short: use at least {12 * count}")
     rollouts = []
     for request, length in enumerate(lengths):
         token_T = torch.randint(len(SPECIAL_TOKENS) + 1, cfg.vocab_size, (length,), generator=generator)
@@ -159,6 +166,12 @@ def make_rollouts(cfg: TeachersBenchConfig) -> list[Rollout]:
         known = {"logprob_T": torch.zeros(len(completion_T)), "sample": 0, "finished": True, "policy_step": 0}
         rollouts.append(Rollout(prompt=prompt, completion_T=completion_T, completion_mask_T=torch.ones_like(completion_T, dtype=torch.bool), **known))
     return rollouts
+
+
+def relabelled(rollouts: list[Rollout], num_teachers: int) -> list[Rollout]:
+    """The same rollouts as those of so many domains, in turns."""
+    domains = domains_of(num_teachers)
+    return [replace(each, prompt=replace(each.prompt, domain=domains[each.prompt.request % num_teachers])) for each in rollouts]
 
 
 @dataclass(slots=True)
@@ -207,7 +220,7 @@ def build_workplace(cfg: TeachersBenchConfig, contenders: list[Contender], folde
     engine = Engine(build_student(first.student, tokenizer), len(tokenizer), first, device)
     pools = {contender: TeacherPool(each.domains, each.teachers, tokenizer, device) for contender, each in settings.items()}
     rollouts = make_rollouts(cfg)
-    return Workplace(folder, engine, settings, pools, {contender: _relabelled(rollouts, contender.num_teachers) for contender in contenders})
+    return Workplace(folder, engine, settings, pools, {contender: relabelled(rollouts, contender.num_teachers) for contender in contenders})
 
 
 def step_figures(metrics: dict[str, float], **measured: float) -> StepFigures:
@@ -232,16 +245,23 @@ def measure_memory(cfg: TeachersBenchConfig, contender: Contender, folder: Path,
 
 
 def _measure_memory(cfg: TeachersBenchConfig, contender: Contender, folder: Path, threads: int) -> Memory:
+    """In the process of its own."""
     torch.set_num_threads(threads)
     workplace = build_workplace(cfg, [contender], folder, start_processes())
+    memory = memory_of_steps(workplace, contender)
+    workplace.close()
+    stop_processes()
+    return memory
+
+
+def memory_of_steps(workplace: Workplace, contender: Contender) -> Memory:
+    """Anonymous memory of the first steps of a workplace."""
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     start = status_bytes("RssAnon")
     with AnonymousPeak() as peak:
         for _ in range(MEMORY_STEPS):
             workplace.step(contender, PageCache.warm)
-    workplace.close()
-    stop_processes()
     return Memory(start, peak.bytes)
 
 
@@ -287,11 +307,6 @@ def require_cold(folder: Path) -> None:
         drop_from_cache(path)
     if max(cached_share(path) for path in weight_files(folder)) > 0.05:
         raise ValueError(f"files in {folder.parent} stay in memory whatever one does, as on a tmpfs: set teacher_folder to one on a disk, or caches=[warm]")
-
-
-def _relabelled(rollouts: list[Rollout], num_teachers: int) -> list[Rollout]:
-    domains = domains_of(num_teachers)
-    return [replace(each, prompt=replace(each.prompt, domain=domains[each.prompt.request % num_teachers])) for each in rollouts]
 
 
 def _disk_bytes() -> int:

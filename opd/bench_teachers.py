@@ -45,6 +45,7 @@ from opd.bench_residency import (
     require_cold,
     save_teachers,
     step_config,
+    teacher_config,
     word_tokenizer,
 )
 from opd.console import ProgressDisplay
@@ -64,10 +65,12 @@ def bench_teachers(cfg: TeachersBenchConfig) -> None:
     kind, folder, contenders = device_kind(), Path(cfg.run_dir), contenders_of(cfg)
     machine = machine_columns(kind, PACKAGES)
     require_own_folder(folder, "bench")
+    if not cfg.caches:
+        raise ValueError("caches must not be empty: write caches=[warm], or [warm,cold]")
     if cfg.memory:
         require_high_water_mark(kind)
-    for contender in contenders:
-        step_config(cfg, contender, folder)
+    teacher_config(cfg, folder)
+    step_config(cfg, contenders[0], folder)
     word_tokenizer(cfg.vocab_size)
     make_rollouts(cfg)
     begin_folder(folder, cfg)
