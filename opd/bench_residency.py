@@ -104,34 +104,31 @@ def word_tokenizer(vocab_size: int) -> PreTrainedTokenizerBase:
     return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", **SPECIAL_TOKENS)
 
 
-def step_config(cfg: TeachersBenchConfig, contender: Contender, folder: Path) -> DistillConfig:
-    """The settings under which a contender scores and trains; its teachers are the folders of `save_teachers`."""
+def base_config(cfg: TeachersBenchConfig, architecture: str) -> DistillConfig:
+    """What the steps of all contenders have in common, with a student of this architecture, an option of the group `student`."""
     from opd.__main__ import load_config
 
-    own = [f"student={cfg.student_architecture}", "student.dtype=bfloat16", "student.router_probe_every=0", "optim.update_ratio_every=0", "logger=none"]
-    settings = load_config("distill", [*own, "teachers.max_resident=1", f"teachers.prefetch={contender.prefetch}", f"seed={cfg.seed}", *cfg.overrides])
-    settings.domains = {
-        domain: DomainConfig(teacher=ModelConfig(model=str(folder / domain), dtype=Dtype.bfloat16)) for domain in domains_of(contender.num_teachers)
-    }
-    return settings
+    own = [f"student={architecture}", "student.dtype=bfloat16", "student.router_probe_every=0", "optim.update_ratio_every=0", "logger=none"]
+    return load_config("distill", [*own, "teachers.max_resident=1", f"seed={cfg.seed}", *cfg.overrides])
+
+
+def step_config(base: DistillConfig, contender: Contender, folder: Path) -> DistillConfig:
+    """The settings under which a contender scores and trains; its teachers are the folders of `save_teachers`."""
+    domains = {name: DomainConfig(teacher=ModelConfig(model=str(folder / name), dtype=Dtype.bfloat16)) for name in domains_of(contender.num_teachers)}
+    return replace(base, domains=domains, teachers=replace(base.teachers, prefetch=contender.prefetch))
 
 
 def domains_of(num_teachers: int) -> list[str]:
     return [f"domain{number:02d}" for number in range(num_teachers)]
 
 
-def teacher_config(cfg: TeachersBenchConfig, folder: Path) -> DistillConfig:
-    """Settings under which a teacher is built, as a student."""
-    return step_config(replace(cfg, student_architecture=cfg.teacher_architecture), Contender(1), folder)
-
-
 def save_teachers(cfg: TeachersBenchConfig, folder: Path) -> int:
     """Write as many teachers as the largest number, one folder for each domain; returns the parameters of one."""
-    settings, tokenizer = teacher_config(cfg, folder), word_tokenizer(cfg.vocab_size)
+    base, tokenizer = base_config(cfg, cfg.teacher_architecture), word_tokenizer(cfg.vocab_size)
     num_parameters = 0
     for number, domain in enumerate(domains_of(max(cfg.num_teachers)), start=1):
         seed_everything(cfg.seed + number)
-        teacher = build_student(settings.student, tokenizer)
+        teacher = build_student(base.student, tokenizer)
         num_parameters = sum(parameter.numel() for parameter in teacher.parameters())
         save_model(folder / domain, teacher, tokenizer, teacher.state_dict())
     for path in weight_files(folder):
@@ -213,11 +210,10 @@ class Workplace:
 
 def build_workplace(cfg: TeachersBenchConfig, contenders: list[Contender], folder: Path, device: torch.device) -> Workplace:
     """What steps need; the teachers of `save_teachers` are not loaded yet. Raises ValueError for what settings and teachers are refused for."""
-    tokenizer = word_tokenizer(cfg.vocab_size)
-    settings = {contender: step_config(cfg, contender, folder) for contender in contenders}
-    first = next(iter(settings.values()))
+    base, tokenizer = base_config(cfg, cfg.student_architecture), word_tokenizer(cfg.vocab_size)
+    settings = {contender: step_config(base, contender, folder) for contender in contenders}
     seed_everything(cfg.seed)
-    engine = Engine(build_student(first.student, tokenizer), len(tokenizer), first, device)
+    engine = Engine(build_student(base.student, tokenizer), len(tokenizer), base, device)
     pools = {contender: TeacherPool(each.domains, each.teachers, tokenizer, device) for contender, each in settings.items()}
     rollouts = make_rollouts(cfg)
     return Workplace(folder, engine, settings, pools, {contender: relabelled(rollouts, contender.num_teachers) for contender in contenders})

@@ -38,14 +38,13 @@ from opd.bench_residency import (
     Memory,
     StepFigures,
     Workplace,
+    base_config,
     build_workplace,
     contenders_of,
     make_rollouts,
     measure_memory,
     require_cold,
     save_teachers,
-    step_config,
-    teacher_config,
     word_tokenizer,
 )
 from opd.console import ProgressDisplay
@@ -69,8 +68,8 @@ def bench_teachers(cfg: TeachersBenchConfig) -> None:
         raise ValueError("caches must not be empty: write caches=[warm], or [warm,cold]")
     if cfg.memory:
         require_high_water_mark(kind)
-    teacher_config(cfg, folder)
-    step_config(cfg, contenders[0], folder)
+    for architecture in {cfg.teacher_architecture, cfg.student_architecture}:
+        base_config(cfg, architecture)
     word_tokenizer(cfg.vocab_size)
     make_rollouts(cfg)
     begin_folder(folder, cfg)

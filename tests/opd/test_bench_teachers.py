@@ -20,6 +20,7 @@ from opd.bench_residency import (
     Contender,
     Memory,
     StepFigures,
+    base_config,
     build_workplace,
     cached_share,
     contenders_of,
@@ -133,7 +134,8 @@ def test_all_numbers_of_teachers_score_the_same_tokens(spread, shortest, longest
 
 def test_contenders_differ_in_their_teachers_and_prefetch_alone(tmp_path):
     cfg = config(tmp_path, "overrides=['optim.lr=0.5']")
-    one, three, waiting = (step_config(cfg, contender, tmp_path) for contender in contenders_of(cfg))
+    base = base_config(cfg, "deepseek_v4_tiny")
+    one, three, waiting = (step_config(base, contender, tmp_path) for contender in contenders_of(cfg))
     assert (len(one.domains), len(three.domains), one.teachers.max_resident, three.teachers.prefetch, waiting.teachers.prefetch) == (1, 3, 1, True, False)
     waiting.teachers.prefetch, one.domains = True, three.domains
     assert one == three == waiting
