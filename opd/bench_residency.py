@@ -5,6 +5,8 @@ Teachers are new bfloat16 models of one architecture, each with weights of its o
 since that takes as long with one teacher as with twelve and would only hide what differs. All contenders train one student with one engine.
 
 With a cold page cache the operating system forgets the teachers' files before a step, and again before its update, which reads their heads.
+
+R: rollouts. T: tokens of one rollout, or of its completion.
 """
 
 import ctypes
