@@ -86,8 +86,9 @@ class TeachersBenchConfig(BenchConfig):
     """
 
     run_dir: str = "runs/bench_teachers"
+    repeats: int = 3
     num_teachers: list[int] = field(default_factory=lambda: [1, 12])
-    tokens_per_step: int = 4608
+    tokens_per_step: int = 16384
     rollouts_per_teacher: int = 3
     length_spread: float = 0.0
     caches: list[PageCache] = field(default_factory=lambda: [PageCache.warm, PageCache.cold])
