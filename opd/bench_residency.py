@@ -33,10 +33,10 @@ from opd.distributed import start_processes, stop_processes
 from opd.engine import Engine
 from opd.student import build_student, seed_everything
 from opd.update import update
-from rollout.config import Dtype, ModelConfig
+from rollout.config import Dtype
 from rollout.model import save_model
 from rollout.types import Prompt, Rollout
-from teachers.config import DomainConfig
+from teachers.config import DomainConfig, TeacherConfig
 from teachers.pool import TeacherPool
 
 SPECIAL_TOKENS = {"pad_token": "<pad>", "bos_token": "<bos>", "eos_token": "<eos>"}
@@ -116,7 +116,7 @@ def base_config(cfg: TeachersBenchConfig, architecture: str) -> DistillConfig:
 
 def step_config(base: DistillConfig, contender: Contender, folder: Path) -> DistillConfig:
     """The settings under which a contender scores and trains; its teachers are the folders of `save_teachers`."""
-    domains = {name: DomainConfig(teacher=ModelConfig(model=str(folder / name), dtype=Dtype.bfloat16)) for name in domains_of(contender.num_teachers)}
+    domains = {name: DomainConfig(teacher=TeacherConfig(model=str(folder / name), dtype=Dtype.bfloat16)) for name in domains_of(contender.num_teachers)}
     return replace(base, domains=domains, teachers=replace(base.teachers, prefetch=contender.prefetch))
 
 
