@@ -23,10 +23,9 @@ from opd.intervals import Interval, mean, proportion
 from opd.loss_config import Backend, LossConfig
 from opd.rollouts import data_ranks
 from opd.run import require_own_folder, write_config
-from rollout.chat import decode_completion
 from rollout.config import SamplingConfig
 from rollout.files import replace_text
-from rollout.grading import grade
+from rollout.grading import grade_rollout
 from rollout.model import backbone_of, context_length, end_tokens, head_of, load_model, load_tokenizer, logit_transform
 from rollout.prompts import DomainPrompts, load_held_out, require_answers
 from rollout.sampler import LocalSampler, WeightSource
@@ -91,8 +90,7 @@ class Evaluator:
     def _scores(self, name: str, rollouts: list[Rollout]) -> tuple[float, ...]:
         """Scores of all ranks' rollouts, in the order of the domain's prompts; `rollouts` are this rank's."""
         grader = self.domains[name].grader
-        own = [grade(grader, decode_completion(r.completion_T.tolist(), self.tokenizer), r.prompt.answer, r.prompt.row) for r in rollouts]
-        return in_prompt_order(gather_objects(own, Group.data))
+        return in_prompt_order(gather_objects([grade_rollout(grader, rollout, self.tokenizer) for rollout in rollouts], Group.data))
 
     @torch.no_grad()
     def _divergence(self, model: PreTrainedModel, rollouts: list[Rollout]) -> tuple[Interval | None, Interval | None]:

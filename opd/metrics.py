@@ -46,8 +46,7 @@ from opd.batch import MicroBatch
 from opd.config import DistillConfig
 from opd.distributed import Group, reduce_sum
 from opd.tiles import TokenLosses
-from rollout.chat import decode_completion
-from rollout.grading import grade
+from rollout.grading import grade_rollout
 from rollout.prompts import PromptMixture
 from rollout.stream import RolloutStream
 from rollout.types import Rollout
@@ -90,8 +89,7 @@ def rollout_totals(rollouts: list[Rollout], domains: dict[str, DomainConfig], to
         domain, grader = rollout.prompt.domain, domains[rollout.prompt.domain].grader
         totals.add(domain, rollouts=1, completion_tokens=len(rollout.completion_T), truncated=not rollout.finished)
         if grader is not None:
-            text = decode_completion(rollout.completion_T.tolist(), tokenizer)
-            totals.add(domain, graded=1, score=grade(grader, text, rollout.prompt.answer, rollout.prompt.row))
+            totals.add(domain, graded=1, score=grade_rollout(grader, rollout, tokenizer))
     return totals.reduced(ROLLOUT_SUMS)
 
 

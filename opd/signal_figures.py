@@ -26,8 +26,8 @@ from opd.evaluate import Evaluator
 from opd.intervals import Interval, mean
 from opd.loss_config import LossConfig
 from opd.metrics import DomainTotals
-from rollout.chat import decode_completion, encode_answer
-from rollout.grading import grade
+from rollout.chat import encode_answer
+from rollout.grading import grade_rollout
 from rollout.logits import product_into, transform_
 from rollout.model import backbone_of, head_of, logit_transform
 from rollout.prompts import PromptMixture
@@ -105,8 +105,7 @@ def measure_signals(cfg: DistillConfig, stream: RolloutStream, evaluator: Evalua
         name, grader = rollout.prompt.domain, cfg.domains[rollout.prompt.domain].grader
         totals.add(name, prompts=1, truncated=not rollout.finished)
         if grader is not None:
-            text = decode_completion(rollout.completion_T.tolist(), tokenizer)
-            totals.add(name, graded=1, score=grade(grader, text, rollout.prompt.answer, rollout.prompt.row))
+            totals.add(name, graded=1, score=grade_rollout(grader, rollout, tokenizer))
     pair = _Pair(model, evaluator.teachers, len(tokenizer), cfg.loss)
     own, right = (_scored(part, evaluator.teachers) for part in (rollouts, answers))
     for name in cfg.domains:
@@ -242,10 +241,8 @@ def _right_answer(prompt: Prompt, cfg: DistillConfig, longest: int, tokenizer: P
     grader = cfg.domains[prompt.domain].grader
     if grader is None or prompt.answer is None:
         return None
-    tokens = encode_answer(prompt.answer, tokenizer)
-    if len(tokens) > longest or grade(grader, decode_completion(tokens, tokenizer), prompt.answer, prompt.row) < 1:
-        return None
-    return completed(prompt, tokens)
+    answer = completed(prompt, encode_answer(prompt.answer, tokenizer))
+    return None if len(answer.completion_T) > longest or grade_rollout(grader, answer, tokenizer) < 1 else answer
 
 
 def _scored(rollouts: list[Rollout], teachers: TeacherPool) -> list[ScoredRollout]:

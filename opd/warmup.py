@@ -30,9 +30,8 @@ from opd.run import is_new_run
 from opd.signal_figures import training_prompts
 from opd.start_config import WarmupKind
 from opd.update import supervised_update
-from rollout.chat import decode_completion
 from rollout.files import read_json, replace_text
-from rollout.grading import grade
+from rollout.grading import grade_rollout
 from rollout.model import end_tokens
 from rollout.sampler import LocalSampler
 from rollout.stream import RolloutStream
@@ -77,8 +76,7 @@ def teacher_answers(cfg: DistillConfig, stream: RolloutStream, evaluator: Evalua
         metrics[f"warmup/{name}/truncated"] = sum(not answer.finished for answer in answers[name]) / len(prompts)
         grader = cfg.domains[name].grader
         if grader is not None:
-            texts = [(decode_completion(answer.completion_T.tolist(), tokenizer), answer.prompt) for answer in answers[name]]
-            metrics[f"warmup/{name}/accuracy"] = sum(grade(grader, text, prompt.answer, prompt.row) for text, prompt in texts) / len(prompts)
+            metrics[f"warmup/{name}/accuracy"] = sum(grade_rollout(grader, answer, tokenizer) for answer in answers[name]) / len(prompts)
     return answers, metrics
 
 

@@ -2,7 +2,11 @@
 
 from collections.abc import Callable
 
+from transformers import PreTrainedTokenizerBase
+
+from rollout.chat import decode_completion
 from rollout.config import GraderKind
+from rollout.types import Rollout
 
 Grader = Callable[[str, str], float]
 
@@ -20,3 +24,8 @@ def grade(kind: GraderKind, completion: str, answer: str | None, row: str) -> fl
     if answer is None:
         raise ValueError(f"row {row} has no answer to grade against: map the column with columns.answer, or set grader=null")
     return GRADERS[kind](completion, answer)
+
+
+def grade_rollout(kind: GraderKind, rollout: Rollout, tokenizer: PreTrainedTokenizerBase) -> float:
+    """Score of a rollout's completion against its prompt's reference answer. Raises ValueError as `grade` does."""
+    return grade(kind, decode_completion(rollout.completion_T.tolist(), tokenizer), rollout.prompt.answer, rollout.prompt.row)
