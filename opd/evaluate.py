@@ -52,7 +52,7 @@ class Evaluator:
         sources = {name: domain.held_out for name, domain in cfg.domains.items() if is_wanted}
         held_out = load_held_out(prompts, sources, tokenizer, longest)
         require_answers(held_out, [name for name in held_out if cfg.domains[name].grader is not None], "grade against")
-        self.prompts = {name: _held_out(name, rows, cfg.evaluation.prompts) for name, rows in held_out.items()}
+        self.prompts = {name: _held_out(rows, cfg.evaluation.prompts) for name, rows in held_out.items()}
         self.dropped = {name: rows.num_dropped for name, rows in held_out.items()}
         if teachers is not None:
             teachers.require_context({name: rows.longest + self.sampling.max_new_tokens for name, rows in held_out.items()})
@@ -135,12 +135,8 @@ def in_prompt_order(shares: list[list[float]]) -> tuple[float, ...]:
     return tuple(shares[i % len(shares)][i // len(shares)] for i in range(sum(map(len, shares))))
 
 
-def _held_out(name: str, prompts: DomainPrompts, limit: int | None) -> list[Prompt]:
-    rows = [(source, row) for source, rows in prompts.sources.items() for row in rows][:limit]
-    return [
-        Prompt(domain=name, request=FIRST_REQUEST + number, row=f"{source}:{row['index']}", tokens=tuple(row["tokens"]), answer=row["answer"])
-        for number, (source, row) in enumerate(rows)
-    ]
+def _held_out(prompts: DomainPrompts, limit: int | None) -> list[Prompt]:
+    return [prompts.prompt(source, row, FIRST_REQUEST + number) for number, (source, row) in enumerate(prompts.all_rows()[:limit])]
 
 
 def _sampling(cfg: RunConfig | EvaluateConfig) -> SamplingConfig:

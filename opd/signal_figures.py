@@ -11,7 +11,6 @@ numbers are keyed apart from those of training and evaluation.
 B: rows. L: positions. N: completion tokens of a micro-batch. C: some of them. V: vocabulary. K: likeliest tokens. D: hidden size. T: tokens of a completion.
 """
 
-import random
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -217,19 +216,9 @@ class _Pair:
         return float(gradient_ND.double().square().sum())
 
 
-def training_prompts(name: str, count: int, mixture: PromptMixture, purpose: str, first_request: int) -> list[Prompt]:
-    """Some of a domain's training prompts, drawn with a key of their own and numbered from `first_request`; the mixture's stream does not notice."""
-    rows = [(source, row) for source, own in mixture.domains[name].sources.items() for row in own]
-    chosen = random.Random(f"{mixture.seed}/{purpose}/{name}").sample(rows, min(count, len(rows)))
-    return [
-        Prompt(domain=name, request=first_request + number, row=f"{source}:{row['index']}", tokens=tuple(row["tokens"]), answer=row["answer"])
-        for number, (source, row) in enumerate(chosen)
-    ]
-
-
 def _own_prompts(name: str, number: int, cfg: DistillConfig, mixture: PromptMixture, evaluator: Evaluator) -> list[Prompt]:
     """This rank's prompts of a domain: held-out ones where the run evaluates, else training prompts; each rank gets one, if need be the same row."""
-    found = evaluator.prompts.get(name) or training_prompts(name, cfg.check.prompts, mixture, "check", 0)
+    found = evaluator.prompts.get(name) or mixture.choose(name, cfg.check.prompts, "check", 0)
     count = max(num_ranks(Group.data), min(cfg.check.prompts, len(found)))
     first = FIRST_REQUEST + number * max(num_ranks(Group.data), cfg.check.prompts)
     numbered = [replace(found[index % len(found)], request=first + index) for index in range(count)]

@@ -27,7 +27,6 @@ from opd.distributed import Group, gather_objects, is_main, num_ranks, rank
 from opd.engine import Engine
 from opd.evaluate import Evaluator
 from opd.run import is_new_run
-from opd.signal_figures import training_prompts
 from opd.start_config import WarmupKind
 from opd.update import supervised_update
 from rollout.files import read_json, replace_text
@@ -68,7 +67,7 @@ def teacher_answers(cfg: DistillConfig, stream: RolloutStream, evaluator: Evalua
     answers, metrics = {}, {}
     for name in sorted(chosen, key=lambda name: teachers.teacher_of[name]):
         first = FIRST_REQUEST + list(cfg.domains).index(name) * cfg.warmup.prompts
-        prompts = training_prompts(name, cfg.warmup.prompts, stream.prompts, "warmup", first)
+        prompts = stream.prompts.choose(name, cfg.warmup.prompts, "warmup", first)
         model = teachers.get(teachers.teacher_of[name]).model
         sampler = LocalSampler(model, end_tokens(model, tokenizer), cfg.seed, len(tokenizer))
         own = sampler.sample(prompts[rank(Group.data) :: num_ranks(Group.data)], cfg.rollout)

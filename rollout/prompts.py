@@ -70,6 +70,14 @@ class DomainPrompts:
         epoch, place = divmod(position, len(rows))
         return rows[int(_permutation(len(rows), f"{seed}/{self.name}/{source}/{epoch}")[place])]
 
+    def prompt(self, source: str, row: dict[str, Any], request: int) -> Prompt:
+        """A row of one source as a prompt with that number."""
+        return Prompt(domain=self.name, request=request, row=f"{source}:{row['index']}", tokens=tuple(row["tokens"]), answer=row["answer"])
+
+    def all_rows(self) -> list[tuple[str, dict[str, Any]]]:
+        """(source, row) of all rows in use, in order."""
+        return [(source, row) for source, rows in self.sources.items() for row in rows]
+
 
 class PromptMixture:
     """The stream of prompts of all domains. `state()` and `restore()` make it resumable."""
@@ -113,8 +121,13 @@ class PromptMixture:
         position = domain.consumed.get(source, 0)
         domain.consumed[source] = position + 1
         row = domain.row(source, position, self.seed)
-        prompt = Prompt(domain=name, request=request, row=f"{source}:{row['index']}", tokens=tuple(row["tokens"]), answer=row.get("answer"))
-        return prompt, row
+        return domain.prompt(source, row, request), row
+
+    def choose(self, name: str, count: int, purpose: str, first_request: int) -> list[Prompt]:
+        """Some of a domain's prompts, drawn by the purpose's own key and numbered from `first_request`; the stream does not notice."""
+        rows = self.domains[name].all_rows()
+        rows = random.Random(f"{self.seed}/{purpose}/{name}").sample(rows, min(count, len(rows)))
+        return [self.domains[name].prompt(source, row, first_request + number) for number, (source, row) in enumerate(rows)]
 
     def _domains_of(self, step: int) -> list[str]:
         offset = random.Random(f"{self.seed}/mixture/{step}").random()
