@@ -21,13 +21,14 @@ from opd.batch import MicroBatch, teacher_batches, with_hidden
 from opd.config import BatchConfig, DistillConfig
 from opd.distributed import Group, num_ranks, rank
 from opd.divergence import ModelStates, full_divergence
+from opd.estimators import signal_of
 from opd.evaluate import Evaluator
 from opd.intervals import Interval, mean
 from opd.loss_config import LossConfig
 from opd.metrics import DomainTotals
 from rollout.chat import encode_answer
 from rollout.grading import grade_rollout
-from rollout.logits import product_into, transform_
+from rollout.logits import LOGITS_AT_A_TIME, log_probabilities
 from rollout.model import backbone_of, head_of, logit_transform
 from rollout.prompts import PromptMixture
 from rollout.stream import RolloutStream
@@ -45,8 +46,6 @@ TOP = 16
 
 SELF_ROLLOUTS = 4
 """Rollouts of a domain, per rank, on which the student is its own teacher."""
-
-LOGITS_AT_A_TIME = 1 << 24
 
 SUMS = (
     "prompts", "tokens", "compared", "graded", "score", "truncated", "kl", "overlap", "student_entropy", "teacher_entropy", "teacher_logprob",
@@ -130,7 +129,7 @@ class _Pair:
         if batch.signal is not SignalKind.hidden_states:
             totals.add(name, tokens=mask_N.sum(), teacher_logprob=_sum(batch.teacher_logprob_NK[:, 0], mask_N))
             return
-        student, teacher = self._states(batch), self._teacher(batch)
+        student, teacher = self._states(batch), signal_of(batch, self.teachers.head(batch.teacher))
         _, losses = full_divergence(student, teacher, ones_N, self.exact, self.vocab_size)
         moved = replace(teacher, hidden_ND=teacher.hidden_ND.roll(1, 0))
         _, other = full_divergence(student, moved, ones_N, self.exact, self.vocab_size)
@@ -154,7 +153,7 @@ class _Pair:
         """Add what both give to right answers."""
         student = self._states(batch)
         if batch.signal is SignalKind.hidden_states:
-            student_N, teacher_N, _ = self._compare(student, self._teacher(batch), batch.target_N)
+            student_N, teacher_N, _ = self._compare(student, signal_of(batch, self.teachers.head(batch.teacher)), batch.target_N)
         else:
             student_N, teacher_N = self._compare(student, student, batch.target_N)[0], batch.teacher_logprob_NK[:, 0]
         gain_B = torch.zeros(len(batch.rollouts), dtype=torch.float64).index_add_(0, batch.rollout_N.cpu(), (teacher_N - student_N).double().cpu())
@@ -185,10 +184,6 @@ class _Pair:
         hidden_BLD = backbone_of(self.model)(input_ids=batch.tokens_BL, use_cache=False)[0]
         return ModelStates(hidden_BLD.flatten(0, 1)[batch.position_N], head_of(self.model).weight, logit_transform(self.model.config, "student"))
 
-    def _teacher(self, batch: MicroBatch) -> ModelStates:
-        head = self.teachers.head(batch.teacher)
-        return ModelStates(batch.teacher_hidden_ND, head.weight_VD, head.transform)
-
     def _compare(self, student: ModelStates, teacher: ModelStates, target_N: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """(student's log-probability of the target, teacher's, share of the likeliest tokens that both have), [N] each."""
         parts = []
@@ -196,17 +191,13 @@ class _Pair:
         rows = max(1, LOGITS_AT_A_TIME // self.vocab_size)
         for start in range(0, len(target_N), rows):
             target_C1 = target_N[start : start + rows, None]
-            student_CV, teacher_CV = (self._logprobs(replace(states, hidden_ND=states.hidden_ND[start : start + rows])) for states in (student, teacher))
+            student_CV, teacher_CV = (
+                log_probabilities(states.hidden_ND[start : start + rows], states.head_VD[: self.vocab_size], states.transform) for states in (student, teacher)
+            )
             ours_CK, theirs_CK = student_CV.topk(count, dim=1).indices, teacher_CV.topk(count, dim=1).indices
             shared_C = (ours_CK[:, :, None] == theirs_CK[:, None, :]).any(-1).float().mean(1)
             parts.append(torch.stack([student_CV.gather(1, target_C1)[:, 0], teacher_CV.gather(1, target_C1)[:, 0], shared_C]))
         return torch.cat(parts, dim=1).unbind(0)
-
-    def _logprobs(self, states: ModelStates) -> torch.Tensor:
-        logits_CV = torch.empty(len(states.hidden_ND), self.vocab_size, device=states.hidden_ND.device)
-        product_into(logits_CV, states.hidden_ND, states.head_VD[: self.vocab_size])
-        transform_(logits_CV, states.transform)
-        return logits_CV.log_softmax(-1)
 
     def _gradient_squared(self, student: ModelStates, teacher: ModelStates, weight_N: torch.Tensor) -> float:
         with torch.enable_grad():

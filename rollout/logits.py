@@ -10,6 +10,9 @@ import torch
 
 from rollout.types import LogitTransform
 
+LOGITS_AT_A_TIME = 1 << 24
+"""Logits of one piece when log-probabilities are taken: 64 MiB of float32."""
+
 
 def product_into(out_CV: torch.Tensor, hidden_CD: torch.Tensor, head_VD: torch.Tensor) -> None:
     """out = hidden times head transposed, in float32."""
@@ -25,6 +28,14 @@ def transform_(products: torch.Tensor, transform: LogitTransform) -> None:
         products.mul_(transform.scale / transform.softcap).tanh_().mul_(transform.softcap)
     elif transform.scale != 1:
         products.mul_(transform.scale)
+
+
+def log_probabilities(hidden_CD: torch.Tensor, head_VD: torch.Tensor, transform: LogitTransform) -> torch.Tensor:
+    """logprob_CV at temperature 1, float32, of a few tokens: see LOGITS_AT_A_TIME."""
+    logits_CV = torch.empty(len(hidden_CD), len(head_VD), device=hidden_CD.device)
+    product_into(logits_CV, hidden_CD, head_VD)
+    transform_(logits_CV, transform)
+    return logits_CV.log_softmax(-1)
 
 
 def enter_as_they_are(left: torch.Tensor, right: torch.Tensor) -> bool:

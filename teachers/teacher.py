@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from rollout.logits import product_into, transform_
+from rollout.logits import LOGITS_AT_A_TIME, log_probabilities
 from rollout.model import backbone_of, head_of, logit_transform
 from rollout.padding import completion_span, group_by_length, pad_right, sequence_length
 from rollout.types import Rollout
@@ -21,9 +21,6 @@ from teachers.checkpoint_reader import unique_weights
 from teachers.config import SignalKind
 from teachers.residency import Weights
 from teachers.types import OutputHead, TeacherSignal
-
-LOGITS_AT_A_TIME = 1 << 24
-"""Logits of one piece when log-probabilities are taken: 64 MiB of float32."""
 
 
 class Teacher:
@@ -104,10 +101,7 @@ class Teacher:
 
     def _logprobs(self, hidden_CD: torch.Tensor, vocab_size: int) -> torch.Tensor:
         head = self.head
-        logits_CV = torch.empty(len(hidden_CD), vocab_size, device=hidden_CD.device)
-        product_into(logits_CV, hidden_CD, head.weight_VD[:vocab_size])
-        transform_(logits_CV, head.transform)
-        return logits_CV.log_softmax(-1)
+        return log_probabilities(hidden_CD, head.weight_VD[:vocab_size], head.transform)
 
 
 def _places_of_weights(model: PreTrainedModel) -> list[tuple[nn.Module, str, str]]:
