@@ -11,6 +11,7 @@ micro-batches repeat their last one with weight 0.
 B: rows. L: padded positions. N: completion tokens of the micro-batch, flattened. D: teacher's hidden size. K: tokens named per position.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -121,6 +122,13 @@ def with_hidden(batch: MicroBatch, teachers: TeacherPool, keep: bool = False) ->
     else:
         hidden_ND = torch.cat([teachers.hidden(signal, rollout, keep) for signal, rollout in zip(batch.waiting, batch.rollouts, strict=True)])
     return replace(batch, teacher_hidden_ND=hidden_ND, waiting=())
+
+
+def forward_batches(scored: list[ScoredRollout], teachers: TeacherPool, device: torch.device) -> Iterator[MicroBatch]:
+    """This rank's micro-batches for looking, not for training: every token weighs 1, as large as the teachers' forwards, each with what its teacher gave."""
+    whole = BatchConfig(max_tokens_per_micro_batch=teachers.cfg.max_tokens_per_forward)
+    for batch in teacher_batches(scored, {item.rollout.prompt.domain: 1.0 for item in scored}, whole):
+        yield with_hidden(batch, teachers).to(device)
 
 
 def supervised_batches(examples: list[Rollout], token_weight: dict[str, float], cfg: BatchConfig) -> list[MicroBatch]:

@@ -33,7 +33,7 @@ from opd.config import DistillConfig, OptimConfig, OptimizerKind, Router, RunCon
 from opd.distributed import Group, num_ranks, reduce_sum
 from opd.divergence import ModelStates, full_divergence
 from opd.divergence_passes import require_backend
-from opd.estimators import cross_entropy, distillation_loss, signal_of
+from opd.estimators import cross_entropy, distillation_loss, signal_of, student_states
 from opd.loss_config import LossConfig
 from opd.optim import learning_rate_factor, parameter_groups
 from opd.qat import ExpertQuantizer, code_metrics
@@ -81,8 +81,7 @@ class TrainedModel(nn.Module):
 
     def states(self, batch: MicroBatch) -> ModelStates:
         """The student's states that predict the completion tokens."""
-        hidden_BLD = backbone_of(self.model)(input_ids=batch.tokens_BL, position_ids=batch.position_ids_BL, use_cache=False)[0]
-        return ModelStates(hidden_BLD.flatten(0, 1)[batch.position_N], head_of(self.model).weight, self.transform)
+        return student_states(self.model, batch, self.transform)
 
 
 class Engine:

@@ -22,6 +22,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
+from transformers import PreTrainedModel
 
 from opd.batch import MicroBatch
 from opd.divergence import ModelStates, full_divergence, make_formula
@@ -29,6 +30,7 @@ from opd.divergence_passes import Formula, divergence_terms, transform_slope
 from opd.loss_config import DivergenceKind, LossConfig
 from opd.tiles import TokenLosses, join_blocks, tiled_loss
 from rollout.logits import transform_
+from rollout.model import backbone_of, head_of
 from rollout.types import IDENTITY, LogitTransform
 from teachers.config import SignalKind
 from teachers.types import OutputHead
@@ -87,6 +89,12 @@ def distillation_loss(
         _, scored = cross_entropy(signal, sampled_N, weight_N, vocab_size)
     loss, losses = policy_gradient(student, sampled_N, SampledToken(-scored.loss_N, exact.loss_N), weight_N, vocab_size, cfg.cap)
     return loss, replace(losses, teacher_entropy_N=exact.teacher_entropy_N)
+
+
+def student_states(model: PreTrainedModel, batch: MicroBatch, transform: LogitTransform) -> ModelStates:
+    """The student's states that predict the completion tokens of a micro-batch."""
+    hidden = backbone_of(model)(input_ids=batch.tokens_BL, position_ids=batch.position_ids_BL, use_cache=False)[0]
+    return ModelStates(hidden.flatten(0, 1)[batch.position_N], head_of(model).weight, transform)
 
 
 def signal_of(batch: MicroBatch, teacher_head: OutputHead | None) -> ModelStates | TopK | SampledToken | None:

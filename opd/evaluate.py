@@ -13,12 +13,11 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from opd.batch import teacher_batches, with_hidden
+from opd.batch import forward_batches
 from opd.comparison import DomainResult, comparison, print_comparison
-from opd.config import BatchConfig, DistillConfig, EvaluateConfig, RunConfig
+from opd.config import DistillConfig, EvaluateConfig, RunConfig
 from opd.distributed import Group, gather_objects, is_main, num_ranks, rank, reduce_sum, start_processes
-from opd.divergence import ModelStates
-from opd.estimators import distillation_loss, signal_of
+from opd.estimators import distillation_loss, signal_of, student_states
 from opd.intervals import Interval, mean, proportion
 from opd.loss_config import Backend, LossConfig
 from opd.rollouts import data_ranks
@@ -26,7 +25,7 @@ from opd.run import require_own_folder, write_config
 from rollout.config import SamplingConfig
 from rollout.files import replace_text
 from rollout.grading import grade_rollout
-from rollout.model import backbone_of, context_length, end_tokens, head_of, load_model, load_tokenizer, logit_transform
+from rollout.model import context_length, end_tokens, load_model, load_tokenizer, logit_transform
 from rollout.prompts import DomainPrompts, load_held_out, require_answers
 from rollout.sampler import LocalSampler, WeightSource
 from rollout.types import Prompt, Rollout
@@ -96,12 +95,9 @@ class Evaluator:
     def _divergence(self, model: PreTrainedModel, rollouts: list[Rollout]) -> tuple[Interval | None, Interval | None]:
         """KL(student || teacher) per token and per sequence; the per-token interval treats sequences as the independent units. None of a dropped domain."""
         sums = torch.zeros(6, dtype=torch.float64)
-        whole = BatchConfig(max_tokens_per_micro_batch=self.teachers.cfg.max_tokens_per_forward)
         scored = [item for item in self.teachers.score(rollouts, SignalKind.hidden_states) if item.signal.kind is not None]
-        for batch in teacher_batches(scored, dict.fromkeys(self.domains, 1.0), whole):
-            batch = with_hidden(batch, self.teachers).to(model.device)
-            hidden_ND = backbone_of(model)(input_ids=batch.tokens_BL, use_cache=False)[0].flatten(0, 1)[batch.position_N]
-            student = ModelStates(hidden_ND, head_of(model).weight, logit_transform(model.config, "student"))
+        for batch in forward_batches(scored, self.teachers, model.device):
+            student = student_states(model, batch, logit_transform(model.config, "student"))
             signal = signal_of(batch, self.teachers.head(batch.teacher))
             _, losses = distillation_loss(student, signal, batch.target_N, batch.weight_N, self.loss, len(self.tokenizer))
             kl_B = torch.zeros(len(batch.rollouts), dtype=torch.float64).index_add_(0, batch.rollout_N.cpu(), (losses.loss_N * batch.mask_N).double().cpu())

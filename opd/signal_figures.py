@@ -17,11 +17,11 @@ from dataclasses import dataclass, replace
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from opd.batch import MicroBatch, teacher_batches, with_hidden
-from opd.config import BatchConfig, DistillConfig
+from opd.batch import MicroBatch, forward_batches
+from opd.config import DistillConfig
 from opd.distributed import Group, num_ranks, rank
 from opd.divergence import ModelStates, full_divergence
-from opd.estimators import signal_of
+from opd.estimators import signal_of, student_states
 from opd.evaluate import Evaluator
 from opd.intervals import Interval, mean
 from opd.loss_config import LossConfig
@@ -29,7 +29,7 @@ from opd.metrics import DomainTotals
 from rollout.chat import encode_answer
 from rollout.grading import grade_rollout
 from rollout.logits import LOGITS_AT_A_TIME, log_probabilities
-from rollout.model import backbone_of, head_of, logit_transform
+from rollout.model import logit_transform
 from rollout.prompts import PromptMixture
 from rollout.stream import RolloutStream
 from rollout.types import Prompt, Rollout, completed
@@ -107,11 +107,11 @@ def measure_signals(cfg: DistillConfig, stream: RolloutStream, evaluator: Evalua
     pair = _Pair(model, evaluator.teachers, len(tokenizer), cfg.loss)
     own, right = (_scored(part, evaluator.teachers) for part in (rollouts, answers))
     for name in cfg.domains:
-        for batch in pair.batches([item for item in own if item.rollout.prompt.domain == name], cfg):
+        for batch in pair.batches([item for item in own if item.rollout.prompt.domain == name]):
             pair.add_rollouts(totals, name, batch)
-        for batch in pair.batches([item for item in right if item.rollout.prompt.domain == name], cfg):
+        for batch in pair.batches([item for item in right if item.rollout.prompt.domain == name]):
             pair.add_answers(totals, name, batch)
-        totals.add(name, **pair.itself([rollout for rollout in rollouts if rollout.prompt.domain == name][:SELF_ROLLOUTS], cfg))
+        totals.add(name, **pair.itself([rollout for rollout in rollouts if rollout.prompt.domain == name][:SELF_ROLLOUTS]))
     return {name: _figures(sums) for name, sums in totals.reduced(SUMS).items()}
 
 
@@ -162,27 +162,23 @@ class _Pair:
         totals.add(name, answer_logprob=_sum(teacher_N, everything_N), answer_logprob_student=_sum(student_N, everything_N))
 
     @torch.no_grad()
-    def itself(self, rollouts: list[Rollout], cfg: DistillConfig) -> dict[str, float]:
+    def itself(self, rollouts: list[Rollout]) -> dict[str, float]:
         """The student's divergence from its own states as a teacher's: {"self_tokens", "self_kl"}."""
         hidden = Teacher("student", self.model).hidden(rollouts, 1)
         scored = [ScoredRollout(rollout=r, signal=TeacherSignal(teacher="student", hidden_TD=h)) for r, h in zip(rollouts, hidden, strict=True)]
         tokens = kl = 0.0
-        for batch in self.batches(scored, cfg):
+        for batch in self.batches(scored):
             student = self._states(batch)
             teacher = replace(student, hidden_ND=batch.teacher_hidden_ND)
             _, losses = full_divergence(student, teacher, torch.ones_like(batch.weight_N), self.exact, self.vocab_size)
             tokens, kl = tokens + len(losses.loss_N), kl + float(losses.loss_N.double().abs().sum())
         return {"self_tokens": tokens, "self_kl": kl}
 
-    def batches(self, scored: list[ScoredRollout], cfg: DistillConfig) -> Iterator[MicroBatch]:
-        """Micro-batches with what their teacher gave, one after another."""
-        whole = BatchConfig(max_tokens_per_micro_batch=cfg.teachers.max_tokens_per_forward)
-        for batch in teacher_batches(scored, dict.fromkeys(cfg.domains, 1.0), whole):
-            yield with_hidden(batch, self.teachers).to(self.model.device)
+    def batches(self, scored: list[ScoredRollout]) -> Iterator[MicroBatch]:
+        return forward_batches(scored, self.teachers, self.model.device)
 
     def _states(self, batch: MicroBatch) -> ModelStates:
-        hidden_BLD = backbone_of(self.model)(input_ids=batch.tokens_BL, use_cache=False)[0]
-        return ModelStates(hidden_BLD.flatten(0, 1)[batch.position_N], head_of(self.model).weight, logit_transform(self.model.config, "student"))
+        return student_states(self.model, batch, logit_transform(self.model.config, "student"))
 
     def _compare(self, student: ModelStates, teacher: ModelStates, target_N: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """(student's log-probability of the target, teacher's, share of the likeliest tokens that both have), [N] each."""
