@@ -110,15 +110,6 @@ class HiddenStore:
             self.in_memory -= stored.num_bytes
         stored.path.unlink(missing_ok=True)
 
-    def clear(self) -> None:
-        """Forget everything, as a step begins: what is left is of one that was not trained on."""
-        for folder in self.folders.values():
-            for path in folder.iterdir():
-                if path.name != LOCK:
-                    path.unlink()
-        self.in_memory = 0
-        self.paths_in_memory.clear()
-
     def close(self) -> None:
         """Remove the folders; nothing can be put any more."""
         self.remove_folders()

@@ -95,7 +95,7 @@ class RemoteTeacher:
         return signals
 
     def identity(self) -> dict[str, Any]:
-        """What a manifest keeps of this teacher; `same_model` compares two of them."""
+        """What a manifest keeps of this teacher, and compares (teachers/manifest.py)."""
         return {"server": self.server.url, "model": self.card["id"], "root": self.card["root"], "fingerprint": self.fingerprint_P.tolist()}
 
     def _find_card(self, wanted: str | None) -> dict[str, Any]:
@@ -222,12 +222,6 @@ def require_served(domain: str, cfg: TeacherConfig, signal: SignalKind) -> None:
     ignored = [name for name, value in asked.items() if value is not None] + ["dtype"] * (cfg.dtype is not default.dtype)
     if ignored:
         raise ValueError(f"the teacher of {domain} is a server, so domains.{domain}.teacher.{ignored[0]} would be ignored: remove it")
-
-
-def same_model(left: dict[str, Any], right: dict[str, Any], tolerance: float) -> bool:
-    """Whether two identities are of one model, at whatever address it is served: the same probe with the same log-probabilities."""
-    left_P, right_P = (torch.tensor(identity["fingerprint"], dtype=torch.float64) for identity in (left, right))
-    return len(left_P) == len(right_P) and _distance(left_P, right_P) <= tolerance
 
 
 def _distance(left_P: torch.Tensor, right_P: torch.Tensor) -> float:

@@ -48,11 +48,6 @@ def new_pool(tokenizer):
     return make
 
 
-@pytest.fixture
-def rollouts(random_rollouts):
-    return random_rollouts([("law", 9, 12), ("code", 5, 8), ("law", 4, 20), ("math", 7, 7), ("code", 12, 15), ("math", 3, 1)])
-
-
 def merged_hidden(folder: str, rollout) -> torch.Tensor:
     return Teacher("merged", load_model(ModelConfig(model=folder), "merged")).hidden([rollout], 1000)[0]
 

@@ -106,15 +106,6 @@ def test_an_entry_that_is_dropped_twice_gives_its_memory_back_once(new_store, tm
     assert tmp_path in store.put(hidden()).path.parents
 
 
-def test_a_step_that_was_not_trained_on_leaves_nothing_once_it_is_cleared(new_store):
-    store = new_store(1.0)
-    stored = [store.put(hidden(seed=seed)) for seed in range(3)]
-    store.clear()
-    assert not any(entry.path.exists() for entry in stored)
-    assert store.in_memory == 0
-    assert torch.equal(store.take(store.put(hidden())), hidden())
-
-
 def flip_a_bit(stored: StoredHidden) -> None:
     content = bytearray(stored.path.read_bytes())
     content[len(content) // 2] ^= 1

@@ -18,8 +18,9 @@ from rollout.config import Attention, Dtype, Experts
 from rollout.model import load_model, save_model
 from rollout.synthetic import CHARACTERS, character_tokenizer
 from teachers.config import DomainConfig, SignalKind, TeacherConfig, TeachersConfig
+from teachers.manifest import changes
 from teachers.pool import TeacherPool
-from teachers.remote import RemoteTeacher, same_model
+from teachers.remote import RemoteTeacher
 from teachers.teacher import Teacher
 from teachers.types import TeacherFailure
 
@@ -373,8 +374,9 @@ def test_identities_are_of_one_model_exactly_where_the_weights_are_the_same(new_
     other = new_remote(new_server(new_student("qwen3_moe_tiny", seed=5))).identity()
     assert json.loads(json.dumps(one)) == one
     assert one["server"] != again["server"]
-    assert same_model(one, again, 0.02)
-    assert not same_model(one, other, 0.02)
+    described, moved, changed = ({"law": {"teacher": identity, "settings": {}}} for identity in (one, again, other))
+    assert changes(described, moved) == {}
+    assert list(changes(described, changed)) == ["law"]
 
 
 # The pool
