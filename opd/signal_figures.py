@@ -92,7 +92,10 @@ class SignalFigures:
 
 
 def measure_signals(cfg: DistillConfig, stream: RolloutStream, evaluator: Evaluator) -> dict[str, SignalFigures]:
-    """The figures of every domain, with the weights that the stream's sampler holds; every rank calls it."""
+    """The figures of every domain, with the weights that the stream's sampler holds; every rank calls it.
+
+    Raises ValueError where a teacher fails, whatever teachers.on_failure is: before the first step nothing is lost by mending it.
+    """
     tokenizer, model = evaluator.tokenizer, stream.sampler.model
     sampling = replace(cfg.rollout, max_new_tokens=min(cfg.rollout.max_new_tokens, evaluator.sampling.max_new_tokens))
     prompts = [prompt for number, name in enumerate(cfg.domains) for prompt in _own_prompts(name, number, cfg, stream.prompts, evaluator)]
@@ -106,6 +109,8 @@ def measure_signals(cfg: DistillConfig, stream: RolloutStream, evaluator: Evalua
             totals.add(name, graded=1, score=grade_rollout(grader, rollout, tokenizer))
     pair = _Pair(model, evaluator.teachers, len(tokenizer), cfg.loss)
     own, right = (_scored(part, evaluator.teachers) for part in (rollouts, answers))
+    for name, reason in evaluator.teachers.dropped.items():
+        raise ValueError(f"{reason}: correct domains.{name}.teacher, or leave the domain out with '~domains.{name}'")
     for name in cfg.domains:
         for batch in pair.batches([item for item in own if item.rollout.prompt.domain == name]):
             pair.add_rollouts(totals, name, batch)
