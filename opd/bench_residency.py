@@ -245,11 +245,20 @@ def measure_memory(cfg: TeachersBenchConfig, contender: Contender, folder: Path,
 def _measure_memory(cfg: TeachersBenchConfig, contender: Contender, folder: Path, threads: int) -> Memory:
     """In the process of its own."""
     torch.set_num_threads(threads)
-    workplace = build_workplace(cfg, [contender], folder, start_processes())
+    workplace = build_workplace(with_equal_batches(cfg), [contender], folder, start_processes())
     memory = memory_of_steps(workplace, contender)
     workplace.close()
     stop_processes()
     return memory
+
+
+def with_equal_batches(cfg: TeachersBenchConfig) -> TeachersBenchConfig:
+    """Settings under which all contenders run forwards of one size, that of a teacher's share of the tokens. Otherwise the larger forwards of few teachers
+    would need more memory than the weights of many.
+    """
+    share = -(-cfg.tokens_per_step // max(cfg.num_teachers))
+    sizes = [f"{name}={share}" for name in ("teachers.max_tokens_per_forward", "batch.max_tokens_per_micro_batch")]
+    return replace(cfg, overrides=[*cfg.overrides, *sizes])
 
 
 def memory_of_steps(workplace: Workplace, contender: Contender) -> Memory:

@@ -3,7 +3,8 @@
 Contenders take turns (opd/bench.py): every number of teachers, and the largest with each teacher read only when it is asked for. What a step is, and
 where teachers come from: opd/bench_residency.py. The first step of each is not counted; with it the optimizer's state and the buffers come, and every
 teacher's model runs once for its logits to be verified. A share of load time that is hidden means little where the machine is slow at everything else,
-so the ratio of whole steps stands beside it, and that of processor time, which other work on the machine hardly changes.
+so the ratio of whole steps stands beside it, and that of processor time, which other work on the machine hardly changes. Memory is compared at equal
+sizes of forwards, each contender in a process of its own.
 
 RUN/teachers.csv (schema 1), a line per contender and page cache; empty where not measured:
 

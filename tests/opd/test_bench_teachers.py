@@ -32,6 +32,7 @@ from opd.bench_residency import (
     save_teachers,
     step_config,
     step_figures,
+    with_equal_batches,
     word_tokenizer,
 )
 from opd.bench_teachers import bench_teachers, summary, teacher_lines
@@ -190,6 +191,12 @@ def test_memory_is_looked_at_while_steps_run(device, tmp_path):
     workplace.close()
     assert memory.peak >= memory.start > 0
     assert workplace.engine.policy_step == 2
+
+
+def test_memory_is_compared_at_forwards_of_one_size(tmp_path):
+    cfg = with_equal_batches(config(tmp_path, "overrides=['optim.lr=0.5']"))
+    base = base_config(cfg, cfg.student_architecture)
+    assert (base.teachers.max_tokens_per_forward, base.batch.max_tokens_per_micro_batch, base.optim.lr) == (30, 30, 0.5)
 
 
 def test_the_tokenizer_has_as_many_tokens_as_asked():
