@@ -26,6 +26,7 @@ from rollout.padding import completion_span, pad_right
 from rollout.prompts import load_prompts
 from rollout.sampler import LocalSampler
 from teachers.pool import TeacherPool
+from teachers.types import TeacherFailure
 
 DOMAINS = ("arithmetic", "tools")
 ROWS = 8
@@ -156,6 +157,13 @@ def test_a_teacher_that_says_the_same_whatever_it_reads_is_refused(report, model
     found = report(f"domains.tools.teacher.model={constant}")
     assert any("gives the same distribution whatever it reads" in sentence for sentence in found.refusals)
     assert found.figures["tools"].shift_change < 1e-5 < found.figures["arithmetic"].shift_change
+
+
+@pytest.mark.parametrize("on_failure", ["stop", "drop"])
+def test_no_run_begins_without_a_domain_whose_teacher_fails(on_failure, report, models, changed_checkpoint):
+    broken = changed_checkpoint(Path(models["tools"]), lambda weights: weights["model.norm.weight"].fill_(math.nan))
+    with pytest.raises(TeacherFailure, match=r"^the teacher of tools \(.*\) failed twice: it gave NaN or infinity"):
+        report(f"domains.tools.teacher.model={broken}", f"teachers.on_failure={on_failure}")
 
 
 def test_a_loss_without_a_gradient_is_refused(report):
