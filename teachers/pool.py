@@ -131,7 +131,8 @@ class TeacherPool:
     def recovered(self, scored: list[ScoredRollout]) -> list[ScoredRollout]:
         """The same, those of sharded teachers scored again whose hidden states are lost or damaged in the store; every rank calls it, before the update.
 
-        Others are scored again when they are asked for, which a rank can do alone.
+        Others are scored again when they are asked for, which a rank can do alone. With teachers.on_failure=drop, without the domains of teachers whose
+        heads cannot be read any more: in the update, where one weight depends on all domains, it is too late to go on without one.
         """
         lost: dict[str, list[int]] = {}
         for index, item in enumerate(scored):
@@ -143,7 +144,7 @@ class TeacherPool:
             signals = self._signals(teacher, [scored[i].rollout for i in indices], SignalKind.hidden_states, [])
             for index, signal in zip(indices, signals, strict=True):
                 result[index] = replace(scored[index], signal=signal)
-        return result
+        return self._with_heads(result) if self.cfg.on_failure is OnFailure.drop else result
 
     def hidden(self, signal: TeacherSignal, rollout: Rollout, keep: bool = False) -> torch.Tensor:
         """hidden_TD of a signal, taken from the store or only looked at; the teacher scores the rollout again where it is lost or damaged there.
@@ -293,6 +294,17 @@ class TeacherPool:
                         logging.getLogger(__name__).warning("the run goes on without domain %s from step %d on: %s", domain, step, reason)
         if len(self.dropped) == len(self.teacher_of):
             raise TeacherFailure(f"no domain is left: {next(iter(self.dropped.values()))}")
+
+    def _with_heads(self, scored: list[ScoredRollout]) -> list[ScoredRollout]:
+        """What was scored by teachers whose heads can be read, on all ranks; the other teachers' domains are dropped."""
+        failed: dict[str, str] = {}
+        for teacher in dict.fromkeys(item.signal.teacher for item in scored if item.signal.kind is SignalKind.hidden_states):
+            try:
+                self.head(teacher)
+            except TeacherFailure as error:
+                failed[teacher] = str(error)
+        self._drop(failed, max((item.rollout.policy_step for item in scored), default=0) + 1)
+        return self._without_dropped([item.rollout for item in scored], scored)
 
     def _without_dropped(self, rollouts: list[Rollout], scored: list[ScoredRollout | None]) -> list[ScoredRollout]:
         """What was scored of domains that are not dropped; on a rank that has nothing else, one rollout whose tokens do not count."""

@@ -117,6 +117,17 @@ def test_a_head_that_is_damaged_before_the_update_asks_for_it_is_named(pool, fra
         pool.head(next(item.signal.teacher for item in scored if item.rollout.prompt.domain == "code"))
 
 
+def test_a_head_that_is_damaged_after_scoring_drops_its_domain_before_the_update(new_pool, fragile, rollouts):
+    pool = new_pool({"law": "v4", "code": str(fragile), "math": "wide"}, max_resident=1, on_failure=OnFailure.drop)
+    scored = pool.score(rollouts)
+    pool.score(of(rollouts, "law"))
+    cut_off(fragile)
+    kept = pool.recovered(scored)
+    assert [item.rollout for item in kept] == of(rollouts, "law", "math")
+    assert list(pool.dropped) == ["code"]
+    assert not any(item.signal.stored.path.exists() for item in scored if item.rollout.prompt.domain == "code")
+
+
 @pytest.fixture
 def nan_teacher(folders, changed_checkpoint) -> str:
     def poison(weights: dict) -> None:
