@@ -12,7 +12,7 @@ import shutil
 from pathlib import Path
 from typing import Protocol
 
-from opd.config import CheckpointConfig
+from opd.config import CheckpointConfig, DistillConfig
 from opd.distributed import Group, barrier, is_main, num_ranks, on_main
 from opd.engine import Engine
 from opd.run import replace_domains
@@ -87,6 +87,23 @@ def resume(run_dir: Path, engine: Engine, stream: Resumable, tracker: Tracker, t
     return step
 
 
+def dropped_domains(cfg: DistillConfig) -> dict[str, str]:
+    """The domains that a run goes on without when it is taken up, with the reasons; every rank calls it. Looks only.
+
+    None of a run that begins, and with teachers.allow_change, which tries their teachers again. Raises ValueError as `resume` does.
+    """
+    folder = Path(cfg.run_dir) / "checkpoints"
+
+    def find() -> dict[str, str]:
+        tag = None if cfg.fresh or cfg.teachers.allow_change else _newest(folder)
+        if tag is None or not (folder / tag / "opd.json").is_file():
+            return {}
+        record = read_json(folder / tag / "opd.json").get("teachers")
+        return {} if record is None else {name: drop["reason"] for name, drop in record["spans"][-1]["dropped"].items() if name in cfg.domains}
+
+    return on_main(find)
+
+
 def _restore(folder: Path, tag: str, engine: Engine, stream: Resumable, teachers: TeacherPool | None) -> int:
     state_file = folder / tag / "opd.json"
     if not state_file.is_file():
@@ -103,7 +120,9 @@ def _restore(folder: Path, tag: str, engine: Engine, stream: Resumable, teachers
 
 def _take_up(teachers: TeacherPool, record: dict | None, step: int) -> None:
     """Begin or continue the manifest. The main rank reads the teachers' files, so that the ranks cannot disagree on them."""
-    present = on_main(lambda: describe_domains(teachers.domains, teachers.identities()))
+    known = {} if record is None else record["spans"][-1]["domains"]
+    gone = {name: known[name]["teacher"] for name in teachers.dropped if name in known}  # what failed is not looked at again
+    present = on_main(lambda: describe_domains(teachers.domains, gone | teachers.identities()))
     teachers.manifest.take_up(record, step, present, teachers.cfg.allow_change)
     teachers.dropped.update({name: failure["reason"] for name, failure in teachers.manifest.dropped.items()})
 

@@ -1,6 +1,6 @@
 """The distillation loop, and nothing else. Every feature lives in the part that owns it."""
 
-from opd.checkpoint import is_due, resume, save
+from opd.checkpoint import dropped_domains, is_due, resume, save
 from opd.config import DistillConfig
 from opd.distributed import start_processes
 from opd.engine import Engine
@@ -22,7 +22,7 @@ def distill(cfg: DistillConfig) -> None:
     seed_everything(cfg.seed)
     tokenizer = load_student_tokenizer(cfg.student)
     student = build_student(cfg.student, tokenizer, cfg.quant)           # MoE; what must not train is frozen
-    teachers = TeacherPool(cfg.domains, cfg.teachers, tokenizer, device, data_ranks())  # frozen; grouped, few in memory at a time
+    teachers = TeacherPool(cfg.domains, cfg.teachers, tokenizer, device, data_ranks(), dropped_domains(cfg))  # frozen; few in memory at a time
     stream = build_stream(cfg, student, tokenizer, device, teachers.dropped)  # prompts, sampler, replay: its own answers
     teachers.require_context(stream.longest_rollouts)
     evaluator = Evaluator(cfg, student, tokenizer, teachers)

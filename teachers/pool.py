@@ -44,12 +44,20 @@ class TeacherPool:
     """All teachers of a run; `score` gives every rollout the signal of its domain's teacher."""
 
     def __init__(
-        self, domains: dict[str, DomainConfig], cfg: TeachersConfig, tokenizer: PreTrainedTokenizerBase, device: torch.device, ranks: Ranks | None = None
+        self,
+        domains: dict[str, DomainConfig],
+        cfg: TeachersConfig,
+        tokenizer: PreTrainedTokenizerBase,
+        device: torch.device,
+        ranks: Ranks | None = None,
+        dropped: dict[str, str] | None = None,
     ):
         """Checks every teacher (teachers/compatibility.py), reads the headers of its files, and decides where weights will be; loads nothing.
 
+        dropped: domains that the run goes on without already, with the reasons; their teachers are not looked at, since they may be broken still.
         Every rank calls it. Raises ValueError with the domain's name where a teacher does not fit.
         """
+        self.dropped = dict(dropped or {})
         self.cfg, self.device, self.vocab_size, self.ranks = cfg, device, len(tokenizer), ranks or OneRank()
         self.domains, self.manifest = domains, TeacherManifest()
         if cfg.signal is SignalKind.top_k and cfg.top_k >= len(tokenizer):
@@ -57,7 +65,8 @@ class TeacherPool:
         self.teacher_of = {name: _identity(domain.teacher) for name, domain in domains.items()}
         self.configs: dict[str, tuple[str, TeacherConfig]] = {}
         for name, domain in domains.items():
-            self.configs.setdefault(self.teacher_of[name], (name, domain.teacher))
+            if name not in self.dropped:
+                self.configs.setdefault(self.teacher_of[name], (name, domain.teacher))
         rendered = {self.teacher_of[name] for name, domain in domains.items() if not domain.prompts.raw and not cfg.allow_other_template}
         self.context: dict[str, int] = {}
         self.library, self.remote = TeacherLibrary(device), {}
@@ -72,7 +81,6 @@ class TeacherPool:
         self.plan = plan_placement(self.library.sizes(), cfg, free, self.ranks.count)
         self.library.place(self.plan, cfg.load_timeout_seconds, self.ranks)
         self.store = HiddenStore(cfg.hidden_memory_gb, cfg.hidden_folder, self.ranks.local_count)
-        self.dropped: dict[str, str] = {}
         self.scoring: dict[str, ScoringFigures] = {}
 
     @property
@@ -83,20 +91,23 @@ class TeacherPool:
     def require_context(self, longest: dict[str, int]) -> None:
         """Raises ValueError where a domain's longest sequence (prompt and completion, in tokens) exceeds its teacher's context."""
         for domain, length in longest.items():
-            positions = self.context[self.teacher_of[domain]]
-            if length > positions:
+            positions = self.context.get(self.teacher_of[domain])
+            if positions is not None and length > positions:
                 raise ValueError(
                     f"the teacher of {domain} reads {positions} positions and the domain's longest rollout can have {length}: "
                     "lower rollout.max_new_tokens, or drop long prompts"
                 )
 
     def identities(self) -> dict[str, dict[str, Any]]:
-        """Domain -> what its teacher is, as JSON (teachers/manifest.py). Raises ValueError where its files are cut off or not there."""
+        """Domain -> what its teacher is, as JSON (teachers/manifest.py), but for the domains that were dropped from the start.
+
+        Raises ValueError where a teacher's files are cut off or not there.
+        """
         found = {
             teacher: self.remote[teacher].identity() if teacher in self.remote else teacher_identity(cfg, f"teacher of {name}")
             for teacher, (name, cfg) in self.configs.items()
         }
-        return {name: found[teacher] for name, teacher in self.teacher_of.items()}
+        return {name: found[teacher] for name, teacher in self.teacher_of.items() if teacher in found}
 
     def score(self, rollouts: list[Rollout], kind: SignalKind | None = None) -> list[ScoredRollout]:
         """The rollouts with their teachers' signals (None: teachers.signal of the config), in the same order; without those of dropped domains.
