@@ -2,11 +2,13 @@
 
 import contextlib
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 
@@ -250,3 +252,18 @@ def test_a_resume_without_a_change_equals_a_run_that_nobody_disturbed(run, run_d
     assert numbers(run_dir) == numbers(tmp_path / "whole")
     assert (run_dir / "student" / "model.safetensors").read_bytes() == (tmp_path / "whole" / "student" / "model.safetensors").read_bytes()
     assert spans(run_dir) == spans(tmp_path / "whole")
+
+
+def test_a_run_goes_on_without_a_dropped_domain_though_its_teacher_cannot_be_read_any_more(run, run_until, make_teacher, tmp_path):
+    broken = shutil.copytree(make_teacher(7), tmp_path / "broken")
+    weights = load_file(broken / "model.safetensors")
+    weights["model.norm.weight"].fill_(torch.nan)
+    save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
+    settings = (f"domains.{GONE}.teacher.model={broken}", "teachers.on_failure=drop")
+    run(tmp_path / "whole", *settings)
+    run_until(STOPPED_AT, tmp_path / "run", *settings)
+    os.truncate(broken / "model.safetensors", 1000)
+    run(tmp_path / "run", *settings)
+    assert numbers(tmp_path / "run") == numbers(tmp_path / "whole")
+    assert spans(tmp_path / "run") == spans(tmp_path / "whole")
+    assert list(spans(tmp_path / "run")[0]["dropped"]) == [GONE]
