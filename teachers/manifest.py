@@ -29,14 +29,11 @@ from typing import Any
 
 from rollout.config import ModelConfig
 from rollout.files import replace_text
-from teachers.config import DomainConfig, TeacherConfig
+from teachers.config import DomainConfig, TeacherConfig, TeachersConfig
 from teachers.fingerprint import weights_fingerprint
 
 SCHEMA = 1
 FILE = "teachers.json"
-
-FINGERPRINT_TOLERANCE = 0.02
-"""Mean difference of two probes' log-probabilities, in nats, above which they are of two models; rounding of another batch or device is below."""
 
 NAMED = 3
 """Domains that a refusal names at most."""
@@ -45,7 +42,9 @@ NAMED = 3
 class TeacherManifest:
     """The spans of a run. `take_up` begins or continues it; until then it is empty."""
 
-    def __init__(self):
+    def __init__(self, probe_tolerance: float = TeachersConfig().probe_tolerance):
+        """probe_tolerance: of teachers behind servers (teachers/config.py)."""
+        self.probe_tolerance = probe_tolerance
         self.spans: list[dict[str, Any]] = []
         self.verdict: dict[str, Any] | None = None
 
@@ -63,7 +62,7 @@ class TeacherManifest:
                 _log().info("the checkpoint of step %d does not say which teachers scored it: the record of teachers begins with step %d", step, step + 1)
             return
         last = record["spans"][-1]
-        found = changes(last["domains"], domains)
+        found = changes(last["domains"], domains, self.probe_tolerance)
         if found and not allow_change:
             words = "; ".join(list(found.values())[:NAMED]) + (f"; and {len(found) - NAMED} more" if len(found) > NAMED else "")
             raise ValueError(f"teachers or domains are not those of this run's step {step} ({words}): restore them, or go on with teachers.allow_change=true")
@@ -125,12 +124,12 @@ def teacher_identity(cfg: TeacherConfig, role: str) -> dict[str, Any]:
     return {name: value for name, value in identity.items() if value is not None}
 
 
-def changes(old: dict[str, dict[str, Any]], new: dict[str, dict[str, Any]]) -> dict[str, str]:
+def changes(old: dict[str, dict[str, Any]], new: dict[str, dict[str, Any]], probe_tolerance: float) -> dict[str, str]:
     """Domain -> what differs, in words, between the "domains" of two spans; domains that are the same are not in it."""
     found = {name: f"{name} is gone (its teacher was {_title(domain)})" for name, domain in old.items() if name not in new}
     found |= {name: f"{name} is new (its teacher is {_title(domain)})" for name, domain in new.items() if name not in old}
     for name in new:
-        differences = _differences(_comparable(old[name], new[name]), new[name]) if name in old else []
+        differences = _differences(_comparable(old[name], new[name], probe_tolerance), new[name]) if name in old else []
         if differences:
             found[name] = f"{name}: {', '.join(differences)}"
     if not found and list(old) != list(new):
@@ -142,13 +141,13 @@ def _span(step: int, domains: dict[str, dict[str, Any]]) -> dict[str, Any]:
     return {"from_step": step + 1, "domains": domains, "check": None, "dropped": {}}
 
 
-def _comparable(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+def _comparable(old: dict[str, Any], new: dict[str, Any], probe_tolerance: float) -> dict[str, Any]:
     """The old description, with the new address and fingerprint where both are those of a server that holds the same model."""
     left, right = old["teacher"].get("fingerprint"), new["teacher"].get("fingerprint")
     if left is None or right is None or len(left) != len(right):
         return old
     distance = sum(abs(a - b) for a, b in zip(left, right, strict=True)) / max(1, len(left))
-    if not distance <= FINGERPRINT_TOLERANCE:
+    if not distance <= probe_tolerance:
         return old
     return old | {"teacher": old["teacher"] | {"server": new["teacher"].get("server"), "fingerprint": right}}
 

@@ -59,7 +59,7 @@ class TeacherPool:
         """
         self.dropped = dict(dropped or {})
         self.cfg, self.device, self.vocab_size, self.ranks = cfg, device, len(tokenizer), ranks or OneRank()
-        self.domains, self.manifest = domains, TeacherManifest()
+        self.domains, self.manifest = domains, TeacherManifest(cfg.probe_tolerance)
         if cfg.signal is SignalKind.top_k and cfg.top_k >= len(tokenizer):
             raise ValueError(f"teachers.top_k={cfg.top_k} leaves no tail in a vocabulary of {len(tokenizer)}: lower it, or use teachers.signal=hidden_states")
         self.teacher_of = {name: _identity(domain.teacher) for name, domain in domains.items()}

@@ -153,13 +153,13 @@ def test_the_history_has_the_teachers_and_nothing_of_the_settings(begun):
 @pytest.mark.parametrize(("shift", "is_same"), [(0.0, True), (0.01, True), (0.05, False), (float("nan"), False)])
 def test_a_server_may_move_where_its_probe_stays_within_rounding(shift, is_same):
     before, after = served("http://a:8000", [-1.0, -2.0]), served("http://b:9000", [-1.0 - shift, -2.0 + shift])
-    assert (changes(before, after) == {}) == is_same
+    assert (changes(before, after, 0.02) == {}) == is_same
 
 
 def test_a_server_that_does_not_move_is_held_to_its_model():
     before, after = served("http://a:8000", [-1.0, -2.0]), served("http://a:8000", [-1.0, -2.0])
     after["math"]["teacher"]["model"] = "other"
-    assert changes(before, after) == {"math": 'math: teacher.model was "math" and is "other"'}
+    assert changes(before, after, 0.02) == {"math": 'math: teacher.model was "math" and is "other"'}
 
 
 def test_a_description_is_the_whole_domain_as_it_reads_back_from_json():

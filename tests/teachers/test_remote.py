@@ -375,8 +375,8 @@ def test_identities_are_of_one_model_exactly_where_the_weights_are_the_same(new_
     assert json.loads(json.dumps(one)) == one
     assert one["server"] != again["server"]
     described, moved, changed = ({"law": {"teacher": identity, "settings": {}}} for identity in (one, again, other))
-    assert changes(described, moved) == {}
-    assert list(changes(described, changed)) == ["law"]
+    assert changes(described, moved, 0.02) == {}
+    assert list(changes(described, changed, 0.02)) == ["law"]
 
 
 # The pool
