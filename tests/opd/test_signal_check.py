@@ -26,7 +26,6 @@ from rollout.padding import completion_span, pad_right
 from rollout.prompts import load_prompts
 from rollout.sampler import LocalSampler
 from teachers.pool import TeacherPool
-from teachers.types import TeacherFailure
 
 DOMAINS = ("arithmetic", "tools")
 ROWS = 8
@@ -130,15 +129,6 @@ def test_the_teachers_of_two_domains_exchanged_are_both_refused(report, models):
         found.raise_or_warn()
 
 
-def test_a_teacher_that_fails_before_the_first_step_is_refused_though_a_run_would_drop_it(report, models, tokenizer, tmp_path):
-    model = load_model(ModelConfig(model=models["tools"]), "teacher")
-    with torch.no_grad():
-        model.model.norm.weight.fill_(torch.nan)
-    save_model(tmp_path / "nan", model, tokenizer, model.state_dict())
-    with pytest.raises(ValueError, match=r"the teacher of tools .* gave NaN or infinity .*: correct domains\.tools\.teacher, or leave the domain out"):
-        report(f"domains.tools.teacher.model={tmp_path / 'nan'}", "teachers.on_failure=drop")
-
-
 def test_the_student_as_its_own_teacher_passes_at_divergence_0_with_a_note(report, models):
     found = report(*(f"domains.{name}.teacher.model={models['base']}" for name in DOMAINS))
     assert (found.refusals, found.warnings) == ((), ())
@@ -162,7 +152,7 @@ def test_a_teacher_that_says_the_same_whatever_it_reads_is_refused(report, model
 @pytest.mark.parametrize("on_failure", ["stop", "drop"])
 def test_no_run_begins_without_a_domain_whose_teacher_fails(on_failure, report, models, changed_checkpoint):
     broken = changed_checkpoint(Path(models["tools"]), lambda weights: weights["model.norm.weight"].fill_(math.nan))
-    with pytest.raises(TeacherFailure, match=r"^the teacher of tools \(.*\) failed twice: it gave NaN or infinity"):
+    with pytest.raises(ValueError, match=r"^the teacher of tools \(.*\) failed twice: it gave NaN or infinity"):
         report(f"domains.tools.teacher.model={broken}", f"teachers.on_failure={on_failure}")
 
 
