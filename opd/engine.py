@@ -182,14 +182,14 @@ class Engine:
         return (self.quantizer is not None or self.cfg.quant.indexer) and every > 0 and self.policy_step % every == 0
 
     def gradient(self, batch: MicroBatch, teacher_head: OutputHead | None) -> list[torch.Tensor]:
-        """Gradient of one micro-batch's weighted loss on this rank by the trained parameters, zeros where one has none, apart from the optimizer's own;
-        every rank has to call it.
+        """Gradient of one micro-batch's weighted loss on this rank by the trained parameters, zeros where one has none, apart from the optimizer's own.
+        Not under ZeRO-3.
         """
+        assert self.zero_stage < 3, "DeepSpeed's hooks would take it for the step's own backward"
         parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         loss, _ = self.trained(batch, teacher_head, 0.0)
         found = torch.autograd.grad(loss, parameters, allow_unused=True)
-        shapes = [parameter.ds_shape if self.zero_stage == 3 else parameter.shape for parameter in parameters]
-        return [loss.new_zeros(shape) if gradient is None else gradient for shape, gradient in zip(shapes, found, strict=True)]
+        return [torch.zeros_like(parameter) if gradient is None else gradient for parameter, gradient in zip(parameters, found, strict=True)]
 
     @torch.no_grad()
     def expert_kl(self, batch: MicroBatch) -> torch.Tensor:

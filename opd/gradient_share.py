@@ -1,7 +1,8 @@
 """How much each teacher pulls: the norm of its part of the step's gradient, as a share of the norms of all.
 
 The loss is a sum over teachers, and so is its gradient; norms are not, so that shares say who dominates and not how parts cancel. Measured before the
-step's own backward, with a forward and backward of each micro-batch of its own, and one gradient in memory at a time.
+step's own backward, with a forward and backward of each micro-batch of its own, and one gradient in memory at a time. Not under ZeRO-3, whose
+hooks take every backward for the step's own.
 """
 
 from dataclasses import replace

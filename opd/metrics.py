@@ -169,13 +169,14 @@ def teacher_loss_metrics(totals: DomainTotals, domains_of: dict[str, list[str]])
     sums_of, names, result = totals.reduced(LOSS_SUMS), totals.names(), {}
     everything = sum(sums["tokens"] for sums in sums_of.values())
     for teacher, domains in domains_of.items():
-        tokens = sum(sums_of[domain]["tokens"] for domain in domains)
+        own = [sums_of[domain] for domain in domains if domain in sums_of]
+        tokens = sum(sums["tokens"] for sums in own)
         if not tokens:
             continue
         result[f"teacher/{teacher}/token_share"] = tokens / everything
-        result[f"teacher/{teacher}/kl_per_token"] = sum(sums_of[domain]["loss"] for domain in domains) / tokens
+        result[f"teacher/{teacher}/kl_per_token"] = sum(sums["loss"] for sums in own) / tokens
         if "teacher_entropy" in names:
-            result[f"teacher/{teacher}/entropy"] = sum(sums_of[domain]["teacher_entropy"] for domain in domains) / tokens
+            result[f"teacher/{teacher}/entropy"] = sum(sums["teacher_entropy"] for sums in own) / tokens
     return result
 
 

@@ -68,7 +68,7 @@ def _train(engine: Engine, batches: list[MicroBatch], cfg: RunConfig, teachers: 
     if engine.is_quantization_due():
         rollouts = [rollout for batch in batches if not batch.is_filler for rollout in batch.rollouts]
         metrics |= measure_quantization(engine, rollouts or [*batches[0].rollouts], cfg)  # a rank whose teachers are dropped takes part with nothing
-    every = cfg.teachers.gradient_share_every if teachers is not None else 0
+    every = cfg.teachers.gradient_share_every if teachers is not None and engine.zero_stage < 3 else 0
     if every and engine.policy_step % every == 0:
         metrics |= gradient_shares(engine, batches, teachers)
     engine.recorder.start_step()

@@ -5,19 +5,19 @@ The server speaks the part of vLLM's protocol that scoring needs, over a transfo
 """
 
 import json
-import multiprocessing
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from multiprocessing.process import BaseProcess
-from multiprocessing.synchronize import Event
 
 import pytest
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rollout.model import save_model
+from rollout.config import ModelConfig
+from rollout.model import load_model, load_tokenizer, save_model
 from teachers.config import DomainConfig, TeacherConfig, TeachersConfig
 from teachers.pool import TeacherPool
 
@@ -114,35 +114,35 @@ def new_server(tokenizer) -> Iterator[Callable[..., ServedModel]]:
         server.server_close()
 
 
+def serve_and_hang(folder: str, hangs_on: int) -> None:
+    """What `new_server_process` runs: prints the server's address, and "hanging" before it hangs on so many tokens."""
+    server = ServedModel(load_model(ModelConfig(model=folder), "server's model"), load_tokenizer(folder))
+
+    def hang(answer: dict) -> dict:
+        if len(answer["choices"][0]["prompt_token_ids"]) == hangs_on:
+            print("hanging", flush=True)
+            time.sleep(600)
+        return answer
+
+    server.spoil = hang
+    print(server.url, flush=True)
+    server.serve_forever()
+
+
 @pytest.fixture
-def new_server_process(tokenizer) -> Iterator[Callable[..., tuple[BaseProcess, str, Event]]]:
-    """new_server_process(model, hangs_on=20): (a process of its own, its address, an event that it sets before it hangs on so many tokens)."""
-    context, processes = multiprocessing.get_context("fork"), []  # the model is there already, and nothing is imported again
+def new_server_process() -> Iterator[Callable[[str, int], tuple[subprocess.Popen, str]]]:
+    """new_server_process(folder, hangs_on=20): (a process of its own that serves the model of a folder, its address); its next line says that it hangs."""
+    processes = []
 
-    def start(model: PreTrainedModel, hangs_on: int) -> tuple[BaseProcess, str, Event]:
-        hanging, (address, own_address) = context.Event(), context.Pipe(duplex=False)
-
-        def serve() -> None:
-            server = ServedModel(model, tokenizer)
-
-            def hang(answer: dict) -> dict:
-                if len(answer["choices"][0]["prompt_token_ids"]) == hangs_on:
-                    hanging.set()
-                    time.sleep(600)
-                return answer
-
-            server.spoil = hang
-            own_address.send(server.url)
-            server.serve_forever()
-
-        processes.append(context.Process(target=serve, daemon=True))
-        processes[-1].start()
-        return processes[-1], address.recv(), hanging
+    def start(folder: str, hangs_on: int) -> tuple[subprocess.Popen, str]:
+        script = f"import runpy; runpy.run_path({__file__!r})['serve_and_hang']({folder!r}, {hangs_on})"
+        processes.append(subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True))
+        return processes[-1], processes[-1].stdout.readline().strip()
 
     yield start
     for process in processes:
         process.kill()
-        process.join()
+        process.wait()
 
 
 @pytest.fixture(scope="session")

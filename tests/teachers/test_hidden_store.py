@@ -2,7 +2,6 @@
 
 import gc
 import os
-import signal
 import subprocess
 import sys
 import tempfile
@@ -177,23 +176,24 @@ def environment() -> dict[str, str]:
     return os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
 
 
-def start(folder: Path, memory_gb: float) -> tuple[int, Path]:
+HOLD = """
+import signal, sys, torch
+from teachers.hidden_store import HiddenStore
+store = HiddenStore(float(sys.argv[2]), sys.argv[1])
+print(store.put(torch.ones(4, 8)).path, flush=True)
+signal.pause()
+"""
+
+
+def start(folder: Path, memory_gb: float) -> tuple[subprocess.Popen, Path]:
     """A process that puts something and then waits for its end, and the file that it made."""
-    reader, writer = os.pipe()
-    child = os.fork()
-    if child == 0:
-        store = HiddenStore(memory_gb, str(folder))
-        os.write(writer, str(store.put(hidden()).path).encode())
-        signal.pause()
-    path = Path(os.read(reader, 4096).decode())
-    os.close(reader)
-    os.close(writer)
-    return child, path
+    child = subprocess.Popen([sys.executable, "-c", HOLD, str(folder), str(memory_gb)], stdout=subprocess.PIPE, text=True, env=environment())
+    return child, Path(child.stdout.readline().strip())
 
 
-def kill(child: int) -> None:
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
+def kill(child: subprocess.Popen) -> None:
+    child.kill()
+    child.wait()
 
 
 @each_place
@@ -226,15 +226,22 @@ def test_a_store_that_nobody_holds_any_more_leaves_nothing(tmp_path):
     assert not path.parent.exists()
 
 
-def test_a_process_that_is_forked_off_removes_nothing(new_store):
-    store = new_store()
-    stored = store.put(hidden())
-    child = os.fork()
-    if child == 0:
-        store.close()
-        os._exit(0)
-    os.waitpid(child, 0)
-    assert torch.equal(store.take(stored), hidden())
+FORK = """
+import os, sys, torch
+from teachers.hidden_store import HiddenStore
+store = HiddenStore(0.0, sys.argv[1])
+stored = store.put(torch.ones(4, 8))
+if os.fork() == 0:
+    store.close()
+    os._exit(0)
+os.wait()
+assert torch.equal(store.take(stored), torch.ones(4, 8))
+"""
+
+
+def test_a_process_that_is_forked_off_removes_nothing(tmp_path):
+    """In a process of its own, since that of the tests may hold too much memory to be forked."""
+    subprocess.run([sys.executable, "-c", FORK, str(tmp_path)], check=True, env=environment())
 
 
 @each_place

@@ -100,6 +100,7 @@ def test_a_difference_that_is_allowed_begins_a_span_and_is_logged(change, begun,
     edit, words = CHANGES[change]
     domains = two_domains()
     edit(domains)
+    caplog.clear()
     with caplog.at_level(logging.INFO, "teachers"):
         spans = taken_up(begun, 5, domains, allow_change=True).spans
     assert [span["from_step"] for span in spans] == [1, 6]
@@ -117,6 +118,7 @@ def test_a_change_that_stays_allowed_changes_nothing_where_nothing_differs(begun
     changed = two_domains()
     del changed["code"]
     manifest = taken_up(begun, 5, changed, allow_change=True)
+    caplog.clear()
     with caplog.at_level(logging.INFO, "teachers"):
         assert taken_up(manifest, 8, changed, allow_change=True).record() == manifest.record()
     assert caplog.messages == []

@@ -2,7 +2,6 @@
 
 import copy
 import json
-import os
 import re
 import signal
 import socket
@@ -416,22 +415,21 @@ def test_a_rollout_longer_than_the_servers_context_is_refused_at_start_up(server
         new_pool({"law": TeacherConfig(server=server.url)}).require_context({"law": 128})
 
 
-def test_a_server_killed_while_it_scores_ends_in_a_named_failure(new_server_process, model, new_pool, random_rollouts):
+def test_a_server_killed_while_it_scores_ends_in_a_named_failure(new_server_process, saved_qwen3_moe, new_pool, random_rollouts):
     """A real process, killed while requests run."""
-    process, url, scoring = new_server_process(model, hangs_on=20)
+    process, url = new_server_process(str(saved_qwen3_moe), 20)
     pool = new_pool({"law": TeacherConfig(server=url)}, retries=1, max_connections=2)
 
     def kill() -> None:
-        assert scoring.wait(60)
-        os.kill(process.pid, signal.SIGKILL)
+        assert process.stdout.readline() == "hanging\n"
+        process.kill()
 
     killer = threading.Thread(target=kill)
     killer.start()
     with pytest.raises(TeacherFailure, match=r"the teacher of law .* did not answer /v1/completions in 2 attempts"):
         pool.score(random_rollouts([("law", 10, 10)] * 6))
     killer.join()
-    process.join(10)
-    assert process.exitcode == -signal.SIGKILL
+    assert process.wait(10) == -signal.SIGKILL
 
 
 # Whole runs
