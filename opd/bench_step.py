@@ -10,7 +10,7 @@ kept apart, and weighed by how many there are.
 
 import statistics
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -132,7 +132,7 @@ def _build(cfg: QatBenchConfig, device: torch.device, folder: Path) -> tuple[Tea
         seed_everything(cfg.seed)
         student = build_student(each.student, tokenizer, each.quant)
         stream = build_stream(each, student, tokenizer, device)
-        stream.sampler.eos_token_ids = ()
+        stream.sampler.policy = replace(stream.sampler.policy, end_tokens=())
         variants[quant] = _Variant(each, stream, Engine(student, len(tokenizer), each, device))
     return teachers, variants
 

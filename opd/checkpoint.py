@@ -33,6 +33,9 @@ class Resumable(Protocol):
     def restore(self, state: dict) -> None:
         """Take up a state that `state` returned."""
 
+    def forget_before(self, step: int) -> None:
+        """Delete what was kept for taking up steps before one."""
+
 
 def is_due(step: int, every: int, num_steps: int | None = None) -> bool:
     """Whether something that happens `every` steps happens after update number `step` (1, 2, ...); 0 is never.
@@ -61,6 +64,7 @@ def save(run_dir: Path, step: int, engine: Engine, stream: Resumable, cfg: Check
         saved = sorted(path for path in folder.glob("step-*") if path.name <= tag)  # a later one was left by a kill before its pointer
         for old in saved[: -max(1, cfg.keep)]:
             shutil.rmtree(old)
+        stream.forget_before(step)
         if teachers is not None:
             teachers.manifest.write(run_dir)
     barrier()

@@ -22,7 +22,7 @@ AT_LEAST_ONE = (
 
 NOT_NEGATIVE = (
     "num_steps", "temperature", "lr", "muon_lr", "eps", "weight_decay", "warmup_steps", "every", "router_probe_every", "update_ratio_every",
-    "measure_every", "steps", "memory_gb", "hidden_memory_gb", "gradient_share_every", "retries", "show",
+    "measure_every", "steps", "memory_gb", "hidden_memory_gb", "gradient_share_every", "retries", "show", "stop_tokens",
 )  # fmt: skip
 
 ABOVE_ZERO = ("timeout_seconds", "load_timeout_seconds", "probe_tolerance")
@@ -34,13 +34,17 @@ def check_ranges(cfg: Any, path: str = "") -> None:
     for field in fields(cfg):
         name, value = path + field.name, getattr(cfg, field.name)
         least = 1 if field.name in AT_LEAST_ONE else 0 if field.name in NOT_NEGATIVE else None
-        if least is not None and value == []:
+        if least == 1 and value == []:
             raise ValueError(f"{name} must not be empty: write {name}=[N]")
         for number in value if isinstance(value, list) else [value]:
             if least is not None and number is not None and not number >= least:
                 raise ValueError(f"{name} must be at least {least}, not {number}")
         if field.name == "betas" and not (len(value) == 2 and all(0 <= beta < 1 for beta in value)):
             raise ValueError(f"{name} must be two numbers from 0 to below 1, not {value}")
+        if field.name == "top_p" and not 0 < value <= 1:
+            raise ValueError(f"{name} must be above 0 and at most 1, not {value}")
+        if field.name == "min_p" and not 0 <= value < 1:
+            raise ValueError(f"{name} must be from 0 to below 1, not {value}")
         if field.name in ABOVE_ZERO and not 0 < value < math.inf:
             raise ValueError(f"{name} must be above 0 and finite, not {value}")
         for key, member in value.items() if isinstance(value, dict) else [("", value)]:

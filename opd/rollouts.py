@@ -19,7 +19,7 @@ from rollout.stream import RolloutStream
 
 @dataclass(frozen=True, slots=True)
 class DataRanks:
-    """The data-parallel ranks, as `rollout.stream.Ranks` and `teachers.ranks.Ranks`."""
+    """The data-parallel ranks, as `rollout.ranks.Ranks`."""
 
     index: int
     count: int

@@ -6,6 +6,7 @@
     RUN/teachers.json        which teachers scored which steps, and the domains' settings then: teachers/manifest.py (of a distillation)
     RUN/warmup.json          opd/warmup.py, with warmup=sft
     RUN/rollouts/            rollout/replay.py, with rollout.save=true
+    RUN/log/                 rollout/wal.py: tokens of the steps after the last checkpoint
     RUN/student/             Hugging Face folder of the trained model, when the run is finished; experts that trained under FP4 hold its values in
                              the dtype of training (their masters are in the checkpoints)
     RUN/evaluation.json      opd/comparison.py (in a folder of `opd evaluate`)
@@ -134,7 +135,7 @@ def _clear(folder: Path, cfg: RunConfig) -> str | None:
         return f"fresh=true would delete {inside[0]}, which the run reads: choose another run_dir"
     for name in ("config.yaml", "metrics.jsonl", "wandb_id", "evaluation.json", "teachers.json", "warmup.json"):
         (folder / name).unlink(missing_ok=True)
-    for name in ("checkpoints", "rollouts", "student", "wandb"):
+    for name in ("checkpoints", "rollouts", "log", "service", "weights", "student", "wandb"):
         shutil.rmtree(folder / name, ignore_errors=True)
     return None
 

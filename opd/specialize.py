@@ -87,6 +87,9 @@ class ExampleStream:
     def restore(self, state: dict) -> None:
         self.mixture.restore(state["prompts"])
 
+    def forget_before(self, step: int) -> None:
+        """Nothing is kept: the examples of a step follow from its number."""
+
     def _check(self, rows: list[dict], field: str, where: str) -> None:
         missing = [row["index"] for row in rows if row[field] is None]
         if missing:

@@ -117,21 +117,65 @@ class SamplingConfig:
     """How completions are drawn.
 
     temperature: 0 is greedy.
+    top_p, top_k, min_p: leave out unlikely tokens: all but the likeliest that have top_p of the probability together; all but the top_k likeliest; those
+        less likely than min_p times the likeliest. Recorded log-probabilities are those of the distribution that is left. 1, null and 0 leave out none.
     max_new_tokens: completion tokens at most, the end-of-sequence token included.
+    stop_tokens: ids that end a completion, besides the model's own end-of-sequence tokens.
     decode_width: rows decoded together; dummy rows fill the last cohort, since the number of rows changes the last bits.
+    fixed_width: keep that width until the last row of a cohort ends, which takes longer; else rows that have ended leave, by halves of the width.
     """
 
     temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int | None = None
+    min_p: float = 0.0
     max_new_tokens: int = 64
+    stop_tokens: list[int] = field(default_factory=list)
     decode_width: int = 64
+    fixed_width: bool = False
+
+    @property
+    def truncates(self) -> bool:
+        """Whether some tokens are never drawn."""
+        return self.top_p < 1 or self.top_k is not None or self.min_p > 0
+
+
+class SamplerKind(Enum):
+    """Who draws the rollouts: the trainer's own process, processes beside it that may die and are replaced, or running vLLM servers."""
+
+    local = "local"
+    service = "service"
+    vllm = "vllm"
+
+
+@dataclass(slots=True)
+class ServiceConfig:
+    """Sampler processes beside each rank (rollout/service.py).
+
+    processes: for each rank.
+    threads: CPU threads of each; null shares the machine's cores.
+    lease_seconds: without a sign of life for so long, a process is taken for hung and replaced. Longer than a decode step, a prefill and the loading
+        of weights.
+    max_failures: so many processes in a row that end without a single token stop the run, with what the last one said.
+    """
+
+    processes: int = 1
+    threads: int | None = None
+    lease_seconds: float = 120.0
+    max_failures: int = 3
 
 
 @dataclass(slots=True)
 class RolloutConfig(SamplingConfig):
-    """Sampling during training, and the replay files of `rollout/replay.py`.
+    """Sampling during training, the log of sampled tokens, and the replay files of `rollout/replay.py`.
 
     prompts_per_step: prompts of one optimizer step, over all ranks.
     completions_per_prompt: completions of each prompt.
+    sampler: who draws the rollouts.
+    staleness: 0 samples a step's rollouts with the weights that the step begins with; 1 samples them while the step before trains, with the weights
+        before that update: faster where samplers have devices of their own, and the states visited are one update old. Not with sampler=local.
+    log: write every token to RUN/log before it is used, so that a killed run or sampler goes on in the middle of a completion (rollout/wal.py).
+    service: settings of sampler=service.
     save: write each step's rollouts to RUN/rollouts/.
     replay: a run folder whose saved rollouts are trained on instead of sampling.
     compare: a run folder whose saved rollouts are compared with the ones sampled here; the first differing token is
@@ -140,6 +184,10 @@ class RolloutConfig(SamplingConfig):
 
     prompts_per_step: int = 128
     completions_per_prompt: int = 1
+    sampler: SamplerKind = SamplerKind.local
+    staleness: int = 0
+    log: bool = True
+    service: ServiceConfig = field(default_factory=ServiceConfig)
     save: bool = False
     replay: str | None = None
     compare: str | None = None

@@ -1,33 +1,28 @@
-"""Samplers turn prompts into rollouts. `LocalSampler` decodes with a transformers model in this process.
+"""Samplers turn prompts into rollouts. `LocalSampler` decodes with a transformers model in this process, cohort by cohort (rollout/cohort.py).
 
-Cohorts. All rows of a batch stand at the same position, and there is no padding: DeepSeek-V4's compressed attention pools
-tokens in fixed windows counted from the sequence's first token, so that pad tokens on the left would change the logits
-(measured: 0.26 on logits of size 0.70). A cohort starts at the length of its shortest prompt; rows whose prompt is longer
-are fed their own tokens until these are consumed. Prompts are sorted by length, so that few steps are spent that way.
+It has a model of its own and copies the trainer's weights into it (`refresh`), so that a partitioned trainer gathers its weights once per
+rollout phase and decodes without any communication: ranks whose completions differ in length do not wait for each other, token by token. Where the
+student trains under FP4, that model holds its routed experts packed (rollout/experts.py) and multiplies with what they decode to: the numbers of the
+trainer's forward.
 
-Fixed width. A cohort always has `decode_width` rows: where there are fewer prompts, copies of the first fill it up. The last
-bits of a matrix product depend on the number of rows, so the same cohort gives the same bits only at one width. Another cohort
-changes a row by rounding alone (about 1e-6 in fp32): routed experts multiply whatever rows were sent to them together.
-
-The sampler has a model of its own and copies the trainer's weights into it (`refresh`), so that a partitioned trainer gathers its
-weights once per rollout phase and decodes without any communication. Where the student trains under FP4, that model holds its routed experts
-packed (rollout/experts.py) and multiplies with what they decode to: the numbers of the trainer's forward.
-
-B: rows of a cohort (decode_width). L: prompt positions. V: vocabulary. T: completion tokens.
+With a log every token is on record before it is used, and what a killed process had logged under the same weights is taken up again.
 """
 
 import inspect
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import torch
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 
+from rollout.cohort import Cohort, Completion, DecodingFigures, Policy, end_tokens_of, form_cohorts
 from rollout.config import SamplingConfig
 from rollout.experts import find_packed, is_packed_buffer, pack_weight
-from rollout.sampling import draw, uniform
 from rollout.types import Prompt, Rollout
+from rollout.wal import Key, LoggedCompletion, RolloutLog, SegmentWriter, prompt_checksum, token_key
+from rollout.weights import hash_tensors
 
 
 class WeightSource(Protocol):
@@ -42,24 +37,23 @@ class WeightSource(Protocol):
         """
 
 
+@dataclass(frozen=True, slots=True)
+class StepLog:
+    """Where the tokens of one training step are logged: the run's log, the step, and this process's name in it."""
+
+    log: RolloutLog
+    step: int
+    name: str
+
+
 class Sampler(Protocol):
-    """What draws completions: here a model in this process, later a server."""
+    """What draws completions: a model in this process, other processes, or servers."""
 
     def refresh(self, source: WeightSource) -> None:
         """Take over the weights of a source; rollouts sampled afterwards carry its `policy_step`."""
 
-    def sample(self, prompts: list[Prompt], cfg: SamplingConfig, completions_per_prompt: int = 1) -> list[Rollout]:
+    def sample(self, prompts: list[Prompt], cfg: SamplingConfig, completions_per_prompt: int = 1, log: StepLog | None = None) -> list[Rollout]:
         """One rollout per prompt and completion, in the order of the prompts. Raises ValueError where the model gives NaN."""
-
-
-@dataclass(slots=True)
-class _Row:
-    prompt: Prompt
-    sample: int
-    order: int
-    tokens: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
-    finished: bool = False
 
 
 class LocalSampler:
@@ -72,9 +66,10 @@ class LocalSampler:
         """
         if "past_key_values" not in inspect.signature(model.forward).parameters:
             raise ValueError(f"{model.config.model_type} takes no past_key_values, so it cannot be sampled from token by token: this family is not supported")
-        self.vocab_size = vocab_size
-        self.model, self.eos_token_ids, self.seed = model.eval(), tuple(eos_token_ids), seed
+        self.model = model.eval()
+        self.policy = Policy(self.model, seed, tuple(eos_token_ids), vocab_size)
         self.policy_step = 0
+        self.figures = DecodingFigures()
 
     def refresh(self, source: WeightSource) -> None:
         own, packed = self.model.state_dict(keep_vars=True), find_packed(self.model)
@@ -90,59 +85,46 @@ class LocalSampler:
         assert remaining == tied, f"the trainer gave no weights for {sorted(remaining - tied)}"
         self.policy_step = source.policy_step
 
-    @torch.inference_mode()
-    def sample(self, prompts: list[Prompt], cfg: SamplingConfig, completions_per_prompt: int = 1) -> list[Rollout]:
-        rows = [_Row(prompt=prompt, sample=sample, order=0) for prompt in prompts for sample in range(completions_per_prompt)]
-        for order, row in enumerate(rows):
-            row.order = order
-        waiting = sorted(rows, key=lambda row: (len(row.prompt.tokens), row.order))
-        for start in range(0, len(waiting), cfg.decode_width):
-            self._decode(waiting[start : start + cfg.decode_width], cfg)
-        return [self._rollout(row) for row in rows]
+    def sample(self, prompts: list[Prompt], cfg: SamplingConfig, completions_per_prompt: int = 1, log: StepLog | None = None) -> list[Rollout]:
+        """As the protocol says; `figures` are then those of this call. Raises ValueError also where the log cannot be written."""
+        completions = [Completion(prompt, sample) for prompt in prompts for sample in range(completions_per_prompt)]
+        self.figures, writer, append = DecodingFigures(), None, None
+        if log is not None:
+            key = sampling_key(hash_tensors(self.model.state_dict().items()), self.policy, cfg)
+            take_up(completions, log.log.completions(log.step, key))
+            writer = SegmentWriter(log.log.segment(log.step, log.name))
+            append = partial(writer.append, key, self.policy_step)
+        for rows in form_cohorts(completions, cfg.decode_width, completions_per_prompt):
+            cohort = Cohort(self.policy, rows, cfg)
+            for _ in cohort.decode(append):
+                pass
+            self.figures.add(cohort.figures)
+        if writer is not None:
+            writer.close()
+        return [rollout_of(completion, end_tokens_of(self.policy, cfg), self.policy_step) for completion in completions]
 
-    def _decode(self, rows: list[_Row], cfg: SamplingConfig) -> None:
-        """Fill the tokens of one cohort, in place."""
-        device = self.model.device
-        filled = rows + [rows[0]] * (cfg.decode_width - len(rows))
-        lengths = [len(row.prompt.tokens) for row in filled]
-        shortest, last = min(lengths), max(lengths) + cfg.max_new_tokens
-        request_B = torch.tensor([row.prompt.request for row in filled])
-        stream_B = torch.tensor([row.sample for row in filled])
-        cache = DynamicCache(config=self.model.config)
-        feed_BL = torch.tensor([row.prompt.tokens[:shortest] for row in filled], device=device)
-        for position in range(shortest, last):
-            output = self.model(input_ids=feed_BL, past_key_values=cache, use_cache=True, logits_to_keep=1)
-            uniform_B = uniform(self.seed, (request_B << 16) + stream_B, position).to(device)
-            token_B, logprob_B = draw(output.logits[:, -1, : self.vocab_size], uniform_B, cfg.temperature)
-            feed_BL = self._append(rows, token_B.tolist(), logprob_B.tolist(), position, cfg)
-            if all(row.finished or len(row.tokens) == cfg.max_new_tokens for row in rows):
-                return
-            feed_BL = torch.tensor(feed_BL + feed_BL[:1] * (cfg.decode_width - len(rows)), device=device)[:, None]
 
-    def _append(self, rows: list[_Row], tokens: list[int], logprobs: list[float], position: int, cfg: SamplingConfig) -> list[int]:
-        """Take each row's token at `position`: its own while the prompt lasts, else the sampled one. Returns what to feed next."""
-        feed = []
-        for row, token, logprob in zip(rows, tokens, logprobs, strict=False):
-            if position < len(row.prompt.tokens):
-                token = row.prompt.tokens[position]
-            elif not row.finished and len(row.tokens) < cfg.max_new_tokens:
-                row.tokens.append(token)
-                row.logprobs.append(logprob)
-                row.finished = token in self.eos_token_ids
-            feed.append(token)
-        return feed
+def sampling_key(weights: str, policy: Policy, cfg: SamplingConfig) -> int:
+    """What a token depends on besides its request, sample, position and prompt: the weights' hash, the seed, and how it is drawn."""
+    return token_key(weights, policy.seed, cfg.temperature, cfg.top_p, cfg.top_k, cfg.min_p, sorted(end_tokens_of(policy, cfg)), policy.vocab_size)
 
-    def _rollout(self, row: _Row) -> Rollout:
-        logprob_T = torch.tensor(row.logprobs, dtype=torch.float32)
-        if not logprob_T.isfinite().all():
-            raise ValueError(f"the model gave NaN or infinity on request {row.prompt.request} of domain {row.prompt.domain}: its weights have diverged")
-        return Rollout(
-            prompt=row.prompt,
-            completion_T=torch.tensor(row.tokens),
-            completion_mask_T=torch.ones(len(row.tokens), dtype=torch.bool),
-            logprob_T=logprob_T,
-            sample=row.sample,
-            finished=row.finished,
-            policy_step=self.policy_step,
-        )
 
+def take_up(completions: list[Completion], logged: dict[Key, LoggedCompletion]) -> None:
+    """Give completions the tokens that are logged for them; those of another prompt under the same request are passed over."""
+    for completion in completions:
+        found = logged.get((completion.prompt.request, completion.sample))
+        if found is not None and found.prompt == prompt_checksum(completion.prompt.tokens):
+            completion.tokens, completion.logprobs = list(found.tokens), list(found.logprobs)
+
+
+def rollout_of(completion: Completion, end_tokens: tuple[int, ...], policy_step: int) -> Rollout:
+    """A completion that is done, as what travels to the trainer."""
+    return Rollout(
+        prompt=completion.prompt,
+        completion_T=torch.tensor(completion.tokens),
+        completion_mask_T=torch.ones(len(completion.tokens), dtype=torch.bool),
+        logprob_T=torch.tensor(completion.logprobs, dtype=torch.float32),
+        sample=completion.sample,
+        finished=completion.is_finished(end_tokens),
+        policy_step=policy_step,
+    )

@@ -7,7 +7,11 @@ read off the cumulative distribution (one uniform number per token, where Gumbel
 B: rows. V: vocabulary.
 """
 
+import math
+
 import torch
+
+from rollout.config import SamplingConfig
 
 
 def uniform(seed: int, request_B: torch.Tensor, position: int) -> torch.Tensor:
@@ -16,20 +20,39 @@ def uniform(seed: int, request_B: torch.Tensor, position: int) -> torch.Tensor:
     return _shift_right(_mix(state), 11).to(torch.float64) * 2.0**-53
 
 
-def draw(logits_BV: torch.Tensor, uniform_B: torch.Tensor, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """One token per row by inverting the cumulative distribution, and its log-probability.
+def draw(logits_BV: torch.Tensor, uniform_B: torch.Tensor, cfg: SamplingConfig) -> tuple[torch.Tensor, torch.Tensor]:
+    """One token per row by inverting the cumulative distribution, and its log-probability under the distribution it was drawn from.
 
-    Returns (token_B int64, logprob_B float32); at temperature 0 the most likely token, with its log-probability at temperature 1.
+    Temperature first, then min_p, top_k and top_p, each on what the one before left. Returns (token_B int64, logprob_B float32); at temperature 0
+    the most likely token, with its log-probability at temperature 1.
     """
     logits_BV = logits_BV.float()
-    logprob_BV = torch.log_softmax(logits_BV / temperature if temperature > 0 else logits_BV, dim=-1)
-    if temperature == 0:
+    if cfg.temperature == 0:
+        logprob_BV = torch.log_softmax(logits_BV, dim=-1)
         token_B = logits_BV.argmax(dim=-1)
-    else:
-        cumulative_BV = logprob_BV.double().exp().cumsum(dim=-1)
-        target_B1 = (uniform_B * cumulative_BV[:, -1])[:, None]
-        token_B = torch.searchsorted(cumulative_BV, target_B1, right=True)[:, 0].clamp_(max=logits_BV.shape[-1] - 1)
+        return token_B, logprob_BV.gather(1, token_B[:, None])[:, 0]
+    logprob_BV = torch.log_softmax(logits_BV / cfg.temperature, dim=-1)
+    if cfg.truncates:
+        logprob_BV = torch.log_softmax(_truncated(logprob_BV, cfg), dim=-1)
+    cumulative_BV = logprob_BV.double().exp().cumsum(dim=-1)
+    target_B1 = (uniform_B * cumulative_BV[:, -1])[:, None]
+    token_B = torch.searchsorted(cumulative_BV, target_B1, right=True)[:, 0].clamp_(max=logits_BV.shape[-1] - 1)
     return token_B, logprob_BV.gather(1, token_B[:, None])[:, 0]
+
+
+def _truncated(logprob_BV: torch.Tensor, cfg: SamplingConfig) -> torch.Tensor:
+    """Log-probabilities with -inf for the tokens that min_p, top_k and top_p leave out; the likeliest token always stays."""
+    sorted_BV, order_BV = logprob_BV.sort(dim=-1, descending=True, stable=True)
+    kept_BV = torch.ones_like(sorted_BV, dtype=torch.bool)
+    if cfg.min_p > 0:
+        kept_BV &= sorted_BV >= sorted_BV[:, :1] + math.log(cfg.min_p)
+    if cfg.top_k is not None:
+        kept_BV[:, cfg.top_k :] = False
+    if cfg.top_p < 1:
+        probability_BV = sorted_BV.masked_fill(~kept_BV, -math.inf).double().softmax(dim=-1)
+        kept_BV &= probability_BV.cumsum(dim=-1) - probability_BV < cfg.top_p  # the smallest set whose mass reaches top_p
+    kept_BV[:, 0] = True
+    return logprob_BV.masked_fill(~torch.zeros_like(kept_BV).scatter(1, order_BV, kept_BV), -math.inf)
 
 
 def _mix(value: torch.Tensor) -> torch.Tensor:

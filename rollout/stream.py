@@ -6,33 +6,15 @@ numbers and the loss do not depend on it.
 """
 
 import logging
-from dataclasses import dataclass
-from typing import Protocol
+from pathlib import Path
 
 from rollout.config import RolloutConfig
 from rollout.prompts import PromptMixture
+from rollout.ranks import OneRank, Ranks
 from rollout.replay import first_difference, load_rollouts, replay_file, rollout_key, save_rollouts
-from rollout.sampler import Sampler, WeightSource
+from rollout.sampler import Sampler, StepLog, WeightSource
 from rollout.types import Rollout
-
-
-class Ranks(Protocol):
-    """The ranks that share a step's prompts."""
-
-    index: int
-    count: int
-
-    def gather(self, rollouts: list[Rollout]) -> list[list[Rollout]]:
-        """Every rank's list, in rank order; every rank calls it."""
-
-
-@dataclass(frozen=True, slots=True)
-class OneRank:
-    index: int = 0
-    count: int = 1
-
-    def gather(self, rollouts: list[Rollout]) -> list[list[Rollout]]:
-        return [rollouts]
+from rollout.wal import RolloutLog
 
 
 class RolloutStream:
@@ -42,6 +24,7 @@ class RolloutStream:
         """Raises ValueError where a step has fewer prompts than there are ranks."""
         self.prompts, self.sampler, self.cfg, self.run_dir = prompts, sampler, cfg, run_dir
         self.ranks = ranks or OneRank()
+        self.log = RolloutLog(Path(run_dir) / "log")
         self.asked_shares: dict[str, float] = {}
         self.difference: str | None = None
         if cfg.replay is not None and (cfg.save or cfg.compare is not None):
@@ -62,7 +45,8 @@ class RolloutStream:
             return rollouts[self.ranks.index :: self.ranks.count]
         self.sampler.refresh(source)
         prompts = self.prompts.next(step)[self.ranks.index :: self.ranks.count]
-        rollouts = self.sampler.sample(prompts, self.cfg, self.cfg.completions_per_prompt)
+        log = StepLog(self.log, step, f"rank-{self.ranks.index:03d}") if self.cfg.log else None
+        rollouts = self.sampler.sample(prompts, self.cfg, self.cfg.completions_per_prompt, log)
         if self.cfg.save or self.cfg.compare is not None:
             self._keep(step, rollouts)
         return rollouts
@@ -72,6 +56,10 @@ class RolloutStream:
 
     def restore(self, state: dict) -> None:
         self.prompts.restore(state["prompts"])
+
+    def forget_before(self, step: int) -> None:
+        """Delete what was kept for taking up steps before one: the main rank calls it once the run cannot go back to them."""
+        self.log.trim(step)
 
     def _keep(self, step: int, rollouts: list[Rollout]) -> None:
         """Save the whole step's rollouts, and compare them with another run's until the first difference."""

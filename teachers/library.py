@@ -10,10 +10,10 @@ from dataclasses import dataclass, field
 import torch
 
 from rollout.model import prepare_model
+from rollout.ranks import Ranks
 from teachers.adapters import Adapter, AdapterSlot, check_adapter
 from teachers.config import TeacherConfig
 from teachers.placement import PlacementPlan
-from teachers.ranks import Ranks
 from teachers.residency import LoadFigures, Residency, Weights, size_of
 from teachers.sharding import Shards
 from teachers.sources import TeacherSource, head_name, open_source

@@ -24,6 +24,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rollout.errors import first_sentence
 from rollout.model import torch_dtype
+from rollout.ranks import OneRank, Ranks
 from rollout.types import Rollout
 from teachers.compatibility import check_teacher
 from teachers.config import DomainConfig, OnFailure, SignalKind, TeacherConfig, TeachersConfig
@@ -32,7 +33,7 @@ from teachers.hidden_store import HiddenLostError, HiddenStore
 from teachers.library import TeacherLibrary
 from teachers.manifest import TeacherManifest, teacher_identity
 from teachers.placement import free_memory, plan_placement
-from teachers.ranks import OneRank, Ranks, on_all
+from teachers.ranks import on_all
 from teachers.remote import RemoteTeacher
 from teachers.teacher import Teacher
 from teachers.types import OutputHead, ScoredRollout, TeacherFailure, TeacherSignal

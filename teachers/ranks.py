@@ -1,35 +1,16 @@
-"""The ranks that share a step's rollouts, and doing something on all of them or on none.
+"""Doing something on all ranks or on none.
 
-What stands here are the few words that ranks exchange about their teachers. What their weights need goes through torch's FSDP2 (teachers/sharding.py).
+What ranks exchange here are few words about their teachers. What the teachers' weights need goes through torch's FSDP2 (teachers/sharding.py).
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import TypeVar
 
 from rollout.errors import first_sentence
+from rollout.ranks import Ranks
 from teachers.types import TeacherFailure
 
 Result = TypeVar("Result")
-
-
-class Ranks(Protocol):
-    """The ranks that share a step's rollouts; `local_count` of them are processes of this machine."""
-
-    count: int
-    local_count: int
-
-    def gather(self, value: Any) -> list[Any]:
-        """Every rank's value, in rank order; every rank calls it."""
-
-
-@dataclass(frozen=True, slots=True)
-class OneRank:
-    count: int = 1
-    local_count: int = 1
-
-    def gather(self, value: Any) -> list[Any]:
-        return [value]
 
 
 def on_all(ranks: Ranks, attempt: Callable[[], Result]) -> Result:

@@ -33,10 +33,10 @@ from transformers import PreTrainedModel
 
 from rollout.model import apply_settings, backbone_of, head_of, logit_transform, verify_transform
 from rollout.padding import group_by_length, sequence_length
+from rollout.ranks import Ranks
 from rollout.types import Rollout
 from teachers.checkpoint_reader import unique_weights
 from teachers.placement import GB
-from teachers.ranks import Ranks
 from teachers.residency import Layout, Weights, size_of
 from teachers.sources import TeacherSource
 from teachers.teacher import Teacher

@@ -208,7 +208,7 @@ def test_a_tied_head_needs_no_weights_of_its_own(new_student, prompts):
 def test_a_student_that_gives_nan_is_refused(qwen3_moe_model, prompts):
     with torch.no_grad():
         qwen3_moe_model.lm_head.weight[5] = torch.nan
-    with pytest.raises(ValueError, match="NaN or infinity on request 0 of domain law"):
+    with pytest.raises(ValueError, match="NaN or infinity on request 1 of domain law"):
         LocalSampler(qwen3_moe_model, [2], seed=0).sample(prompts, SAMPLED)
 
 

@@ -6,9 +6,15 @@ import math
 import pytest
 import torch
 
-from rollout.sampling import draw, uniform
+from rollout.config import SamplingConfig
+from rollout.sampling import draw as draw_with
+from rollout.sampling import uniform
 
 MASK = (1 << 64) - 1
+
+
+def draw(logits, numbers, temperature, **truncation):
+    return draw_with(logits, numbers, SamplingConfig(temperature=temperature, **truncation))
 
 
 def splitmix(value: int) -> int:
@@ -139,3 +145,31 @@ def test_half_precision_logits_are_drawn_in_float32():
     numbers = uniform(0, torch.arange(64), 0)
     for low, full in zip(draw(logits, numbers, 1.0), draw(logits.float(), numbers, 1.0), strict=True):
         assert torch.equal(low, full)
+
+
+def kept_by_definition(probabilities: list[float], top_p: float, top_k: int | None, min_p: float) -> set[int]:
+    """min_p, then top_k, then top_p of what is left, token by token."""
+    order = sorted(range(len(probabilities)), key=lambda token: (-probabilities[token], token))
+    order = [token for token in order if probabilities[token] >= min_p * probabilities[order[0]]][:top_k]
+    total, mass, kept = sum(probabilities[token] for token in order), 0.0, set()
+    for token in order:
+        if mass >= top_p:
+            break
+        kept.add(token)
+        mass += probabilities[token] / total
+    return kept
+
+
+@pytest.mark.parametrize("truncation", [{"top_p": 0.7}, {"top_k": 5}, {"min_p": 0.2}, {"top_p": 0.6, "top_k": 8, "min_p": 0.05}, {"top_p": 1e-9}])
+@pytest.mark.parametrize("temperature", [0.7, 1.0])
+def test_truncated_draws_follow_the_distribution_that_is_left(truncation, temperature):
+    logits = torch.randn(23, generator=torch.Generator().manual_seed(4)) * 2
+    probabilities = torch.softmax(logits.double() / temperature, dim=0)
+    kept = kept_by_definition(probabilities.tolist(), **({"top_p": 1.0, "top_k": None, "min_p": 0.0} | truncation))
+    count = 5000
+    tokens, logprobs = draw(logits.expand(count, -1), (torch.arange(count, dtype=torch.float64) + 0.5) / count, temperature, **truncation)
+    left = torch.zeros(23, dtype=torch.float64)
+    left[list(kept)] = probabilities[list(kept)] / probabilities[list(kept)].sum()
+    assert set(tokens.tolist()) == kept
+    assert (torch.bincount(tokens, minlength=23) - left * count).abs().max() <= 1
+    assert torch.allclose(logprobs.double().exp(), left[tokens], atol=1e-6)

@@ -111,7 +111,7 @@ def test_a_saved_step_is_the_step(new_stream, qwen3_moe_model, tmp_path):
 
 def test_nothing_is_saved_unless_asked(new_stream, qwen3_moe_model, tmp_path):
     new_stream(run="one").next(0, Weights(qwen3_moe_model))
-    assert not (tmp_path / "one").exists()
+    assert not (tmp_path / "one" / "rollouts").exists()
 
 
 def test_a_replayed_step_is_the_saved_one_whatever_the_weights(new_stream, qwen3_moe_model, new_student, tmp_path):
