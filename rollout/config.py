@@ -172,8 +172,8 @@ class RolloutConfig(SamplingConfig):
     prompts_per_step: prompts of one optimizer step, over all ranks.
     completions_per_prompt: completions of each prompt.
     sampler: who draws the rollouts.
-    staleness: 0 samples a step's rollouts with the weights that the step begins with; 1 samples them while the step before trains, with the weights
-        before that update: faster where samplers have devices of their own, and the states visited are one update old. Not with sampler=local.
+    staleness: 0 samples a step's rollouts with the weights that the step begins with. 1 samples them while the step before trains, with the weights
+        before that update, which is faster where samplers have devices of their own; the states visited are then one update old. Not with sampler=local.
     log: write every token to RUN/log before it is used, so that a killed run or sampler goes on in the middle of a completion (rollout/wal.py).
     service: settings of sampler=service.
     save: write each step's rollouts to RUN/rollouts/.

@@ -17,6 +17,8 @@ class Ranks(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class OneRank:
+    """A run of a single process."""
+
     index: int = 0
     count: int = 1
     local_count: int = 1
