@@ -2,18 +2,23 @@
 
 from collections.abc import Collection
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from opd.config import DistillConfig
-from opd.distributed import Group, gather_objects, num_local_processes, num_ranks, rank
+from opd.distributed import Group, gather_objects, num_cores, num_local_processes, num_ranks, rank
+from opd.quant_config import ExpertFormat
 from opd.student import copy_for_sampling
+from rollout.config import SamplerKind
 from rollout.model import context_length, end_tokens
 from rollout.prompts import PromptMixture, load_prompts, require_answers, require_no_overlap
 from rollout.replay import load_rollouts, replay_file
 from rollout.sampler import LocalSampler
+from rollout.service import SamplerService
+from rollout.service_process import WorkerSpec
 from rollout.stream import RolloutStream
 
 
@@ -56,4 +61,26 @@ def build_stream(
             load_rollouts(replay_file(run, max(0, cfg.num_steps - 1)))
     mixture = PromptMixture(prompts, cfg.rollout.prompts_per_step, cfg.seed, excluded)
     sampler = LocalSampler(copy_for_sampling(student, device, cfg.quant), end_tokens(student, tokenizer), cfg.seed, len(tokenizer))
-    return RolloutStream(mixture, sampler, cfg.rollout, cfg.run_dir, data_ranks())
+    stream = RolloutStream(mixture, sampler, cfg.rollout, cfg.run_dir, data_ranks())
+    if cfg.rollout.sampler is SamplerKind.service:
+        stream.draw_with(_service(cfg, student, sampler), cfg.num_steps)
+    return stream
+
+
+def _service(cfg: DistillConfig, student: PreTrainedModel, sampler: LocalSampler) -> SamplerService:
+    """Sampler processes for this rank; they start with the first step."""
+    own = cfg.rollout.service
+    attention, experts = cfg.student.attention, cfg.student.experts
+    spec = WorkerSpec(
+        dtype=cfg.student.dtype.value,
+        attention=None if attention is None else attention.value,
+        experts=None if experts is None else experts.value,
+        packed_experts=cfg.quant.experts is ExpertFormat.mxfp4,
+        quantized_indexer=cfg.quant.indexer,
+        end_tokens=sampler.policy.end_tokens,
+        vocab_size=sampler.policy.vocab_size,
+        seed=cfg.seed,
+        device=own.device or str(sampler.model.device),
+        threads=own.threads or max(1, num_cores() // (num_local_processes() * own.processes)),
+    )
+    return SamplerService(Path(cfg.run_dir), spec, student.config, sampler.policy, own, data_ranks())

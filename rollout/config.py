@@ -154,6 +154,7 @@ class ServiceConfig:
 
     processes: for each rank.
     threads: CPU threads of each; null shares the machine's cores.
+    device: where they decode, such as cuda:4; null is the rank's own device.
     lease_seconds: without a sign of life for so long, a process is taken for hung and replaced. Longer than a decode step, a prefill and the loading
         of weights.
     max_failures: so many processes in a row that end without a single token stop the run, with what the last one said.
@@ -161,6 +162,7 @@ class ServiceConfig:
 
     processes: int = 1
     threads: int | None = None
+    device: str | None = None
     lease_seconds: float = 120.0
     max_failures: int = 3
 

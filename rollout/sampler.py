@@ -49,11 +49,23 @@ class StepLog:
 class Sampler(Protocol):
     """What draws completions: a model in this process, other processes, or servers."""
 
+    policy_step: int
+    """Of the weights that it samples with."""
+
     def refresh(self, source: WeightSource) -> None:
         """Take over the weights of a source; rollouts sampled afterwards carry its `policy_step`."""
 
     def sample(self, prompts: list[Prompt], cfg: SamplingConfig, completions_per_prompt: int = 1, log: StepLog | None = None) -> list[Rollout]:
         """One rollout per prompt and completion, in the order of the prompts. Raises ValueError where the model gives NaN."""
+
+    def take_up_weights(self, policy_step: int) -> bool:
+        """Sample with weights that were published earlier; False where they are not there any more. Every rank calls it."""
+
+    def protect(self, policy_step: int) -> None:
+        """Keep the weights of a step published, in place of those named before, for a run that is taken up from its last checkpoint."""
+
+    def close(self) -> None:
+        """Let go of processes and connections."""
 
 
 class LocalSampler:
@@ -102,6 +114,17 @@ class LocalSampler:
         if writer is not None:
             writer.close()
         return [rollout_of(completion, end_tokens_of(self.policy, cfg), self.policy_step) for completion in completions]
+
+
+    def take_up_weights(self, policy_step: int) -> bool:
+        """It publishes none."""
+        return False
+
+    def protect(self, policy_step: int) -> None:
+        """It publishes none."""
+
+    def close(self) -> None:
+        """It has nothing to let go of."""
 
 
 def sampling_key(weights: str, policy: Policy, cfg: SamplingConfig) -> int:
