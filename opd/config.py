@@ -14,7 +14,7 @@ from opd.bench_config import DivergenceBenchConfig, QatBenchConfig, TeachersBenc
 from opd.export_config import ExportConfig, check_export
 from opd.loss_config import LossConfig
 from opd.quant_config import QuantConfig
-from opd.ranges import check_evaluated, check_loss, check_ranges, check_schedules, check_start
+from opd.ranges import check_evaluated, check_loss, check_ranges, check_rollout, check_schedules, check_start
 from opd.start_config import CheckConfig, WarmupConfig
 from rollout.config import ModelConfig, RolloutConfig
 from rollout.errors import first_sentence
@@ -301,6 +301,7 @@ def parse(config: DictConfig, schema: type) -> Any:
     check_schedules(parsed)
     if isinstance(parsed, DistillConfig):
         check_loss(parsed.loss, parsed.teachers, parsed.rollout)
+        check_rollout(parsed.rollout)
         check_start(parsed.check, parsed.warmup, parsed.domains)
     if isinstance(parsed, ExportConfig):
         check_export(parsed)

@@ -9,7 +9,7 @@ from typing import Any
 
 from opd.loss_config import Backend, DivergenceKind, LossConfig
 from opd.start_config import CheckConfig, WarmupConfig, WarmupKind
-from rollout.config import RolloutConfig, schedule_value
+from rollout.config import RolloutConfig, SamplerKind, ServiceConfig, schedule_value
 from teachers.config import DomainConfig, SignalKind, TeachersConfig
 
 AT_LEAST_ONE = (
@@ -17,6 +17,7 @@ AT_LEAST_ONE = (
     "max_tokens_per_micro_batch", "max_tokens_per_forward", "max_resident", "keep", "threads", "processes",
     "top_k", "num_tokens", "vocab_sizes", "hidden", "teacher_hidden", "repeats", "measure_rollouts", "kl_prompts",
     "shape", "tokens_per_expert", "max_connections", "num_teachers", "tokens_per_step", "rollouts_per_teacher", "vocab_size",
+    "max_failures",
 )  # fmt: skip
 """Whole numbers from 1; of a list, each of its members, and there is one."""
 
@@ -25,7 +26,7 @@ NOT_NEGATIVE = (
     "measure_every", "steps", "memory_gb", "hidden_memory_gb", "gradient_share_every", "retries", "show", "stop_tokens",
 )  # fmt: skip
 
-ABOVE_ZERO = ("timeout_seconds", "load_timeout_seconds", "probe_tolerance")
+ABOVE_ZERO = ("timeout_seconds", "load_timeout_seconds", "probe_tolerance", "lease_seconds")
 """Finite numbers above 0."""
 
 
@@ -103,6 +104,18 @@ def _check_estimator(loss: LossConfig, signal: SignalKind, rollout: RolloutConfi
         raise ValueError(f"rollout.temperature={rollout.temperature} would bias {cause}: use rollout.temperature=1")
     if rollout.replay is not None:
         raise ValueError(f"rollout.replay would bias {cause}, since saved rollouts are another policy's samples: use teachers.signal=hidden_states")
+
+
+def check_rollout(rollout: RolloutConfig) -> None:
+    """Raises ValueError for settings of the sampler that contradict each other."""
+    if rollout.staleness not in (0, 1):
+        raise ValueError(f"rollout.staleness must be 0 (rollouts of the present weights) or 1 (of those before the last update), not {rollout.staleness}")
+    if rollout.staleness and rollout.sampler is SamplerKind.local:
+        raise ValueError("rollout.staleness=1 samples while the trainer trains, which its own process cannot: use rollout.sampler=service or vllm")
+    if rollout.sampler is SamplerKind.service and not rollout.log:
+        raise ValueError("rollout.sampler=service reads what its processes log: remove rollout.log=false")
+    if rollout.sampler is not SamplerKind.service and rollout.service != ServiceConfig():
+        raise ValueError(f"rollout.service would be ignored with rollout.sampler={rollout.sampler.value}: write rollout.sampler=service, or remove it")
 
 
 def check_start(check: CheckConfig, cfg: WarmupConfig, domains: dict[str, DomainConfig]) -> None:

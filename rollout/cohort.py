@@ -68,6 +68,7 @@ class DecodingFigures:
 
     slots: rows times decode steps; sampled: tokens drawn there; fed: prompt and logged tokens fed there. What is left of the slots were dummies.
     prefilled: positions read at once, of `prefill_slots` that were computed. Seconds are wall clock; log_seconds are part of decode_seconds.
+    replaced: sampler processes that had to be replaced (rollout/service.py).
     """
 
     steps: int = 0
@@ -79,6 +80,7 @@ class DecodingFigures:
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
     log_seconds: float = 0.0
+    replaced: int = 0
 
     def add(self, other: "DecodingFigures") -> None:
         for name in self.__slots__:

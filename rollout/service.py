@@ -16,6 +16,7 @@ under the same weights, seed and settings.
 
 import shutil
 import time
+import weakref
 from collections import deque
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,7 +28,7 @@ from rollout.cohort import Completion, DecodingFigures, Policy, end_tokens_of, f
 from rollout.config import SamplingConfig, ServiceConfig
 from rollout.ranks import Ranks
 from rollout.sampler import StepLog, WeightSource, rollout_of, sampling_key, take_up
-from rollout.service_process import Lease, SamplerProcess, WorkerSpec, kill_left_over
+from rollout.service_process import Lease, SamplerProcess, WorkerSpec, end_processes, kill_left_over
 from rollout.types import Prompt, Rollout
 from rollout.wal import SegmentReader, add_frames
 from rollout.weights import PublishedWeights, publish, weights_folder
@@ -41,9 +42,6 @@ SLOW = 4.0
 FIGURES_SECONDS = 1.0
 """To wait for what processes say of a step that they have done."""
 
-GRACE_SECONDS = 10.0
-"""For a process that is told to end."""
-
 
 class SamplerService:
     """Draws rollouts with the processes of one rank; a Sampler."""
@@ -56,7 +54,8 @@ class SamplerService:
         self.protected: int | None = None
         self.processes: list[SamplerProcess] = []
         self.figures = DecodingFigures()
-        self.num_started = self.num_failures = self.num_replaced = 0
+        self.num_started = self.num_failures = 0
+        weakref.finalize(self, end_processes, self.processes)
 
     @property
     def policy_step(self) -> int:
@@ -100,6 +99,7 @@ class SamplerService:
             self._lease_waiting(call)
             time.sleep(POLL_SECONDS)
         self.figures = self._collect_figures()
+        self.figures.replaced = call.num_replaced
         return [rollout_of(completion, ends, self.policy_step) for completion in completions]
 
     def protect(self, policy_step: int) -> None:
@@ -107,13 +107,8 @@ class SamplerService:
         self.protected = policy_step
 
     def close(self) -> None:
-        """End all processes: by SIGTERM, after a while by SIGKILL."""
-        deadline = time.monotonic() + GRACE_SECONDS
-        for process in self.processes:
-            process.process.terminate()
-        for process in self.processes:
-            process.end(max(0.0, deadline - time.monotonic()))
-        self.processes = []
+        """End all processes: by SIGTERM, after a while by SIGKILL. It also happens when nobody needs this service any more."""
+        end_processes(self.processes)
 
     def _start(self) -> None:
         """Start the processes, once; those of an earlier driver are killed first."""
@@ -124,7 +119,7 @@ class SamplerService:
         kill_left_over(self.folder)
         numbers = [int(path.name.removeprefix("sampler-")) for path in self.folder.glob("sampler-*")]
         self.num_started = max(numbers, default=0)  # a name is never used again, so that nobody else writes to its segments
-        self.processes = [self._start_process() for _ in range(self.cfg.processes)]
+        self.processes.extend(self._start_process() for _ in range(self.cfg.processes))
 
     def _start_process(self) -> SamplerProcess:
         self.num_started += 1
@@ -160,7 +155,7 @@ class SamplerService:
             raise ValueError(
                 f"{self.num_failures} sampler processes in a row ended without a token, the last ({process.folder}) with: {process.last_words()}"
             )
-        self.num_replaced += 1
+        call.num_replaced += 1
         return self._start_process()
 
     def _lease_waiting(self, call: "_Call") -> None:
@@ -214,6 +209,7 @@ class _Call:
     weights: str
     waiting: deque[list[Completion]] = field(default_factory=deque)
     seconds: list[float] = field(default_factory=list)
+    num_replaced: int = 0
 
     def is_done(self, cohort: list[Completion]) -> bool:
         return all(completion.is_done(self.ends, self.cfg) for completion in cohort)

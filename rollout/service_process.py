@@ -18,6 +18,12 @@ from rollout.cohort import Completion, DecodingFigures
 from rollout.files import read_json, replace_text
 from rollout.wal import Key, LoggedCompletion, SegmentReader
 
+START_SECONDS = 300.0
+"""For a process to begin, on top of what it may be silent later."""
+
+GRACE_SECONDS = 10.0
+"""For a process that is told to end."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerSpec:
@@ -74,12 +80,15 @@ class SamplerProcess:
         return self.process.poll() is not None
 
     def seconds_silent(self) -> float:
-        """Since the last sign of life, on this process's own clock; what time the file system thinks it is does not matter."""
+        """Since the last sign of life, on this process's own clock; what time the file system thinks it is does not matter.
+
+        A process that has given none yet may still be importing what it needs, which a busy machine makes long.
+        """
         with suppress(FileNotFoundError):
             stamp = (self.folder / "alive").stat().st_mtime_ns
             if stamp != self.seen:
                 self.seen, self.alive_at = stamp, time.monotonic()
-        return time.monotonic() - self.alive_at
+        return time.monotonic() - self.alive_at - (START_SECONDS if self.seen is None else 0.0)
 
     def figures_number(self) -> int:
         """Of the last lease that the process has given figures for."""
@@ -110,6 +119,16 @@ class SamplerProcess:
             return (self.folder / "error.txt").read_text()
         lines = (self.folder / "output.txt").read_text(errors="replace").strip().splitlines()
         return f"status {self.process.returncode}" + (f", {lines[-1].strip()}" if lines else "")
+
+
+def end_processes(processes: list[SamplerProcess]) -> None:
+    """Tell processes to end, kill those that do not, and empty the list."""
+    for process in processes:
+        process.process.terminate()
+    deadline = time.monotonic() + GRACE_SECONDS
+    for process in processes:
+        process.end(max(0.0, deadline - time.monotonic()))
+    processes.clear()
 
 
 def kill_left_over(folder: Path) -> None:

@@ -18,6 +18,7 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -78,9 +79,8 @@ class Worker:
         if not lease["rows"]:
             return
         if lease["weights"] != self.weights:
-            self.sampler.refresh(PublishedWeights(Path(lease["weights"])))
+            self.sampler.refresh(_Watched(PublishedWeights(Path(lease["weights"])), self.touch))
             self.weights = lease["weights"]
-            self.touch()
         writer = SegmentWriter(Path(lease["segment"]))
         cohort = Cohort(self.sampler.policy, [_completion(row) for row in lease["rows"]], SamplingConfig(**lease["sampling"]))
         for num_live in cohort.decode(partial(writer.append, lease["key"], self.sampler.policy_step)):
@@ -113,6 +113,18 @@ class Worker:
 
     def _end(self, *_: Any) -> None:
         self.is_ending = True
+
+
+class _Watched:
+    """Published weights, the reading of which is a sign of life."""
+
+    def __init__(self, published: PublishedWeights, touch: Callable[[], None]):
+        self.published, self.touch, self.policy_step = published, touch, published.policy_step
+
+    def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        for named in self.published.weights():
+            self.touch()
+            yield named
 
 
 def build_sampler(spec: dict[str, Any]) -> LocalSampler:

@@ -10,7 +10,9 @@ visits. A run that is taken up samples its first step with the weights it would 
 """
 
 import logging
-from concurrent.futures import Future, ThreadPoolExecutor
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,7 +48,7 @@ class RolloutStream:
         self.ranks = ranks or OneRank()
         self.rollout_sampler: Sampler = sampler
         self.log = RolloutLog(Path(run_dir) / "log")
-        self.executor, self.num_steps = ThreadPoolExecutor(1), 0
+        self.num_steps = 0
         self.pending: Pending | None = None
         self.taken_up: int | None = None
         self.asked_shares: dict[str, float] = {}
@@ -110,7 +112,7 @@ class RolloutStream:
             if published is not None:
                 LOG.warning("the weights after %d updates are no longer published: step %d is sampled with those after %d", published, step, source.policy_step)
         prompts = self.prompts.state()
-        return Pending(self.executor.submit(self._sample, step), prompts, self.rollout_sampler.policy_step)
+        return Pending(_in_thread(lambda: self._sample(step)), prompts, self.rollout_sampler.policy_step)
 
     def forget_before(self, step: int) -> None:
         """Delete what was kept for taking up steps before one: the main rank calls it once the run cannot go back to them."""
@@ -127,3 +129,17 @@ class RolloutStream:
             if difference is not None:
                 self.difference = f"step {step}: {difference}"
                 LOG.warning("rollouts differ from those of %s at %s", self.cfg.compare, self.difference)
+
+
+def _in_thread(work: Callable[[], list[Rollout]]) -> Future[list[Rollout]]:
+    """What `work` gives or raises, to come; a run that ends meanwhile does not wait for it."""
+    future: Future[list[Rollout]] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(work())
+        except Exception as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return future

@@ -104,6 +104,6 @@ def test_a_process_that_is_killed_stopped_or_told_to_end_is_replaced_and_no_toke
     service.refresh(Weights(session_v4_model))
     found = sample_while(service, prompts, StepLog(RolloutLog(tmp_path / "log"), 0, "rank-000"), once_in_the_middle(kind, victims))
     assert len(victims) == 1
-    assert service.num_replaced == 1
+    assert service.figures.replaced == 1
     assert victims[0].process.returncode == (0 if kind is signal.SIGTERM else -signal.SIGKILL)
     require_same(found, expected)

@@ -1,16 +1,19 @@
 """RolloutStream: sampled or replayed steps, shared among ranks, resumable."""
 
+import copy
 import json
 from dataclasses import dataclass, replace
 
 import pytest
 import torch
 
+from rollout.cohort import Cohort
 from rollout.config import PromptsConfig, RolloutConfig
 from rollout.prompts import PromptMixture, load_prompts
 from rollout.replay import load_rollouts, replay_file, rollout_key
 from rollout.sampler import LocalSampler
 from rollout.stream import RolloutStream
+from rollout.wal import SegmentReader, _frames
 
 SMALL = {"prompts_per_step": 5, "max_new_tokens": 6, "decode_width": 5, "completions_per_prompt": 2}
 
@@ -156,3 +159,92 @@ def test_the_first_difference_from_another_run_is_kept(new_stream, qwen3_moe_mod
 def test_replaying_refuses_what_needs_sampling(setting, tmp_path):
     with pytest.raises(ValueError, match="would be ignored"):
         RolloutStream(None, None, RolloutConfig(replay="runs/saved", **setting), str(tmp_path))
+
+
+def ahead(stream: RolloutStream, num_steps: int) -> RolloutStream:
+    stream.draw_with(stream.sampler, num_steps)
+    return stream
+
+
+def test_one_step_ahead_each_step_has_the_weights_of_the_step_before(new_stream, new_student):
+    models = [new_student("qwen3_moe_tiny", seed=seed) for seed in range(4)]
+    stream = ahead(new_stream(staleness=1), num_steps=4)
+    found = [stream.next(step, Weights(models[step], policy_step=step)) for step in range(4)]
+    assert [{rollout.policy_step for rollout in rollouts} for rollouts in found] == [{0}, {0}, {1}, {2}]
+    strict = new_stream(run="strict")
+    for step, rollouts in enumerate(found):
+        weights = max(0, step - 1)
+        assert tokens_of(rollouts) == tokens_of(strict.next(step, Weights(models[weights], policy_step=weights)))
+
+
+def test_one_step_ahead_nothing_is_sampled_after_the_last_step(new_stream, qwen3_moe_model):
+    stream = ahead(new_stream(staleness=1), num_steps=2)
+    for step in range(2):
+        stream.next(step, Weights(qwen3_moe_model, policy_step=step))
+    assert stream.pending is None
+    assert sum(domain["prompts"] for domain in stream.state()["prompts"].values()) == 2 * SMALL["prompts_per_step"]
+
+
+def test_one_step_ahead_the_state_is_that_before_the_prompts_of_the_next_step(new_stream, qwen3_moe_model):
+    stream = ahead(new_stream(staleness=1), num_steps=9)
+    stream.next(0, Weights(qwen3_moe_model))
+    stream.next(1, Weights(qwen3_moe_model, policy_step=1))
+    state = stream.state()
+    strict = new_stream(run="strict")
+    for step in range(2):
+        strict.next(step, Weights(qwen3_moe_model))
+    assert state == strict.state() | {"policy_step": 1}
+
+
+def test_a_stream_taken_up_one_step_ahead_says_where_the_old_weights_are_gone(new_stream, qwen3_moe_model, caplog):
+    stream = ahead(new_stream(staleness=1), num_steps=9)
+    stream.restore({"prompts": {}, "policy_step": 4})
+    rollouts = stream.next(5, Weights(qwen3_moe_model, policy_step=5))
+    assert {rollout.policy_step for rollout in rollouts} == {5}
+    assert "the weights after 4 updates are no longer published: step 5 is sampled with those after 5" in caplog.text
+
+
+def test_what_goes_wrong_one_step_ahead_is_raised_when_its_step_is_asked_for(new_stream, qwen3_moe_model):
+    stream = ahead(new_stream(staleness=1), num_steps=9)
+    stream.next(0, Weights(qwen3_moe_model))
+    with torch.no_grad():
+        broken = copy.deepcopy(qwen3_moe_model)
+        broken.lm_head.weight.fill_(torch.nan)
+    stream.next(1, Weights(broken, policy_step=1))
+    with pytest.raises(ValueError, match="its weights have diverged"):
+        stream.next(2, Weights(qwen3_moe_model, policy_step=2))
+
+
+def test_a_stream_that_is_taken_up_samples_no_logged_token_again(new_stream, qwen3_moe_model, monkeypatch):
+    weights, drawn = Weights(qwen3_moe_model), []
+    expected = new_stream().next(0, weights)
+    segment = SegmentReader(new_stream().log.segment(0, "rank-000"))
+    kept = sum(len(frame.records) for frame in segment.new_frames()[:5])
+    cut = segment.path.read_bytes()
+    sizes = [end for _, end in _frames(cut)]
+    segment.path.write_bytes(cut[: sizes[4] + 3])
+    monkeypatch.setattr(Cohort, "_log", lambda self, append, records: (drawn.append(len(records)), append(records))[1])
+    again = new_stream()
+    assert tokens_of(again.next(0, weights)) == tokens_of(expected)
+    total = sum(len(rollout.completion_T) for rollout in expected)
+    assert again.sampler.figures.sampled == total - kept
+    assert sum(drawn) == total, "what was given is logged again, and nothing else twice"
+
+
+def test_other_weights_seeds_and_settings_take_nothing_up(new_stream, qwen3_moe_model, new_student):
+    new_stream().next(0, Weights(qwen3_moe_model))
+    for stream, model in [
+        (new_stream(), new_student("qwen3_moe_tiny", seed=1)),
+        (new_stream(temperature=0.9), qwen3_moe_model),
+        (new_stream(top_p=0.9), qwen3_moe_model),
+    ]:
+        rollouts = stream.next(0, Weights(model))
+        assert stream.sampler.figures.sampled == sum(len(rollout.completion_T) for rollout in rollouts)
+
+
+def test_steps_that_a_checkpoint_holds_are_forgotten_in_the_log(new_stream, qwen3_moe_model, tmp_path):
+    stream = new_stream()
+    for step in range(3):
+        stream.next(step, Weights(qwen3_moe_model))
+    stream.forget_before(2)
+    assert [path.name for path in (tmp_path / "run" / "log").iterdir()] == ["step-000002"]
