@@ -34,7 +34,7 @@ COMMANDS = {
     "check": "what distill with the same settings would refuse at its start, and what it would warn of; trains and writes nothing",
     "evaluate": "accuracy and recovery on held-out prompts",
     "export": "write the folder to serve, its experts packed in FP4, and verify it",
-    "bench": "time and memory beside other ways and libraries; the word after it says of what: divergence, qat, teachers",
+    "bench": "time and memory beside other ways and libraries; the word after it says of what: divergence, qat, teachers, rollout",
 }
 USER_ERROR, INTERRUPTED = 2, 130
 
@@ -160,6 +160,10 @@ def _run(command: str, cfg) -> None:
         from opd.bench_teachers import bench_teachers
 
         return bench_teachers(cfg)
+    if command == "bench_rollout":
+        from opd.bench_rollout import bench_rollout
+
+        return bench_rollout(cfg)
     from opd.evaluate import evaluate
 
     return evaluate(cfg)

@@ -98,3 +98,26 @@ class TeachersBenchConfig(BenchConfig):
     teacher_folder: str | None = None
     memory: bool = True
     overrides: list[str] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class RolloutBenchConfig(BenchConfig):
+    """`opd bench rollout`: what the token log costs, and what it brings that rows leave a cohort when they end.
+
+    requests: prompts, of one completion each.
+    decode_width: rows decoded together.
+    prompt_tokens, max_new_tokens: of each prompt, and of a completion at most.
+    num_end_tokens: ids that end a completion: the more, the shorter completions are.
+    architecture: of the new model: an option of the group `student`.
+    overrides: settings of `opd distill` for it.
+    """
+
+    run_dir: str = "runs/bench_rollout"
+    repeats: int = 5
+    requests: int = 256
+    decode_width: int = 256
+    prompt_tokens: int = 16
+    max_new_tokens: int = 64
+    num_end_tokens: int = 4
+    architecture: str = "deepseek_v4_tiny"
+    overrides: list[str] = field(default_factory=list)

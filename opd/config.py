@@ -10,7 +10,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from opd.bench_config import DivergenceBenchConfig, QatBenchConfig, TeachersBenchConfig
+from opd.bench_config import DivergenceBenchConfig, QatBenchConfig, RolloutBenchConfig, TeachersBenchConfig
 from opd.export_config import ExportConfig, check_export
 from opd.loss_config import LossConfig
 from opd.quant_config import QuantConfig
@@ -288,6 +288,7 @@ SCHEMAS: dict[str, type] = {
     "bench_divergence": DivergenceBenchConfig,
     "bench_qat": QatBenchConfig,
     "bench_teachers": TeachersBenchConfig,
+    "bench_rollout": RolloutBenchConfig,
 }
 
 

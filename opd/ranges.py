@@ -17,13 +17,13 @@ AT_LEAST_ONE = (
     "max_tokens_per_micro_batch", "max_tokens_per_forward", "max_resident", "keep", "threads", "processes",
     "top_k", "num_tokens", "vocab_sizes", "hidden", "teacher_hidden", "repeats", "measure_rollouts", "kl_prompts",
     "shape", "tokens_per_expert", "max_connections", "num_teachers", "tokens_per_step", "rollouts_per_teacher", "vocab_size",
-    "max_failures",
+    "max_failures", "requests", "prompt_tokens",
 )  # fmt: skip
 """Whole numbers from 1; of a list, each of its members, and there is one."""
 
 NOT_NEGATIVE = (
     "num_steps", "temperature", "lr", "muon_lr", "eps", "weight_decay", "warmup_steps", "every", "router_probe_every", "update_ratio_every",
-    "measure_every", "steps", "memory_gb", "hidden_memory_gb", "gradient_share_every", "retries", "show", "stop_tokens",
+    "measure_every", "steps", "memory_gb", "hidden_memory_gb", "gradient_share_every", "retries", "show", "stop_tokens", "num_end_tokens",
 )  # fmt: skip
 
 ABOVE_ZERO = ("timeout_seconds", "load_timeout_seconds", "probe_tolerance", "lease_seconds")

@@ -4,6 +4,7 @@ Most tests run on both families. On DeepSeek-V4 the sequences are long enough th
 """
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -232,3 +233,76 @@ def test_a_family_that_cannot_continue_from_a_cache_is_refused():
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model("rwkv", vocab_size=32, hidden_size=16, attention_hidden_size=16, num_hidden_layers=2))
     with pytest.raises(ValueError, match="past_key_values"):
         LocalSampler(model, [2], seed=0)
+
+
+@pytest.mark.parametrize("num_companions", [0, 6, 63])
+def test_a_completion_is_the_same_alone_and_among_seven_and_among_sixty_four(model, make_prompt, tokenizer, sampled_alone, num_companions):
+    prompt, expected = sampled_alone
+    generator = torch.Generator().manual_seed(num_companions)
+    lengths = torch.randint(4, 25, (num_companions,), generator=generator).tolist()
+    companions = [make_prompt("law", torch.randint(3, len(tokenizer), (n,), generator=generator).tolist(), request=100 + i) for i, n in enumerate(lengths)]
+    rollouts = LocalSampler(model, [2], seed=0).sample([*companions[: num_companions // 2], prompt, *companions[num_companions // 2 :]], WIDE)
+    found = next(rollout for rollout in rollouts if rollout.prompt == prompt)
+    assert found.completion_T.tolist() == expected.completion_T.tolist()
+    assert torch.allclose(found.logprob_T, expected.logprob_T, atol=1e-5, rtol=0)
+
+
+WIDE = SamplingConfig(max_new_tokens=16, decode_width=64)
+
+
+@pytest.fixture(scope="module")
+def sampled_alone(model, prompts):
+    return prompts[2], LocalSampler(model, [2], seed=0).sample([prompts[2]], WIDE)[0]
+
+
+@pytest.mark.parametrize("fixed_width", [True, False])
+def test_rows_that_have_ended_leave_unless_they_are_to_stay(model, prompts, tokenizer, fixed_width):
+    """The widths of the forwards, read off the model's input; completions are the same."""
+    ends = list(range(3, 3 + len(tokenizer) // 4))
+    cfg = SamplingConfig(max_new_tokens=16, decode_width=32, stop_tokens=ends, fixed_width=fixed_width)
+    requests = [replace(prompts[0], request=number) for number in range(32)]
+    widths = []
+    hook = model.register_forward_pre_hook(lambda module, inputs, named: widths.append(len(named["input_ids"])), with_kwargs=True)
+    rollouts = LocalSampler(model, [2], seed=0).sample(requests, cfg)
+    hook.remove()
+    live = [sum(len(rollout.completion_T) > step for rollout in rollouts) for step in range(1, len(widths))]
+    assert widths[1:] == [32 if fixed_width else max(8, 1 << (count - 1).bit_length()) for count in live]
+    assert min(live) < 8 < max(live)
+    assert completions(rollouts) == completions(LocalSampler(model, [2], seed=0).sample(requests, replace(cfg, fixed_width=not fixed_width)))
+
+
+def test_decoding_ends_with_the_longest_completion(model, prompts):
+    sampler = LocalSampler(model, [2], seed=0)
+    cfg = SamplingConfig(max_new_tokens=16, decode_width=8, stop_tokens=list(range(3, 30)))
+    rollouts = sampler.sample(prompts, cfg)
+    ends = [len(rollout.prompt.tokens) + len(rollout.completion_T) for rollout in rollouts]
+    assert sampler.figures.steps == max(ends) - min(len(prompt.tokens) for prompt in prompts)
+    assert max(ends) < max(len(prompt.tokens) for prompt in prompts) + cfg.max_new_tokens, "or it would end at the limit anyway"
+
+
+def test_figures_count_every_slot_once(model, prompts):
+    sampler = LocalSampler(model, [2], seed=0)
+    cfg = SamplingConfig(max_new_tokens=16, decode_width=8, fixed_width=True)
+    rollouts = sampler.sample(prompts, cfg)
+    shortest = min(len(prompt.tokens) for prompt in prompts)
+    figures = sampler.figures
+    assert figures.sampled == sum(len(rollout.completion_T) for rollout in rollouts)
+    assert figures.fed == sum(len(prompt.tokens) - shortest for prompt in prompts)
+    assert figures.slots == 8 * figures.steps
+    assert (figures.prefilled, figures.prefill_slots) == (len(prompts) * shortest, 8 * shortest)
+
+
+def test_completions_of_one_prompt_share_its_reading(model, prompts):
+    sampler = LocalSampler(model, [2], seed=0)
+    rollouts = sampler.sample(prompts[:2], replace(SAMPLED, decode_width=8), completions_per_prompt=4)
+    assert sampler.figures.prefilled == 2 * len(prompts[1].tokens)
+    alone = [LocalSampler(model, [2], seed=0).sample([prompt], replace(SAMPLED, decode_width=8), completions_per_prompt=4) for prompt in prompts[:2]]
+    assert completions(rollouts) == completions(alone[0] + alone[1])
+
+
+def test_a_stop_token_ends_a_completion_and_stays_in_it(model, prompts):
+    stops = list(range(3, 40))
+    for rollout in LocalSampler(model, [2], seed=0).sample(prompts, replace(SAMPLED, stop_tokens=stops)):
+        tokens = rollout.completion_T.tolist()
+        assert not any(token in stops for token in tokens[:-1])
+        assert rollout.finished == (tokens[-1] in [2, *stops])

@@ -96,7 +96,7 @@ class Run:
     """A driver in a process of its own, started again whenever it was killed, and its sampler processes."""
 
     def __init__(self, run_dir: Path, model: Path, prompts, seed: int, begin_anew: bool = False):
-        self.run_dir, self.tape = run_dir, []
+        self.run_dir, self.tape, self.sizes = run_dir, [], {}
         sampling = {name: getattr(CFG, name) for name in SamplingConfig.__slots__}
         settings = {"seed": seed, "begin_anew": begin_anew, "sampling": sampling, "prompts": [prompt.tokens for prompt in prompts]}
         self.command = [sys.executable, "-c", DRIVER, str(model), str(run_dir), json.dumps(settings)]
@@ -106,12 +106,15 @@ class Run:
         self.driver = subprocess.Popen(self.command, env=os.environ | {"OMP_NUM_THREADS": "1"})
 
     def samplers(self) -> list[int]:
-        """Processes that are at work: they have given a sign of life."""
+        """Processes that are decoding: what they log has grown since the last look."""
         found = []
         for path in self.run_dir.glob("service/rank-000/sampler-*/pid.json"):
             record = json.loads(path.read_text())
-            if (path.parent / "lease.json").exists() and start_time(record["pid"]) == record["started"] and not is_zombie(record["pid"]):
+            segment = self.run_dir / "log" / "step-000000" / f"rank-000-{path.parent.name}.wal"
+            size = segment.stat().st_size if segment.exists() else 0
+            if size > self.sizes.get(path, 0) and start_time(record["pid"]) == record["started"] and not is_zombie(record["pid"]):
                 found.append(record["pid"])
+            self.sizes[path] = size
         return found
 
     def logged(self) -> int:
@@ -130,7 +133,7 @@ class Run:
                 kind = signal.SIGKILL if role == "driver" else chance.choice([signal.SIGKILL, signal.SIGSTOP])
                 os.kill(pid, kind)
                 self.tape.append((role, kind.name))
-                wanted = self.logged() + chance.randint(2_000, 12_000)
+                wanted = self.logged() + chance.randint(1_000, 15_000)
                 if role == "driver":
                     self.driver.wait()
             time.sleep(0.01)
