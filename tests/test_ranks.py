@@ -86,9 +86,9 @@ def quantized_run(tmp_path_factory, settings, saved_run) -> Path:
 
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory, settings, saved_run) -> tuple[Path, str]:
-    """Folder of the runs on two ranks, and what they wrote to stderr: "none/zero1" and so on replay the saved run, "live" samples beside it."""
+    """Folder of the runs on two ranks, and what they wrote to stderr: "none/zero1" and so on replay the saved run, "live" samples, at ZeRO-3."""
     folder = tmp_path_factory.mktemp("two_ranks")
-    runs = [[*settings, f"run_dir={folder / 'live'}", f"rollout.compare={saved_run}", "num_steps=3", "check.signal=warn"]]
+    runs = [[*settings, f"run_dir={folder / 'live'}", f"rollout.compare={saved_run}", "num_steps=3", "check.signal=warn", "deepspeed=zero3"]]
     for quant, stage in itertools.product(("none", "mxfp4_experts"), STAGES):
         runs.append([*settings, f"run_dir={folder / quant / stage}", f"rollout.replay={saved_run}", f"deepspeed={stage}", f"quant={quant}"])
     (folder / "runs.json").write_text(json.dumps(runs))

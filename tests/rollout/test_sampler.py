@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from rollout.config import SamplingConfig
-from rollout.sampler import LocalSampler
+from rollout.sampler import LocalSampler, StepLog
 from rollout.types import Prompt
+from rollout.wal import RolloutLog, SegmentWriter
 
 FAMILIES = ("session_v4_model", "session_qwen3_moe_model")
 GREEDY = SamplingConfig(temperature=0.0, max_new_tokens=16, decode_width=4)
@@ -306,3 +307,23 @@ def test_a_stop_token_ends_a_completion_and_stays_in_it(model, prompts):
         tokens = rollout.completion_T.tolist()
         assert not any(token in stops for token in tokens[:-1])
         assert rollout.finished == (tokens[-1] in [2, *stops])
+
+
+def test_a_token_that_could_not_be_logged_is_not_used(model, prompts, tmp_path, monkeypatch):
+    """The third frame is refused: what was logged is what the next run takes up, and it ends with the same completions."""
+    expected = completions(LocalSampler(model, [2], seed=0).sample(prompts, SAMPLED))
+    log, append, frames = StepLog(RolloutLog(tmp_path), 0, "rank-000"), SegmentWriter.append, []
+
+    def refuse_the_third(self, key, policy_step, records):
+        frames.append(records)
+        if len(frames) == 3:
+            raise ValueError("no room")
+        append(self, key, policy_step, records)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(SegmentWriter, "append", refuse_the_third)
+        with pytest.raises(ValueError, match="no room"):
+            LocalSampler(model, [2], seed=0).sample(prompts, SAMPLED, log=log)
+    sampler = LocalSampler(model, [2], seed=0)
+    assert completions(sampler.sample(prompts, SAMPLED, log=log)) == expected
+    assert sampler.figures.sampled == sum(map(len, expected)) - len(frames[0]) - len(frames[1])

@@ -2,6 +2,7 @@
 
 import signal
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 
 from rollout.cohort import Policy
 from rollout.config import SamplingConfig, ServiceConfig
+from rollout.experts import copy_with_packed_experts
 from rollout.ranks import OneRank
 from rollout.sampler import LocalSampler, StepLog
 from rollout.service import SamplerService
@@ -107,3 +109,58 @@ def test_a_process_that_is_killed_stopped_or_told_to_end_is_replaced_and_no_toke
     assert service.figures.replaced == 1
     assert victims[0].process.returncode == (0 if kind is signal.SIGTERM else -signal.SIGKILL)
     require_same(found, expected)
+
+
+@pytest.mark.multi
+def test_a_cohort_that_takes_far_too_long_is_shared_with_an_idle_process(session_v4_model, prompts, expected, tmp_path):
+    """A stopped process stands for a slow one: nobody takes it for hung, and so nobody replaces it."""
+    service, victims = new_service(session_v4_model, tmp_path, processes=2, lease_seconds=1000.0), []
+    service.refresh(Weights(session_v4_model))
+    found = sample_while(service, prompts, StepLog(RolloutLog(tmp_path / "log"), 0, "rank-000"), once_in_the_middle(signal.SIGSTOP, victims))
+    assert len(victims) == 1
+    assert service.figures.replaced == 0
+    require_same(found, expected)
+
+
+@pytest.mark.multi
+def test_processes_that_end_one_after_the_other_without_a_token_stop_the_run_by_name(session_v4_model, prompts, tmp_path):
+    service = new_service(session_v4_model, tmp_path, max_failures=2)
+    service.spec = replace(service.spec, device="nowhere")
+    service.refresh(Weights(session_v4_model))
+    with pytest.raises(ValueError, match=r"2 sampler processes in a row ended without a token, the last \(.*sampler-0002\) with: status 1, .*nowhere"):
+        service.sample(prompts, CFG, log=StepLog(RolloutLog(tmp_path / "log"), 0, "rank-000"))
+    service.close()
+
+
+@pytest.mark.multi
+def test_weights_that_are_damaged_on_the_way_are_refused_by_name(session_v4_model, prompts, tmp_path):
+    service = new_service(session_v4_model, tmp_path, max_failures=1)
+    service.refresh(Weights(session_v4_model))
+    (path,) = service.weights.folder.glob("*.safetensors")
+    path.write_bytes(path.read_bytes()[:-1] + b"\x00")
+    with pytest.raises(ValueError, match=r"weights-00000\.safetensors are damaged"):
+        service.sample(prompts, CFG, log=StepLog(RolloutLog(tmp_path / "log"), 0, "rank-000"))
+    service.close()
+
+
+@pytest.mark.multi
+def test_processes_decode_with_packed_experts_what_the_trainer_would(session_v4_model, prompts, tmp_path):
+    packed = LocalSampler(copy_with_packed_experts(session_v4_model, "student"), [2], seed=0)
+    service = new_service(session_v4_model, tmp_path, packed=True)
+    service.refresh(Weights(session_v4_model))
+    found = service.sample(prompts, CFG, log=StepLog(RolloutLog(tmp_path / "log"), 0, "rank-000"))
+    service.close()
+    require_same(found, packed.sample(prompts, CFG))
+
+
+def test_published_weights_are_kept_as_long_as_a_checkpoint_may_need_them(session_v4_model, tmp_path, monkeypatch):
+    service = new_service(session_v4_model, tmp_path)
+    monkeypatch.setattr(service, "_start", lambda: None)  # nobody is to sample
+    for step in range(6):
+        service.refresh(Weights(session_v4_model, policy_step=step))
+        if step == 2:
+            service.protect(1)
+    assert sorted(path.name for path in (tmp_path / "weights").iterdir()) == ["000001", "000004", "000005"]
+    assert service.take_up_weights(1)
+    assert service.policy_step == 1
+    assert not service.take_up_weights(3)
