@@ -39,6 +39,7 @@ class MicroBatch:
     target_N: the completion tokens. mask_N: whether a token enters the loss.
     weight_N: float32, w_d / N_d on tokens of the loss and 0 elsewhere, so that the step's loss is sum(weight * divergence).
     rollout_N: index into `rollouts` of each token.
+    sampled_logprob_N: float32, log-probability of each token when it was sampled.
     teacher, signal: who scored and what was given; signal is None for supervised examples, and in the filler of a rank whose teachers are dropped.
     teacher_hidden_ND, teacher_token_NK, teacher_logprob_NK: what was given (teachers/types.py); the others are None.
     waiting: the rollouts' signals while their hidden states are in the pool's store; `with_hidden` brings them.
@@ -52,6 +53,7 @@ class MicroBatch:
     mask_N: torch.Tensor
     weight_N: torch.Tensor
     rollout_N: torch.Tensor
+    sampled_logprob_N: torch.Tensor
     position_ids_BL: torch.Tensor | None = None
     teacher: str | None = None
     signal: SignalKind | None = None
@@ -67,7 +69,7 @@ class MicroBatch:
 
 
 _TENSORS = (
-    "tokens_BL", "real_BL", "position_ids_BL", "position_N", "target_N", "mask_N", "weight_N", "rollout_N",
+    "tokens_BL", "real_BL", "position_ids_BL", "position_N", "target_N", "mask_N", "weight_N", "rollout_N", "sampled_logprob_N",
     "teacher_hidden_ND", "teacher_token_NK", "teacher_logprob_NK",
 )  # fmt: skip
 
@@ -174,6 +176,7 @@ def _micro_batch(rollouts: list[Rollout], token_weight: dict[str, float], packin
         mask_N=mask_N,
         weight_N=row_weight_N * mask_N,
         rollout_N=torch.cat([torch.full((len(rollout.completion_T),), row) for row, rollout in enumerate(rollouts)]),
+        sampled_logprob_N=torch.cat([rollout.logprob_T for rollout in rollouts]),
     )
 
 

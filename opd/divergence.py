@@ -26,7 +26,7 @@ import torch
 
 from opd.divergence_passes import EXPECTATION, NUM_SCALARS, WEIGHT, Formula, Passes, choose_passes
 from opd.loss_config import Backend, DivergenceKind, LossConfig
-from opd.tiles import TokenLosses, join_blocks, tiled_loss
+from opd.tiles import Targets, TokenLosses, join_blocks, tiled_loss, with_targets
 from rollout.logits import product_into
 from rollout.types import IDENTITY, LogitTransform
 
@@ -101,16 +101,16 @@ def make_formula(cfg: LossConfig, student: LogitTransform, teacher: LogitTransfo
 
 
 def full_divergence(
-    student: ModelStates, teacher: ModelStates, weight_N: torch.Tensor, cfg: LossConfig, vocab_size: int
+    student: ModelStates, teacher: ModelStates, weight_N: torch.Tensor, cfg: LossConfig, vocab_size: int, targets: Targets | None = None
 ) -> tuple[torch.Tensor, TokenLosses]:
-    """As `divergence`, with the entropies of both distributions beside the divergence of each token."""
+    """As `divergence`, with the entropies of both distributions and, where wanted, the sampled token's log-probability beside the divergence of each token."""
     shape, head_shape = list(teacher.hidden_ND.shape), list(teacher.head_VD.shape)
     if len(shape) != 2 or len(head_shape) != 2 or shape != [len(student.hidden_ND), head_shape[1]] or head_shape[0] < vocab_size:
         wanted = f"{len(student.hidden_ND)} tokens and a vocabulary of {vocab_size}"
         raise ValueError(f"the teacher's hidden states {shape} and head {head_shape} do not fit {wanted}")
     formula = make_formula(cfg, student.transform, teacher.transform)
     passes = choose_passes(cfg.backend, student.hidden_ND.device, vocab_size, formula)
-    objective = _Divergence(teacher, formula, passes, cfg.cap)
+    objective = with_targets(_Divergence(teacher, formula, passes, cfg.cap), targets, cfg.temperature)
     return tiled_loss(student.hidden_ND, student.head_VD, weight_N, vocab_size, objective)
 
 
@@ -137,6 +137,7 @@ class _Divergence:
     def finish(self) -> TokenLosses:
         joined = _Joined(torch.stack(self.statistics).double())
         self.scalars_SC = joined.scalars()
+        self.log_total_C = joined.maximum_C + joined.total_C.log()
         if self.formula.is_plain_reverse:
             loss_C = expectation_C = joined.reverse_kl_C
         else:

@@ -39,7 +39,7 @@ from opd.optim import learning_rate_factor, parameter_groups
 from opd.qat import ExpertQuantizer, code_metrics
 from opd.quant_config import ExpertFormat
 from opd.routing import RoutingRecorder
-from opd.tiles import TokenLosses
+from opd.tiles import Targets, TokenLosses
 from rollout.compiler import has_compiler
 from rollout.errors import first_sentence
 from rollout.indexer import indexer_recall
@@ -61,9 +61,10 @@ OWNED_KEYS = {
 class TrainedModel(nn.Module):
     """Student and loss in one module: micro-batch (and teacher head) -> weighted loss, per-token losses."""
 
-    def __init__(self, model: PreTrainedModel, vocab_size: int, balance_loss: float, loss: LossConfig):
+    def __init__(self, model: PreTrainedModel, vocab_size: int, balance_loss: float, loss: LossConfig, sampling_temperature: float | None):
+        """sampling_temperature: at which the student's log-probability of its own tokens is wanted; None: it is not."""
         super().__init__()
-        self.model, self.vocab_size, self.balance_loss, self.loss = model, vocab_size, balance_loss, loss
+        self.model, self.vocab_size, self.balance_loss, self.loss, self.sampling_temperature = model, vocab_size, balance_loss, loss, sampling_temperature
         self.transform = logit_transform(model.config, "student")
         self.recorder = RoutingRecorder(model)
 
@@ -73,7 +74,8 @@ class TrainedModel(nn.Module):
         if signal is None:
             loss, losses = cross_entropy(student, batch.target_N, batch.weight_N, self.vocab_size)
         else:
-            loss, losses = distillation_loss(student, signal, batch.target_N, batch.weight_N, self.loss, self.vocab_size)
+            sampled = Targets(batch.target_N, self.sampling_temperature)
+            loss, losses = distillation_loss(student, signal, sampled, batch.weight_N, self.loss, self.vocab_size)
         self.recorder.count(batch.real_BL & (not batch.is_filler))  # nothing of a filler, on a rank that may have nothing else
         if self.balance_loss:
             loss = loss + self.balance_loss * balance_scale * self.recorder.balance_loss(batch.real_BL)
@@ -90,9 +92,9 @@ class Engine:
     def __init__(self, student: PreTrainedModel, vocab_size: int, cfg: RunConfig, device: torch.device):
         self.cfg, self.device = cfg, device
         self.model = student.to(device)
-        loss = cfg.loss if isinstance(cfg, DistillConfig) else LossConfig()
+        loss, temperature = (cfg.loss, cfg.rollout.comparable_temperature) if isinstance(cfg, DistillConfig) else (LossConfig(), None)
         require_backend(loss.backend, device)
-        self.trained = TrainedModel(self.model, vocab_size, cfg.student.router_balance_loss, loss)
+        self.trained = TrainedModel(self.model, vocab_size, cfg.student.router_balance_loss, loss, temperature)
         self.recorder = self.trained.recorder
         if cfg.batch.packing:
             require_packing(student.config.model_type)

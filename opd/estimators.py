@@ -28,7 +28,7 @@ from opd.batch import MicroBatch
 from opd.divergence import ModelStates, full_divergence, make_formula
 from opd.divergence_passes import Formula, divergence_terms, transform_slope
 from opd.loss_config import DivergenceKind, LossConfig
-from opd.tiles import TokenLosses, join_blocks, tiled_loss
+from opd.tiles import Targets, TokenLosses, inside, join_blocks, tiled_loss, with_targets
 from rollout.logits import transform_
 from rollout.model import backbone_of, head_of
 from rollout.types import IDENTITY, LogitTransform
@@ -62,33 +62,35 @@ class SampledToken:
 def distillation_loss(
     student: ModelStates,
     signal: ModelStates | TopK | SampledToken,
-    sampled_N: torch.Tensor,
+    sampled: Targets,
     weight_N: torch.Tensor,
     cfg: LossConfig,
     vocab_size: int,
 ) -> tuple[torch.Tensor, TokenLosses]:
     """(sum(weight_N * loss_N) with gradients to the student's hidden states and head; per-token losses).
 
-    sampled_N: the student's tokens, which the policy gradient needs.
+    sampled: the student's tokens, which the policy gradient needs; and whether the student's log-probability of them is wanted.
     vocab_size: real vocabulary; rows of a head beyond it never count.
 
     Raises ValueError for settings that do not fit the signal.
     """
-    if (isinstance(signal, SampledToken) or cfg.policy_gradient) and (cfg.kind is not DivergenceKind.reverse_kl or cfg.smoothing or cfg.temperature != 1):
+    is_sampled = isinstance(signal, SampledToken) or cfg.policy_gradient
+    if is_sampled and (cfg.kind is not DivergenceKind.reverse_kl or cfg.smoothing or cfg.temperature != 1 or sampled.temperature not in (None, 1)):
         raise ValueError("a sampled token estimates plain reverse KL at temperature 1 alone")
     if isinstance(signal, TopK) and (cfg.temperature != 1 or cfg.policy_gradient):
         raise ValueError("a top-k has no other temperature than 1, and no baseline for a policy gradient")
     if isinstance(signal, SampledToken):
-        return policy_gradient(student, sampled_N, signal, weight_N, vocab_size, cfg.cap)
+        loss, losses = policy_gradient(student, sampled.token_N, signal, weight_N, vocab_size, cfg.cap)
+        return loss, losses if sampled.temperature else replace(losses, target_logprob_N=None)
     if isinstance(signal, TopK):
-        return top_k_divergence(student, signal, weight_N, cfg, vocab_size)
+        return top_k_divergence(student, signal, weight_N, cfg, vocab_size, sampled)
     if not cfg.policy_gradient:
-        return full_divergence(student, signal, weight_N, cfg, vocab_size)
+        return full_divergence(student, signal, weight_N, cfg, vocab_size, sampled)
     with torch.no_grad():
-        _, exact = full_divergence(student, signal, weight_N, replace(cfg, cap=None), vocab_size)
-        _, scored = cross_entropy(signal, sampled_N, weight_N, vocab_size)
-    loss, losses = policy_gradient(student, sampled_N, SampledToken(-scored.loss_N, exact.loss_N), weight_N, vocab_size, cfg.cap)
-    return loss, replace(losses, teacher_entropy_N=exact.teacher_entropy_N)
+        _, exact = full_divergence(student, signal, weight_N, replace(cfg, cap=None), vocab_size, sampled)
+        _, scored = cross_entropy(signal, sampled.token_N, weight_N, vocab_size)
+    loss, losses = policy_gradient(student, sampled.token_N, SampledToken(-scored.loss_N, exact.loss_N), weight_N, vocab_size, cfg.cap)
+    return loss, replace(losses, teacher_entropy_N=exact.teacher_entropy_N, target_logprob_N=exact.target_logprob_N)
 
 
 def student_states(model: PreTrainedModel, batch: MicroBatch, transform: LogitTransform) -> ModelStates:
@@ -141,10 +143,12 @@ def policy_gradient(
         advantage_C = advantage_C if cap is None else advantage_C.clamp(-cap, cap)
         return _Coefficients(exact_C, everywhere_C=advantage_C, at_CK=-advantage_C[:, None], capped_C=is_capped_C)
 
-    return _loss_at_columns(student, sampled_N[:, None], weight_N, vocab_size, coefficients)
+    return _loss_at_columns(student, sampled_N[:, None], weight_N, vocab_size, coefficients, Targets(sampled_N, temperature=1.0))
 
 
-def top_k_divergence(student: ModelStates, teacher: TopK, weight_N: torch.Tensor, cfg: LossConfig, vocab_size: int) -> tuple[torch.Tensor, TokenLosses]:
+def top_k_divergence(
+    student: ModelStates, teacher: TopK, weight_N: torch.Tensor, cfg: LossConfig, vocab_size: int, targets: Targets | None = None
+) -> tuple[torch.Tensor, TokenLosses]:
     """The divergence of the distributions over K tokens and the tail; at most the exact one (log-sum inequality).
 
     Raises ValueError where a row names a token twice, or its probabilities add up to more than 1.
@@ -159,7 +163,7 @@ def top_k_divergence(student: ModelStates, teacher: TopK, weight_N: torch.Tensor
     def coefficients(logprob_CK: torch.Tensor, rows: slice) -> "_Coefficients":
         return _coarse_divergence(logprob_CK, teacher.logprob_NK[rows].double().clamp(min=SMALLEST_LOGPROB), formula, cfg.cap)
 
-    return _loss_at_columns(student, teacher.token_NK, weight_N, vocab_size, coefficients)
+    return _loss_at_columns(student, teacher.token_NK, weight_N, vocab_size, coefficients, targets)
 
 
 def _coarse_divergence(student_CK: torch.Tensor, teacher_CK: torch.Tensor, formula: Formula, cap: float | None) -> "_Coefficients":
@@ -201,13 +205,14 @@ CoefficientsOf = Callable[[torch.Tensor, slice], _Coefficients]
 
 
 def _loss_at_columns(
-    student: ModelStates, column_NK: torch.Tensor, weight_N: torch.Tensor, vocab_size: int, coefficients: CoefficientsOf
+    student: ModelStates, column_NK: torch.Tensor, weight_N: torch.Tensor, vocab_size: int, coefficients: CoefficientsOf, targets: Targets | None = None
 ) -> tuple[torch.Tensor, TokenLosses]:
     if len(column_NK) != len(student.hidden_ND):
         raise ValueError(f"{len(column_NK)} rows of tokens do not fit {len(student.hidden_ND)} hidden states")
     if ((column_NK < 0) | (column_NK >= vocab_size)).any():
         raise ValueError(f"a token lies outside the vocabulary of {vocab_size}: has its teacher another tokenizer?")
-    return tiled_loss(student.hidden_ND, student.head_VD, weight_N, vocab_size, _AtColumns(student.transform, column_NK, coefficients))
+    objective = with_targets(_AtColumns(student.transform, column_NK, coefficients), targets)
+    return tiled_loss(student.hidden_ND, student.head_VD, weight_N, vocab_size, objective)
 
 
 class _AtColumns:
@@ -223,7 +228,7 @@ class _AtColumns:
 
     def measure(self, columns: slice, logits_CV: torch.Tensor) -> None:
         transform_(logits_CV, self.transform)
-        inside_CK, local_CK = self._local(columns)
+        inside_CK, local_CK = inside(self.column_CK, columns)
         self.logit_CK += logits_CV.gather(1, local_CK) * inside_CK
         maximum_C1 = logits_CV.amax(1, keepdim=True)
         centred_CV = logits_CV - maximum_C1
@@ -233,7 +238,8 @@ class _AtColumns:
     def finish(self) -> TokenLosses:
         maximum_BC, total_BC, moment_BC = torch.stack(self.statistics).double().unbind(1)
         self.maximum_C, self.total_C, moment_C, _ = join_blocks(maximum_BC, total_BC, moment_BC)
-        logprob_CK = self.logit_CK.double() - self.maximum_C[:, None] - self.total_C.log()[:, None]
+        self.log_total_C = self.maximum_C + self.total_C.log()
+        logprob_CK = self.logit_CK.double() - self.log_total_C[:, None]
         self.found = self.coefficients(logprob_CK, self.rows)
         entropy_C = self.total_C.log() - moment_C / self.total_C
         return TokenLosses(self.found.loss_C, entropy_C, None, self.found.student_tail_C, self.found.teacher_tail_C, self.found.capped_C)
@@ -242,11 +248,6 @@ class _AtColumns:
         slope = transform_slope(logits_CV, self.transform)
         scale_C = (weight_C * self.found.everywhere_C / self.total_C).float()
         gradient_CV = logits_CV.sub_(self.maximum_C.float()[:, None]).exp_().mul_(scale_C[:, None])
-        inside_CK, local_CK = self._local(columns)
+        inside_CK, local_CK = inside(self.column_CK, columns)
         gradient_CV.scatter_add_(1, local_CK, (weight_C[:, None] * self.found.at_CK * inside_CK).float())
         return gradient_CV.mul_(slope).to(dtype)
-
-    def _local(self, columns: slice) -> tuple[torch.Tensor, torch.Tensor]:
-        """(whether each column of interest lies in the block, its number there)."""
-        inside_CK = (self.column_CK >= columns.start) & (self.column_CK < columns.stop)
-        return inside_CK, torch.where(inside_CK, self.column_CK - columns.start, 0)

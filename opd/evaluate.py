@@ -22,6 +22,7 @@ from opd.intervals import Interval, mean, proportion
 from opd.loss_config import Backend, LossConfig
 from opd.rollouts import data_ranks
 from opd.run import require_own_folder, write_config
+from opd.tiles import Targets
 from rollout.config import SamplingConfig
 from rollout.files import replace_text
 from rollout.grading import grade_rollout
@@ -99,7 +100,7 @@ class Evaluator:
         for batch in forward_batches(scored, self.teachers, model.device):
             student = student_states(model, batch, logit_transform(model.config, "student"))
             signal = signal_of(batch, self.teachers.head(batch.teacher))
-            _, losses = distillation_loss(student, signal, batch.target_N, batch.weight_N, self.loss, len(self.tokenizer))
+            _, losses = distillation_loss(student, signal, Targets(batch.target_N), batch.weight_N, self.loss, len(self.tokenizer))
             kl_B = torch.zeros(len(batch.rollouts), dtype=torch.float64).index_add_(0, batch.rollout_N.cpu(), (losses.loss_N * batch.mask_N).double().cpu())
             tokens_B = torch.tensor([rollout.num_loss_tokens for rollout in batch.rollouts], dtype=torch.float64)
             ones_B = torch.ones_like(kl_B)

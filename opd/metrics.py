@@ -9,6 +9,10 @@ Step 0 holds what was measured before training. Names:
     domain/D/student_entropy, teacher_entropy nats per token; the teacher's where it gives its whole distribution
     domain/D/student_tail, teacher_tail       probability outside the teacher's top-k (teachers.signal=top_k), mean per token
     domain/D/capped                           share of tokens on which loss.cap acts, where there is one
+    domain/D/mismatch_kl, mismatch_max        KL(sampler || trainer) of the same student, nats: mean over the tokens of r - 1 - log r with
+                      r = p_trainer / p_sampler of the sampled token, which is unbiased and never negative; and the largest |log r|. Not with
+                      temperature 0, top_p, top_k or min_p (SamplingConfig.comparable_temperature). With staleness 0 the weights are the same and
+                      this is numerics alone; with 1 it contains one update, and with rollout.replay all that lies between the two students
     domain/D/completion_length, truncated     tokens per completion; share that hit the limit
     domain/D/accuracy                         mean score of the step's rollouts, where the domain has a grader
     domain/D/prompt_share, token_share, loss_share          realised in this step
@@ -44,7 +48,7 @@ from transformers import PreTrainedTokenizerBase
 
 from opd.batch import MicroBatch
 from opd.config import DistillConfig
-from opd.distributed import Group, reduce_sum
+from opd.distributed import Group, reduce_max, reduce_sum
 from opd.tiles import TokenLosses
 from rollout.grading import grade_rollout
 from rollout.prompts import PromptMixture
@@ -60,11 +64,21 @@ class DomainTotals:
 
     def __init__(self, domains: list[str]):
         self.totals: dict[str, dict[str, float]] = {domain: {} for domain in domains}
+        self.maxima: dict[str, float] = {}
 
     def add(self, domain: str, **values: float) -> None:
         sums = self.totals[domain]
         for name, value in values.items():
             sums[name] = sums.get(name, 0.0) + float(value)
+
+    def add_maximum(self, domain: str, value: float) -> None:
+        """Keep the largest of a domain's values; they are not negative."""
+        self.maxima[domain] = max(self.maxima.get(domain, 0.0), value)
+
+    def reduced_maxima(self) -> dict[str, float]:
+        """The largest value of each domain over all ranks, 0 where there was none; every rank has to call it."""
+        own = torch.tensor([self.maxima.get(domain, 0.0) for domain in self.totals], dtype=torch.float64)
+        return dict(zip(self.totals, reduce_max(own, Group.data).tolist(), strict=True))
 
     def names(self) -> set[str]:
         """What this rank has added for any domain."""
@@ -79,7 +93,7 @@ class DomainTotals:
 
 ROLLOUT_SUMS = ("rollouts", "completion_tokens", "truncated", "graded", "score")
 OPTIONAL_SUMS = ("student_entropy", "teacher_entropy", "student_tail", "teacher_tail", "capped")
-LOSS_SUMS = ("tokens", "sequences", "loss", "weighted_loss", *OPTIONAL_SUMS)
+LOSS_SUMS = ("tokens", "sequences", "loss", "weighted_loss", "mismatch_kl", *OPTIONAL_SUMS)
 
 
 def rollout_totals(rollouts: list[Rollout], domains: dict[str, DomainConfig], tokenizer: PreTrainedTokenizerBase) -> dict[str, dict[str, float]]:
@@ -106,10 +120,25 @@ def add_losses(totals: DomainTotals, batch: MicroBatch, losses: TokenLosses) -> 
         figure_N = getattr(losses, f"{name}_N")
         if figure_N is not None:
             columns[name] = figure_N * mask_N
+    if losses.target_logprob_N is not None:
+        log_ratio_N = (losses.target_logprob_N - batch.sampled_logprob_N).double() * mask_N
+        columns["mismatch_kl"] = mismatch(log_ratio_N)
+        _add_maxima(totals, batch, log_ratio_N.abs())
     per_token_NS = torch.stack([column.double() for column in columns.values()], dim=1)
     per_rollout = torch.zeros(len(batch.rollouts), len(columns), dtype=torch.float64, device=mask_N.device).index_add_(0, batch.rollout_N, per_token_NS)
     for rollout, sums in zip(batch.rollouts, per_rollout.tolist(), strict=True):
-        totals.add(rollout.prompt.domain, sequences=1, **dict(zip(columns, sums, strict=True)))
+        totals.add(rollout.prompt.domain, sequences=rollout.num_loss_tokens > 0, **dict(zip(columns, sums, strict=True)))
+
+
+def mismatch(log_ratio_N: torch.Tensor) -> torch.Tensor:
+    """r - 1 - log r of log r = log p_trainer - log p_sampler: its mean over the sampler's tokens is KL(sampler || trainer), and it is never negative."""
+    return torch.expm1(log_ratio_N) - log_ratio_N
+
+
+def _add_maxima(totals: DomainTotals, batch: MicroBatch, value_N: torch.Tensor) -> None:
+    largest = torch.zeros(len(batch.rollouts), dtype=value_N.dtype, device=value_N.device).index_reduce_(0, batch.rollout_N, value_N, "amax")
+    for rollout, value in zip(batch.rollouts, largest.tolist(), strict=True):
+        totals.add_maximum(rollout.prompt.domain, value)
 
 
 def data_metrics(prompts: PromptMixture) -> dict[str, float]:
@@ -145,7 +174,7 @@ def rollout_metrics(rollouts: list[Rollout], stream: RolloutStream, cfg: Distill
 
 def loss_metrics(totals: DomainTotals, is_distillation: bool) -> dict[str, float]:
     """Metrics of the losses added with `add_losses`, over all ranks."""
-    sums_of = totals.reduced(LOSS_SUMS)
+    sums_of, maxima = totals.reduced(LOSS_SUMS), totals.reduced_maxima()
     names = totals.names()
     loss = sum(sums["weighted_loss"] for sums in sums_of.values())
     result = {"step/loss": loss}
@@ -156,6 +185,9 @@ def loss_metrics(totals: DomainTotals, is_distillation: bool) -> dict[str, float
         for name in OPTIONAL_SUMS:
             if name in names:
                 result[f"domain/{domain}/{name}"] = sums[name] / sums["tokens"]
+        if "mismatch_kl" in names:
+            result[f"domain/{domain}/mismatch_kl"] = sums["mismatch_kl"] / sums["tokens"]
+            result[f"domain/{domain}/mismatch_max"] = maxima[domain]
         if is_distillation:
             result[f"domain/{domain}/kl_per_token"] = sums["loss"] / sums["tokens"]
             result[f"domain/{domain}/kl_per_sequence"] = sums["loss"] / sums["sequences"]

@@ -10,7 +10,7 @@ rejected: it keeps every tile or computes it again.
 N: tokens. C: tokens of a tile. D: hidden size. V: vocabulary, of a block: its columns. B: blocks.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Protocol
 
 import torch
@@ -34,6 +34,7 @@ class TokenLosses:
     student_entropy_N, teacher_entropy_N: of the distributions compared.
     student_tail_N, teacher_tail_N: probability outside the teacher's top-k.
     capped_N: 1 where loss.cap acts on the token, else 0.
+    target_logprob_N: the student's log-probability of the token that was sampled, where `Targets` ask for it.
     """
 
     loss_N: torch.Tensor
@@ -42,6 +43,15 @@ class TokenLosses:
     student_tail_N: torch.Tensor | None = None
     teacher_tail_N: torch.Tensor | None = None
     capped_N: torch.Tensor | None = None
+    target_logprob_N: torch.Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Targets:
+    """Sampled tokens [N], and the temperature at which their log-probability is wanted; None: it is not."""
+
+    token_N: torch.Tensor
+    temperature: float | None = None
 
 
 class Objective(Protocol):
@@ -57,6 +67,55 @@ class Objective(Protocol):
 
     def gradient(self, columns: slice, logits_CV: torch.Tensor, weight_C: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """weight times the derivative of the loss by the block's products, [C, V] in dtype; may reuse the block."""
+
+
+class NormalisedObjective(Objective, Protocol):
+    """One whose `measure` leaves logits in the block, and that has after `finish` the logarithm of their sum of exponentials."""
+
+    log_total_C: torch.Tensor
+
+
+class WithTargets:
+    """An objective that also gives the log-probability of one token per row, read off the blocks that it has in hand.
+
+    At the temperature of the objective's own logits that costs a look-up; at another one it costs a pass over each block, but no product.
+    """
+
+    def __init__(self, objective: NormalisedObjective, targets: Targets, temperature: float):
+        """temperature: by which the objective's logits are divided."""
+        self.objective, self.targets, self.factor = objective, targets, temperature / targets.temperature
+
+    def start(self, rows: slice) -> None:
+        self.objective.start(rows)
+        self.token_C = self.targets.token_N[rows]
+        self.logit_C = torch.zeros(self.token_C.shape, device=self.token_C.device)
+        self.log_totals: list[torch.Tensor] = []
+
+    def measure(self, columns: slice, logits_CV: torch.Tensor) -> None:
+        self.objective.measure(columns, logits_CV)
+        inside_C, local_C = inside(self.token_C, columns)
+        self.logit_C += logits_CV.gather(1, local_C[:, None])[:, 0] * inside_C
+        if self.factor != 1:
+            self.log_totals.append((logits_CV * self.factor).logsumexp(1))
+
+    def finish(self) -> TokenLosses:
+        losses = self.objective.finish()
+        log_total_C = self.objective.log_total_C if self.factor == 1 else torch.stack(self.log_totals).double().logsumexp(0)
+        return replace(losses, target_logprob_N=self.logit_C.double() * self.factor - log_total_C)
+
+    def gradient(self, columns: slice, logits_CV: torch.Tensor, weight_C: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        return self.objective.gradient(columns, logits_CV, weight_C, dtype)
+
+
+def inside(token: torch.Tensor, columns: slice) -> tuple[torch.Tensor, torch.Tensor]:
+    """(whether each token lies in a block of columns, its number there)."""
+    is_inside = (token >= columns.start) & (token < columns.stop)
+    return is_inside, torch.where(is_inside, token - columns.start, 0)
+
+
+def with_targets(objective: NormalisedObjective, targets: Targets | None, temperature: float = 1.0) -> Objective:
+    """The objective as it is, where no log-probability is wanted; `temperature` is that of its logits."""
+    return objective if targets is None or targets.temperature is None else WithTargets(objective, targets, temperature)
 
 
 def tiled_loss(

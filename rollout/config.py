@@ -139,6 +139,15 @@ class SamplingConfig:
         """Whether some tokens are never drawn."""
         return self.top_p < 1 or self.top_k is not None or self.min_p > 0
 
+    @property
+    def comparable_temperature(self) -> float | None:
+        """The temperature at which another computation of a token's log-probability can be held against the recorded one.
+
+        None where it cannot: greedy tokens are no samples, and which tokens top_p, top_k and min_p leave depends on the computation itself, so that a token
+        at the edge would have probability 0 in the other.
+        """
+        return None if self.truncates or self.temperature == 0 else self.temperature
+
 
 class SamplerKind(Enum):
     """Who draws the rollouts: the trainer's own process, processes beside it that may die and are replaced, or running vLLM servers."""

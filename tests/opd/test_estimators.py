@@ -11,6 +11,7 @@ import opd.tiles
 from opd.divergence import ModelStates, divergence
 from opd.estimators import SMALLEST_TAIL, SampledToken, TopK, cross_entropy, distillation_loss, policy_gradient, top_k_divergence
 from opd.loss_config import Backend, DivergenceKind, LossConfig
+from opd.tiles import Targets
 from rollout.types import IDENTITY, LogitTransform
 
 N, V, V_PADDED, D, K = 13, 53, 60, 8, 6
@@ -378,7 +379,7 @@ def test_logits_of_size_200_stay_finite():
 def test_whole_distributions_give_the_exact_divergence():
     student, teacher = student_states(), teacher_states()
     settings = {"kind": DivergenceKind.jsd, "beta": 0.3, "temperature": 1.3, "smoothing": 0.01, "cap": 0.3}
-    loss, losses = distillation_loss(student, teacher, torch.arange(N), WEIGHT_N, LossConfig(**settings), V)
+    loss, losses = distillation_loss(student, teacher, Targets(torch.arange(N)), WEIGHT_N, LossConfig(**settings), V)
     expected, expected_N = divergence(student.hidden_ND, student.head_VD, teacher.hidden_ND, teacher.head_VD, WEIGHT_N, vocab_size=V, **settings)
     assert torch.equal(losses.loss_N, expected_N)
     assert torch.equal(losses.capped_N, (expected_N == torch.tensor(0.3)).float())
@@ -387,7 +388,7 @@ def test_whole_distributions_give_the_exact_divergence():
 
 def test_whole_distributions_with_policy_gradient_use_the_exact_divergence_as_baseline():
     student, teacher, sampled_N = student_states(), teacher_states(), torch.arange(N)
-    loss, losses = distillation_loss(student, teacher, sampled_N, WEIGHT_N, config(policy_gradient=True), V)
+    loss, losses = distillation_loss(student, teacher, Targets(sampled_N), WEIGHT_N, config(policy_gradient=True), V)
     leaves, log_p_NV = exact_log_p(student)
     exact_N = naive(log_p_NV, exact_log_q(), "reverse_kl").detach()
     log_p_N = log_p_NV[torch.arange(N), sampled_N]
@@ -404,7 +405,7 @@ def test_thin_signal_takes_its_own_estimator():
         (top_k(), top_k_divergence(student, top_k(), WEIGHT_N, cfg, V)),
         (SampledToken(logprob_N), policy_gradient(student, sampled_N, SampledToken(logprob_N), WEIGHT_N, V, cap=0.8)),
     ):
-        loss, _ = distillation_loss(student, signal, sampled_N, WEIGHT_N, cfg, V)
+        loss, _ = distillation_loss(student, signal, Targets(sampled_N), WEIGHT_N, cfg, V)
         assert torch.equal(loss, expected)
         assert all(torch.equal(*pair) for pair in zip(gradients(loss, student), gradients(expected, student), strict=True))
 
