@@ -63,6 +63,12 @@ class MicroBatch:
     waiting: tuple[TeacherSignal, ...] = ()
     is_filler: bool = False
 
+    @property
+    def counted_BL(self) -> torch.Tensor:
+        """real_BL without the rows (not packed ones) whose rollout has no token in the loss."""
+        tokens_B = torch.zeros(len(self.tokens_BL), device=self.mask_N.device).index_add_(0, self.rollout_N, self.mask_N.float())
+        return self.real_BL & (tokens_B > 0)[:, None]
+
     def to(self, device: torch.device) -> "MicroBatch":
         moved = {name: getattr(self, name).to(device) for name in _TENSORS if getattr(self, name) is not None}
         return replace(self, **moved)

@@ -97,7 +97,7 @@ def make_formula(cfg: LossConfig, student: LogitTransform, teacher: LogitTransfo
     if kind is DivergenceKind.jsd and beta in (0, 1):
         kind = DivergenceKind.reverse_kl if beta == 1 else DivergenceKind.forward_kl
     beta = beta if kind is DivergenceKind.jsd else 0.5
-    return Formula(kind, float(beta), float(smoothing), _with_temperature(student, temperature), _with_temperature(teacher, temperature))
+    return Formula(kind, float(beta), float(smoothing), with_temperature(student, temperature), with_temperature(teacher, temperature))
 
 
 def full_divergence(
@@ -176,6 +176,7 @@ class _Joined:
         return torch.stack(rows).float()
 
 
-def _with_temperature(transform: LogitTransform, temperature: float) -> LogitTransform:
+def with_temperature(transform: LogitTransform, temperature: float) -> LogitTransform:
+    """The transform followed by a division by a temperature."""
     softcap = transform.softcap
     return replace(transform, scale=transform.scale / temperature, softcap=softcap and softcap / temperature)

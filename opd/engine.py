@@ -15,6 +15,7 @@ import os
 import pickle
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from transformers import PreTrainedModel
 from opd.batch import MicroBatch, require_packing
 from opd.config import DistillConfig, OptimConfig, OptimizerKind, Router, RunConfig
 from opd.distributed import Group, num_ranks, reduce_sum
-from opd.divergence import ModelStates, full_divergence
+from opd.divergence import ModelStates, full_divergence, with_temperature
 from opd.divergence_passes import require_backend
 from opd.estimators import cross_entropy, distillation_loss, signal_of, student_states
 from opd.loss_config import LossConfig
@@ -78,7 +79,7 @@ class TrainedModel(nn.Module):
             loss, losses = distillation_loss(student, signal, sampled, batch.weight_N, self.loss, self.vocab_size)
         self.recorder.count(batch.real_BL & (not batch.is_filler))  # nothing of a filler, on a rank that may have nothing else
         if self.balance_loss:
-            loss = loss + self.balance_loss * balance_scale * self.recorder.balance_loss(batch.real_BL)
+            loss = loss + self.balance_loss * balance_scale * self.recorder.balance_loss(batch.counted_BL)
         return loss, losses
 
     def states(self, batch: MicroBatch) -> ModelStates:
@@ -203,6 +204,15 @@ class Engine:
             exact = LossConfig(backend=self.trained.loss.backend)
             _, losses = full_divergence(plain, quantized, torch.ones_like(batch.weight_N), exact, self.trained.vocab_size)
         return losses.loss_N
+
+    @torch.no_grad()
+    def target_logprob(self, batch: MicroBatch) -> torch.Tensor:
+        """The student's log-probability of each completion token [N] at the temperature that sampled it; every rank has to call it."""
+        student = self.trained.states(batch)
+        student = replace(student, transform=with_temperature(student.transform, self.trained.sampling_temperature))
+        with self._gathered([student.head_VD]):
+            _, losses = cross_entropy(student, batch.target_N, batch.weight_N, self.trained.vocab_size)
+        return -losses.loss_N
 
     @torch.no_grad()
     def indexer_matches(self, batch: MicroBatch) -> torch.Tensor:

@@ -13,6 +13,7 @@ Step 0 holds what was measured before training. Names:
                       r = p_trainer / p_sampler of the sampled token, which is unbiased and never negative; and the largest |log r|. Not with
                       temperature 0, top_p, top_k or min_p (SamplingConfig.comparable_temperature). With staleness 0 the weights are the same and
                       this is numerics alone; with 1 it contains one update, and with rollout.replay all that lies between the two students
+    domain/D/masked                           share of the step's rollouts left out of the loss (rollout.max_mismatch, where it is given)
     domain/D/completion_length, truncated     tokens per completion; share that hit the limit
     domain/D/accuracy                         mean score of the step's rollouts, where the domain has a grader
     domain/D/prompt_share, token_share, loss_share          realised in this step

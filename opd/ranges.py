@@ -26,8 +26,8 @@ NOT_NEGATIVE = (
     "measure_every", "steps", "memory_gb", "hidden_memory_gb", "gradient_share_every", "retries", "show", "stop_tokens", "num_end_tokens",
 )  # fmt: skip
 
-ABOVE_ZERO = ("timeout_seconds", "load_timeout_seconds", "probe_tolerance", "lease_seconds")
-"""Finite numbers above 0."""
+ABOVE_ZERO = ("timeout_seconds", "load_timeout_seconds", "probe_tolerance", "lease_seconds", "max_mismatch")
+"""Finite numbers above 0, or none at all."""
 
 
 def check_ranges(cfg: Any, path: str = "") -> None:
@@ -46,7 +46,7 @@ def check_ranges(cfg: Any, path: str = "") -> None:
             raise ValueError(f"{name} must be above 0 and at most 1, not {value}")
         if field.name == "min_p" and not 0 <= value < 1:
             raise ValueError(f"{name} must be from 0 to below 1, not {value}")
-        if field.name in ABOVE_ZERO and not 0 < value < math.inf:
+        if field.name in ABOVE_ZERO and value is not None and not 0 < value < math.inf:
             raise ValueError(f"{name} must be above 0 and finite, not {value}")
         for key, member in value.items() if isinstance(value, dict) else [("", value)]:
             if is_dataclass(member):
@@ -84,6 +84,8 @@ def check_loss(loss: LossConfig, teachers: TeachersConfig, rollout: RolloutConfi
         raise ValueError(f"loss.beta belongs to loss.kind=jsd and would be ignored with {loss.kind.value}: remove it")
     if teachers.signal is not SignalKind.top_k and teachers.top_k != TeachersConfig().top_k:
         raise ValueError(f"teachers.top_k belongs to teachers.signal=top_k and would be ignored with {teachers.signal.value}: remove it")
+    if rollout.max_mismatch is not None and rollout.comparable_temperature is None:
+        raise ValueError("rollout.max_mismatch compares log-probabilities, which temperature 0, top_p, top_k and min_p do not leave comparable: remove one")
     _check_estimator(loss, teachers.signal, rollout)
 
 

@@ -76,7 +76,7 @@ class RoutingRecorder:
             self.counts = dict(zip(self.counts, summed, strict=True))
 
     def balance_loss(self, real_BL: torch.Tensor) -> torch.Tensor:
-        """Sum over the rows of the last forward, and mean over layers, of the sequence-wise balance loss.
+        """Sum over the rows of the last forward, and mean over layers, of the sequence-wise balance loss; a row without a real token adds 0.
 
         Hash-routed layers are left out: their choice is fixed, so the loss could only distort their gates.
         """
@@ -87,7 +87,7 @@ class RoutingRecorder:
             affinity_BLE = _affinity(self.routers[name], logits.float()).reshape(rows, length, -1)
             affinity_BLE = affinity_BLE / affinity_BLE.sum(-1, keepdim=True)
             chosen_BLE = torch.zeros_like(affinity_BLE).scatter_(2, indices.reshape(rows, length, -1), 1.0)
-            tokens_B1 = real_BL.sum(1, keepdim=True)
+            tokens_B1 = real_BL.sum(1, keepdim=True).clamp(min=1)
             fraction_BE = (chosen_BLE * real_BL[..., None]).sum(1) * chosen_BLE.shape[-1] / (indices.shape[-1] * tokens_B1)
             total = total + (fraction_BE * ((affinity_BLE * real_BL[..., None]).sum(1) / tokens_B1)).sum() / len(learned)
         return total

@@ -12,11 +12,12 @@ N: completion tokens of a micro-batch.
 import torch
 
 from opd.batch import MicroBatch, distillation_batches, supervised_batches, with_hidden
-from opd.config import RunConfig
+from opd.config import DistillConfig, RunConfig
 from opd.distributed import Group, num_ranks, reduce_sum
 from opd.engine import Engine
 from opd.gradient_share import gradient_shares
 from opd.metrics import DomainTotals, add_losses, loss_metrics, teacher_loss_metrics
+from opd.mismatch import mask_mismatched
 from opd.quant_config import ExpertFormat
 from rollout.config import schedule_value
 from rollout.replay import rollout_key
@@ -26,13 +27,13 @@ from teachers.pool import TeacherPool
 from teachers.types import ScoredRollout
 
 
-def update(engine: Engine, teachers: TeacherPool, scored: list[ScoredRollout], cfg: RunConfig) -> dict[str, float]:
+def update(engine: Engine, teachers: TeacherPool, scored: list[ScoredRollout], cfg: DistillConfig) -> dict[str, float]:
     """Distil one step's scored rollouts (this rank's) into the student; returns the step's metrics."""
-    scored = teachers.recovered(scored)
+    scored, masked = mask_mismatched(engine, teachers.recovered(scored), cfg)
     weights, metrics = domain_weights([item.rollout for item in scored], cfg, engine.policy_step)
     batches = distillation_batches(scored, weights, cfg.batch)
     metrics |= _train(engine, batches, cfg, teachers)
-    return metrics | teachers.metrics()
+    return metrics | masked | teachers.metrics()
 
 
 def supervised_update(engine: Engine, examples: list[Rollout], cfg: RunConfig) -> dict[str, float]:
@@ -72,7 +73,7 @@ def _train(engine: Engine, batches: list[MicroBatch], cfg: RunConfig, teachers: 
     if every and engine.policy_step % every == 0:
         metrics |= gradient_shares(engine, batches, teachers)
     engine.recorder.start_step()
-    own_sequences = sum(len(batch.rollouts) for batch in batches if not batch.is_filler)
+    own_sequences = sum(rollout.num_loss_tokens > 0 for batch in batches if not batch.is_filler for rollout in batch.rollouts)
     balance_scale = 1.0 / float(reduce_sum(torch.tensor(float(own_sequences)), Group.data))
     finite: list[torch.Tensor] = []
     for number, batch in enumerate(batches):

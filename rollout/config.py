@@ -187,6 +187,8 @@ class RolloutConfig(SamplingConfig):
         before that update, which is faster where samplers have devices of their own; the states visited are then one update old. Not with sampler=local.
     log: write every token to RUN/log before it is used, so that a killed run or sampler goes on in the middle of a completion (rollout/wal.py).
     service: settings of sampler=service.
+    max_mismatch: rollouts whose mean mismatch per token between sampler and trainer (domain/D/mismatch_kl) exceeds this are left out of the loss, at the
+        price of a forward; null leaves out none and makes none.
     save: write each step's rollouts to RUN/rollouts/.
     replay: a run folder whose saved rollouts are trained on instead of sampling.
     compare: a run folder whose saved rollouts are compared with the ones sampled here; the first differing token is
@@ -199,6 +201,7 @@ class RolloutConfig(SamplingConfig):
     staleness: int = 0
     log: bool = True
     service: ServiceConfig = field(default_factory=ServiceConfig)
+    max_mismatch: float | None = None
     save: bool = False
     replay: str | None = None
     compare: str | None = None

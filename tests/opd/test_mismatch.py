@@ -1,5 +1,6 @@
 """How far the trainer's student is from the one that sampled: log-probabilities of sampled tokens, and the figures made of them."""
 
+import math
 import os
 import shutil
 from collections.abc import Callable
@@ -9,13 +10,14 @@ import pytest
 import torch
 
 import opd.tiles
-from opd.config import DistillConfig
+from opd.__main__ import load_config
+from opd.config import DistillConfig, Router
 from opd.divergence import ModelStates
 from opd.estimators import SampledToken, TopK, distillation_loss
 from opd.loss_config import Backend, DivergenceKind, LossConfig
 from opd.metrics import mismatch
 from opd.tiles import Targets
-from opd.update import supervised_update, update
+from opd.update import domain_weights, supervised_update, update
 from rollout.config import RolloutConfig
 from rollout.sampler import LocalSampler
 from rollout.types import LogitTransform, Rollout
@@ -181,3 +183,95 @@ def test_what_cannot_be_compared_is_not_measured(settings, v4_model, pool, make_
 def test_supervised_training_has_no_mismatch(v4_model, make_engine, config, random_rollouts):
     cfg = config()
     assert not [name for name in supervised_update(make_engine(v4_model, cfg), random_rollouts(SHAPES[:2]), cfg) if "mismatch" in name]
+
+
+# Sequence masking
+
+
+@pytest.fixture
+def far_off(v4_model, random_rollouts) -> list[Rollout]:
+    """Rollouts whose log-probabilities are right, but for the second and the third, one of each domain: these are off by 1."""
+    exact = with_shift(v4_model, random_rollouts(SHAPES), 0.0)
+    return [replace(rollout, logprob_T=rollout.logprob_T + (number in (1, 2))) for number, rollout in enumerate(exact)]
+
+
+def changes(engine, pool: TeacherPool, rollouts: list[Rollout], cfg: DistillConfig) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
+    before = engine.full_weights()
+    metrics = update(engine, pool, pool.score(rollouts), cfg)
+    return metrics, {name: tensor - before[name] for name, tensor in engine.full_weights().items()}
+
+
+def assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor], tolerance: float) -> None:
+    assert max(tensor.abs().max() for tensor in one.values()) > 1e-2, "nothing moved, so the comparison shows nothing"
+    for name in one:
+        torch.testing.assert_close(one[name], other[name], rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_a_masked_sequence_gives_the_step_without_it(stage, far_off, v4_model, pool, make_engine, config):
+    masking, plain = config(max_mismatch=0.1, stage=stage), config(stage=stage)
+    metrics, found = changes(make_engine(v4_model, masking), pool, far_off, masking)
+    expected, other = changes(make_engine(v4_model, plain), pool, [r for number, r in enumerate(far_off) if number not in (1, 2)], plain)
+    assert (metrics["domain/law/masked"], metrics["domain/code/masked"]) == (pytest.approx(1 / 4), pytest.approx(1 / 3))
+    names = [f"domain/{domain}/{name}" for domain in ("law", "code") for name in ("kl_per_token", "kl_per_sequence", "student_entropy", "loss_share")]
+    assert {name: metrics[name] for name in ["step/loss", *names]} == pytest.approx({name: expected[name] for name in ["step/loss", *names]}, rel=1e-5)
+    assert metrics["domain/law/mismatch_kl"] <= 1e-9
+    assert_same(found, other, tolerance=1e-5)
+
+
+def test_a_masked_sequence_adds_nothing_to_the_balance_loss(qwen3_moe_model, random_rollouts, pool, make_engine, config):
+    qwen3_moe_model.requires_grad_(True)
+    rollouts = with_shift(qwen3_moe_model, random_rollouts(SHAPES), 0.0)
+    rollouts[1] = replace(rollouts[1], logprob_T=rollouts[1].logprob_T + 1)
+    found = []
+    for kept, settings in ((rollouts, {"max_mismatch": 0.1}), (rollouts[:1] + rollouts[2:], {})):
+        cfg = config(**settings)
+        cfg.student.router, cfg.student.router_balance_loss = Router.train, 5.0
+        found.append(changes(make_engine(qwen3_moe_model, cfg), pool, kept, cfg)[1])
+    assert_same(*found, tolerance=1e-5)
+
+
+def test_a_threshold_above_every_sequence_changes_nothing(far_off, v4_model, pool, make_engine, config):
+    masking, plain = config(max_mismatch=10.0), config()
+    metrics, found = changes(make_engine(v4_model, masking), pool, far_off, masking)
+    expected, other = changes(make_engine(v4_model, plain), pool, far_off, plain)
+    assert metrics["domain/law/masked"] == metrics["domain/code/masked"] == 0.0
+    assert metrics["step/loss"] == expected["step/loss"]
+    assert_same(found, other, tolerance=0.0)
+
+
+def test_sequences_are_judged_by_the_mean_over_their_tokens_of_the_loss(v4_model, pool, make_engine, config, random_rollouts):
+    """Of two sequences of nine tokens, one is off in all and one in a token that has no loss."""
+    rollouts = with_shift(v4_model, random_rollouts([("law", 3, 9), ("law", 4, 9), ("code", 2, 4)]), 0.0)
+    rollouts[0] = replace(rollouts[0], logprob_T=rollouts[0].logprob_T + 0.5)
+    rollouts[1].logprob_T[3] += 100
+    rollouts[1].completion_mask_T[3] = False
+    mean = math.exp(-0.5) - 1 + 0.5
+    for limit, expected in ((mean * 0.99, 0.5), (mean * 1.01, 0.0)):
+        cfg = config(max_mismatch=limit)
+        assert update(make_engine(v4_model, cfg), pool, pool.score(rollouts), cfg)["domain/law/masked"] == expected
+
+
+def test_a_step_with_every_rollout_masked_is_refused(far_off, v4_model, pool, make_engine, config):
+    cfg = config(max_mismatch=0.1)
+    with pytest.raises(ValueError, match=r"every rollout of step 0 is masked, the least mismatch being 0\.368: raise rollout\.max_mismatch=0\.1"):
+        update(make_engine(v4_model, cfg), pool, pool.score(far_off[1:3]), cfg)
+
+
+def test_without_the_setting_no_rollout_is_judged(far_off, v4_model, pool, make_engine, config):
+    cfg = config()
+    metrics = update(make_engine(v4_model, cfg), pool, pool.score(far_off), cfg)
+    assert not [name for name in metrics if name.endswith("/masked")]
+    assert domain_weights(far_off, cfg, 0)[0]["law"] == pytest.approx(0.75 / sum(after for domain, _, after in SHAPES if domain == "law"))
+
+
+@pytest.mark.parametrize("setting", ["rollout.top_p=0.9", "rollout.temperature=0"])
+def test_masking_by_what_cannot_be_compared_is_refused(setting):
+    with pytest.raises(ValueError, match=r"rollout\.max_mismatch compares log-probabilities"):
+        load_config("distill", ["rollout.max_mismatch=0.1", setting])
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "inf", "nan"])
+def test_a_threshold_is_a_finite_number_above_0(value):
+    with pytest.raises(ValueError, match=r"rollout\.max_mismatch must be above 0 and finite"):
+        load_config("distill", [f"rollout.max_mismatch={value}"])
