@@ -8,7 +8,8 @@ lengths, never from token ids, since the padding id may equal the end-of-sequenc
 Every rank runs the same number of forwards, because a partitioned model communicates in each: ranks that have fewer
 micro-batches repeat their last one with weight 0.
 
-B: rows. L: padded positions. N: completion tokens of the micro-batch, flattened. D: teacher's hidden size. K: tokens named per position.
+B: rows. L: padded positions. N: completion tokens of the micro-batch, flattened. D: teacher's hidden size. M: layers with routed experts.
+K: tokens named per position, or experts per token.
 """
 
 from collections.abc import Iterator
@@ -42,6 +43,7 @@ class MicroBatch:
     sampled_logprob_N: float32, log-probability of each token when it was sampled.
     teacher, signal: who scored and what was given; signal is None for supervised examples, and in the filler of a rank whose teachers are dropped.
     teacher_hidden_ND, teacher_token_NK, teacher_logprob_NK: what was given (teachers/types.py); the others are None.
+    routes_NMK: the experts that the sampler chose for the state at position_N (rollout/routes.py); None where a rollout has no record.
     waiting: the rollouts' signals while their hidden states are in the pool's store; `with_hidden` brings them.
     """
 
@@ -60,6 +62,7 @@ class MicroBatch:
     teacher_hidden_ND: torch.Tensor | None = None
     teacher_token_NK: torch.Tensor | None = None
     teacher_logprob_NK: torch.Tensor | None = None
+    routes_NMK: torch.Tensor | None = None
     waiting: tuple[TeacherSignal, ...] = ()
     is_filler: bool = False
 
@@ -76,7 +79,7 @@ class MicroBatch:
 
 _TENSORS = (
     "tokens_BL", "real_BL", "position_ids_BL", "position_N", "target_N", "mask_N", "weight_N", "rollout_N", "sampled_logprob_N",
-    "teacher_hidden_ND", "teacher_token_NK", "teacher_logprob_NK",
+    "teacher_hidden_ND", "teacher_token_NK", "teacher_logprob_NK", "routes_NMK",
 )  # fmt: skip
 
 
@@ -183,6 +186,7 @@ def _micro_batch(rollouts: list[Rollout], token_weight: dict[str, float], packin
         weight_N=row_weight_N * mask_N,
         rollout_N=torch.cat([torch.full((len(rollout.completion_T),), row) for row, rollout in enumerate(rollouts)]),
         sampled_logprob_N=torch.cat([rollout.logprob_T for rollout in rollouts]),
+        routes_NMK=None if any(rollout.routes_TMK is None for rollout in rollouts) else torch.cat([rollout.routes_TMK for rollout in rollouts]),
     )
 
 

@@ -14,7 +14,7 @@ from opd.bench_config import DivergenceBenchConfig, QatBenchConfig, RolloutBench
 from opd.export_config import ExportConfig, check_export
 from opd.loss_config import LossConfig
 from opd.quant_config import QuantConfig
-from opd.ranges import check_evaluated, check_loss, check_ranges, check_rollout, check_schedules, check_start
+from opd.ranges import check_evaluated, check_loss, check_ranges, check_rollout, check_routes, check_schedules, check_start
 from opd.start_config import CheckConfig, WarmupConfig
 from rollout.config import ModelConfig, RolloutConfig
 from rollout.errors import first_sentence
@@ -55,6 +55,8 @@ class StudentConfig(ModelConfig):
     router: whether routing may change.
     router_bias_speed: change of the balance bias per step (DeepSeek-V3's rule; router=train only).
     router_balance_loss: weight of the sequence-wise balance loss (router=train only).
+    replay_routes: route the states that predict sampled tokens, in training, to the experts that the sampler chose (opd/route_replay.py), which
+        rollout.record_routes, or a replayed run, has to have recorded.
     router_probe_every: steps between two comparisons of the routing with that of step 0.
     """
 
@@ -64,6 +66,7 @@ class StudentConfig(ModelConfig):
     router: Router = Router.frozen
     router_bias_speed: float = 0.0
     router_balance_loss: float = 0.0
+    replay_routes: bool = False
     router_probe_every: int = 20
 
 
@@ -303,7 +306,10 @@ def parse(config: DictConfig, schema: type) -> Any:
     if isinstance(parsed, DistillConfig):
         check_loss(parsed.loss, parsed.teachers, parsed.rollout)
         check_rollout(parsed.rollout)
+        check_routes(parsed.student.replay_routes, parsed.rollout)
         check_start(parsed.check, parsed.warmup, parsed.domains)
+    if isinstance(parsed, SpecializeConfig) and parsed.student.replay_routes:
+        raise ValueError("student.replay_routes=true would be ignored: opd specialize trains on answers that no one sampled, which have no routes: remove it")
     if isinstance(parsed, ExportConfig):
         check_export(parsed)
     if isinstance(parsed, EvaluateConfig) and parsed.teachers.signal is not SignalKind.hidden_states:

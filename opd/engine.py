@@ -30,7 +30,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from opd.batch import MicroBatch, require_packing
-from opd.config import DistillConfig, OptimConfig, OptimizerKind, Router, RunConfig
+from opd.config import DistillConfig, OptimConfig, OptimizerKind, Router, RunConfig, StudentConfig
 from opd.distributed import Group, num_ranks, reduce_sum
 from opd.divergence import ModelStates, full_divergence, with_temperature
 from opd.divergence_passes import require_backend
@@ -39,6 +39,7 @@ from opd.loss_config import LossConfig
 from opd.optim import learning_rate_factor, parameter_groups
 from opd.qat import ExpertQuantizer, code_metrics
 from opd.quant_config import ExpertFormat
+from opd.route_replay import RouteReplay
 from opd.routing import RoutingRecorder
 from opd.tiles import Targets, TokenLosses
 from rollout.compiler import has_compiler
@@ -62,16 +63,19 @@ OWNED_KEYS = {
 class TrainedModel(nn.Module):
     """Student and loss in one module: micro-batch (and teacher head) -> weighted loss, per-token losses."""
 
-    def __init__(self, model: PreTrainedModel, vocab_size: int, balance_loss: float, loss: LossConfig, sampling_temperature: float | None):
+    def __init__(self, model: PreTrainedModel, vocab_size: int, cfg: StudentConfig, loss: LossConfig, sampling_temperature: float | None):
         """sampling_temperature: at which the student's log-probability of its own tokens is wanted; None: it is not."""
         super().__init__()
-        self.model, self.vocab_size, self.balance_loss, self.loss, self.sampling_temperature = model, vocab_size, balance_loss, loss, sampling_temperature
+        self.model, self.vocab_size, self.loss, self.sampling_temperature = model, vocab_size, loss, sampling_temperature
+        self.balance_loss, self.replay = cfg.router_balance_loss, RouteReplay(model, cfg.replay_routes)
         self.transform = logit_transform(model.config, "student")
         self.recorder = RoutingRecorder(model)
 
     def forward(self, batch: MicroBatch, teacher_head: OutputHead | None, balance_scale: float) -> tuple[torch.Tensor, TokenLosses]:
-        student = self.states(batch)
         signal = signal_of(batch, teacher_head)
+        student = self.states(batch, replays=signal is not None)
+        if batch.routes_NMK is not None and signal is not None:
+            self.recorder.compare(batch.routes_NMK, batch.position_N, batch.mask_N & (not batch.is_filler), self.replay.own)
         if signal is None:
             loss, losses = cross_entropy(student, batch.target_N, batch.weight_N, self.vocab_size)
         else:
@@ -82,8 +86,9 @@ class TrainedModel(nn.Module):
             loss = loss + self.balance_loss * balance_scale * self.recorder.balance_loss(batch.counted_BL)
         return loss, losses
 
-    def states(self, batch: MicroBatch) -> ModelStates:
-        """The student's states that predict the completion tokens."""
+    def states(self, batch: MicroBatch, replays: bool = False) -> ModelStates:
+        """The student's states that predict the completion tokens, with the sampler's routes where asked to and where the run replays any."""
+        self.replay.set(batch if replays else None)
         return student_states(self.model, batch, self.transform)
 
 
@@ -95,7 +100,7 @@ class Engine:
         self.model = student.to(device)
         loss, temperature = (cfg.loss, cfg.rollout.comparable_temperature) if isinstance(cfg, DistillConfig) else (LossConfig(), None)
         require_backend(loss.backend, device)
-        self.trained = TrainedModel(self.model, vocab_size, cfg.student.router_balance_loss, loss, temperature)
+        self.trained = TrainedModel(self.model, vocab_size, cfg.student, loss, temperature)
         self.recorder = self.trained.recorder
         if cfg.batch.packing:
             require_packing(student.config.model_type)
@@ -208,7 +213,7 @@ class Engine:
     @torch.no_grad()
     def target_logprob(self, batch: MicroBatch) -> torch.Tensor:
         """The student's log-probability of each completion token [N] at the temperature that sampled it; every rank has to call it."""
-        student = self.trained.states(batch)
+        student = self.trained.states(batch, replays=True)
         student = replace(student, transform=with_temperature(student.transform, self.trained.sampling_temperature))
         with self._gathered([student.head_VD]):
             _, losses = cross_entropy(student, batch.target_N, batch.weight_N, self.trained.vocab_size)
@@ -225,6 +230,7 @@ class Engine:
 
     def probe_routing(self, batch: MicroBatch) -> dict[str, float]:
         """Share of routing decisions unchanged since the first call (opd/routing.py); every rank has to call it."""
+        self.trained.replay.set(None)
         return self.recorder.probe(backbone_of(self.model), batch.tokens_BL.to(self.device), batch.real_BL)
 
     def save(self, folder: Path, tag: str) -> None:

@@ -28,6 +28,8 @@ Step 0 holds what was measured before training. Names:
                       (record of step 0): opd/signal_figures.py says what each is
     warmup/D/truncated, accuracy, first_loss, last_loss       of the teacher's answers; loss per token at the first and last update (record of step 0)
     optim/lr, grad_norm, clipped, update_to_weight (muon: muon_lr in place of grad_norm and clipped)
+    router/agreement                          share of the recorded choices (token of the loss, layer, expert) that the trainer's router makes too, where
+                      routes are recorded (rollout.record_routes); hash-routed layers count and always agree
     router/layer_LL/load_entropy, load_entropy_change, dead_experts, routed_as_at_start
     quant/D/kl_per_token                      KL(student with unquantised experts || student), on some rollouts of the step
     quant/indexer_recall                      share of the entries that the unquantised indexer would keep among those the FP4 one keeps (queries with a choice)

@@ -89,6 +89,17 @@ def check_loss(loss: LossConfig, teachers: TeachersConfig, rollout: RolloutConfi
     _check_estimator(loss, teachers.signal, rollout)
 
 
+def check_routes(replays: bool, rollout: RolloutConfig) -> None:
+    """Raises ValueError where routes are asked for that are not recorded. replays: student.replay_routes."""
+    if rollout.record_routes and rollout.sampler is not SamplerKind.local:
+        kind = rollout.sampler.value
+        raise ValueError(f"rollout.sampler={kind} does not say which experts it chose: use rollout.sampler=local, or leave out rollout.record_routes")
+    if rollout.record_routes and rollout.replay is not None:
+        raise ValueError("rollout.replay samples nothing, so rollout.record_routes would be ignored: leave it out")
+    if replays and not rollout.record_routes and rollout.replay is None:
+        raise ValueError("student.replay_routes=true has no routes to replay: set rollout.record_routes=true, or remove it")
+
+
 def _check_estimator(loss: LossConfig, signal: SignalKind, rollout: RolloutConfig) -> None:
     if signal is not SignalKind.hidden_states:
         if loss.policy_gradient:

@@ -16,6 +16,7 @@ from rollout.config import SamplerKind
 from rollout.model import context_length, end_tokens
 from rollout.prompts import PromptMixture, load_prompts, require_answers, require_no_overlap
 from rollout.replay import load_rollouts, replay_file
+from rollout.routes import require_routers
 from rollout.sampler import LocalSampler
 from rollout.service import SamplerService
 from rollout.service_process import WorkerSpec
@@ -46,12 +47,14 @@ def build_stream(
     excluded: domains that are asked for no prompts (any more), as those whose teachers are dropped.
 
     Raises ValueError for what `load_prompts` refuses, training rows that overlap with held-out prompts, an impossible length, answers that a grader
-    would miss, and replay files that are not there.
+    would miss, replay files that are not there, and routes of a student that routes nothing.
     """
     context = context_length(student.config, "student")
     longest = context - cfg.rollout.max_new_tokens
     if longest < 1:
         raise ValueError(f"rollout.max_new_tokens={cfg.rollout.max_new_tokens} leaves no room for a prompt in the student's {context} positions")
+    if cfg.rollout.record_routes or cfg.student.replay_routes:
+        require_routers(student, "student")
     held_out = {name: domain.held_out for name, domain in cfg.domains.items()}
     prompts = load_prompts({name: domain.prompts for name, domain in cfg.domains.items()}, tokenizer, longest, held_out)
     require_no_overlap(prompts)

@@ -8,45 +8,33 @@ Balance without a loss: after each step the bias of an expert that had fewer tok
 one with more falls (DeepSeek-V3, arXiv:2412.19437, 2.1.2; kept by V4). The sequence-wise loss is sum_i f_i P_i with
 f_i = E / (K T) count_i and P_i the mean normalised affinity of a sequence's T tokens to expert i (same source, eqs. 17-20).
 
-B: rows. L: positions. N: real tokens of the probe. E: experts. K: experts per token.
+B: rows. L: positions. N: real tokens of the probe, or completion tokens of a micro-batch. M: layers with routed experts. E: experts. K: experts per token.
 """
 
 import torch
 from torch import nn
 
 from opd.distributed import Group, broadcast_object, reduce_sum
-from rollout.experts import find_experts
+from rollout.routes import choice_of, find_routers
 
-ROUTER_NAMES = ("gate", "router")
 BALANCE_BIAS = "e_score_correction_bias"
 """Buffer of a router that is added to its scores when experts are chosen."""
 HASH_TABLE = "tid2eid"
 """Buffer of a hash router: token id -> experts."""
 
 
-def find_routers(model: nn.Module) -> dict[str, nn.Module]:
-    """The router beside each module of routed experts, by name. Raises ValueError where experts have no router beside them."""
-    routers = {}
-    for name in find_experts(model):
-        parent = name.rsplit(".", 1)[0]
-        children = dict(model.get_submodule(parent).named_children())
-        found = [child for child in ROUTER_NAMES if child in children]
-        if not found:
-            raise ValueError(f"the routed experts {name} have no router named {' or '.join(ROUTER_NAMES)} beside them: this family is not supported")
-        routers[f"{parent}.{found[0]}"] = children[found[0]]
-    return routers
-
-
 class RoutingRecorder:
     """Counts where tokens are routed, during training forwards.
 
     counts: per layer, tokens of each expert [E] since `start_step`; of this rank until `sum_ranks`, then of all.
+    agreement: (recorded choices that the routers made too, recorded choices) since then, likewise; None where nothing was compared.
     """
 
     def __init__(self, model: nn.Module):
         self.routers = find_routers(model)
         self.last: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
         self.counts: dict[str, torch.Tensor] = {}
+        self.agreement: torch.Tensor | None = None
         self.forget()
         for name, router in self.routers.items():
             router.register_forward_hook(self._hook(name))
@@ -59,7 +47,7 @@ class RoutingRecorder:
         self.probe_experts: dict[str, torch.Tensor] = {}
 
     def start_step(self) -> None:
-        self.counts = {}
+        self.counts, self.agreement = {}, None
 
     def count(self, real_BL: torch.Tensor) -> None:
         """Add the last forward's routing to the counts; `real_BL` is False on padding."""
@@ -68,12 +56,27 @@ class RoutingRecorder:
             counts_E = torch.bincount(chosen, minlength=logits.shape[-1]).double()
             self.counts[name] = self.counts.get(name, 0) + counts_E
 
+    def compare(self, routes_NMK: torch.Tensor, position_N: torch.Tensor, mask_N: torch.Tensor, own: dict[str, torch.Tensor]) -> None:
+        """Add the last forward to the agreement: recorded experts of the masked tokens that are among those the router chose, as sets.
+
+        own: what a router chose itself, where its choice was replayed.
+        """
+        matched = torch.zeros((), dtype=torch.float64, device=mask_N.device)
+        for layer, (name, (_, indices)) in enumerate(self.last.items()):
+            chosen_NK = own.get(name, indices).reshape(-1, indices.shape[-1])[position_N]
+            is_matched_NK = (routes_NMK[:, layer, :, None] == chosen_NK[:, None, :]).any(-1)
+            matched += (is_matched_NK & mask_N[:, None]).sum()
+        compared = torch.stack([matched, mask_N.sum().double() * routes_NMK.shape[1] * routes_NMK.shape[2]])
+        self.agreement = compared if self.agreement is None else self.agreement + compared
+
     def sum_ranks(self) -> None:
         """Add up the counts of all ranks, in one reduction; once per step, before `metrics` and `update_bias`."""
         if self.counts:
             sizes = [len(counts_E) for counts_E in self.counts.values()]
-            summed = reduce_sum(torch.cat(list(self.counts.values())), Group.data).split(sizes)
+            agreement = torch.zeros_like(next(iter(self.counts.values()))[:2]) if self.agreement is None else self.agreement
+            *summed, agreement = reduce_sum(torch.cat([*self.counts.values(), agreement]), Group.data).split([*sizes, 2])
             self.counts = dict(zip(self.counts, summed, strict=True))
+            self.agreement = agreement if agreement[1] else None
 
     def balance_loss(self, real_BL: torch.Tensor) -> torch.Tensor:
         """Sum over the rows of the last forward, and mean over layers, of the sequence-wise balance loss; a row without a real token adds 0.
@@ -101,8 +104,8 @@ class RoutingRecorder:
                 bias_E += speed * torch.sign(counts_E.mean() - counts_E).to(bias_E)
 
     def metrics(self) -> dict[str, float]:
-        """Load entropy (nats, and its change since the first step) and dead experts of each layer."""
-        result = {}
+        """Load entropy (nats, and its change since the first step) and dead experts of each layer; agreement with the recorded routes."""
+        result = {} if self.agreement is None else {"router/agreement": float(self.agreement[0] / self.agreement[1])}
         for layer, (name, counts_E) in enumerate(self.counts.items()):
             share_E = counts_E / counts_E.sum()
             entropy = -float(torch.special.xlogy(share_E, share_E).sum())
@@ -138,10 +141,7 @@ class RoutingRecorder:
 
     def _hook(self, name: str):
         def note(_module, _inputs, output) -> None:
-            if not (isinstance(output, tuple) and len(output) == 3):
-                raise ValueError(f"the router {name} does not return (logits, weights, chosen experts): this family is not supported")
-            logits, _weights, indices = output
-            self.last[name] = (logits, indices)
+            self.last[name] = choice_of(name, output)
 
         return note
 

@@ -19,6 +19,7 @@ from opd.gradient_share import gradient_shares
 from opd.metrics import DomainTotals, add_losses, loss_metrics, teacher_loss_metrics
 from opd.mismatch import mask_mismatched
 from opd.quant_config import ExpertFormat
+from opd.route_replay import require_routes
 from rollout.config import schedule_value
 from rollout.replay import rollout_key
 from rollout.types import Rollout
@@ -29,6 +30,7 @@ from teachers.types import ScoredRollout
 
 def update(engine: Engine, teachers: TeacherPool, scored: list[ScoredRollout], cfg: DistillConfig) -> dict[str, float]:
     """Distil one step's scored rollouts (this rank's) into the student; returns the step's metrics."""
+    require_routes([item.rollout for item in scored], cfg.student.replay_routes, len(engine.recorder.routers))
     scored, masked = mask_mismatched(engine, teachers.recovered(scored), cfg)
     weights, metrics = domain_weights([item.rollout for item in scored], cfg, engine.policy_step)
     batches = distillation_batches(scored, weights, cfg.batch)

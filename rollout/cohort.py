@@ -10,11 +10,12 @@ Rows leave when they end: once half of the rows have, the rest goes on at half t
 its number of rows in the last bits, so the same cohort always gives the same bits, whatever is replayed, while another cohort changes
 a row by rounding (about 1e-6 in fp32). `fixed_width` keeps all rows, dummies in the place of those that ended.
 
-W: rows of the cohort. P: prompts, not more than rows. L: positions read at once. V: vocabulary.
+W: rows of the cohort. P: prompts, not more than rows. L: positions read at once. V: vocabulary. M: layers with routed experts. K: experts per token.
 """
 
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -22,6 +23,7 @@ import torch
 from transformers import DynamicCache, PreTrainedModel
 
 from rollout.config import SamplingConfig
+from rollout.routes import RouteListener
 from rollout.sampling import draw, uniform
 from rollout.types import Prompt
 from rollout.wal import RECORD, prompt_checksum
@@ -35,12 +37,16 @@ AppendToLog = Callable[[np.ndarray], None]
 
 @dataclass(slots=True)
 class Completion:
-    """A completion under way. tokens and logprobs may begin with what was logged before an interruption."""
+    """A completion under way. tokens and logprobs may begin with what was logged before an interruption.
+
+    routes: of each token, [M, K], where they are recorded (rollout/routes.py); of logged tokens from when they are fed again.
+    """
 
     prompt: Prompt
     sample: int
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
+    routes: list[torch.Tensor] = field(default_factory=list)
 
     def is_finished(self, end_tokens: tuple[int, ...]) -> bool:
         return bool(self.tokens) and self.tokens[-1] in end_tokens
@@ -114,6 +120,7 @@ class Cohort:
         self.device, self.end_tokens = policy.model.device, end_tokens_of(policy, cfg)
         self.num_prompts = cfg.decode_width // (1 + max(row.sample for row in rows))  # read at once, where there are as many
         self.figures = DecodingFigures()
+        self.listener = RouteListener(policy.model) if cfg.record_routes else None
         self.length_W = np.array([len(row.prompt.tokens) for row in rows])
         self.given_W = self.length_W + [len(row.tokens) for row in rows]
         self.limit_W = self.length_W + cfg.max_new_tokens
@@ -133,7 +140,7 @@ class Cohort:
         """
         if append_to_log is not None:
             self._log(append_to_log, self._given_records())
-        if all(row.is_done(self.end_tokens, self.cfg) for row in self.rows):
+        if self.listener is None and all(row.is_done(self.end_tokens, self.cfg) for row in self.rows):
             return
         position, begun = int(self.length_W.min()), time.monotonic()
         cache, logits_WV = self._prefill(position)
@@ -147,7 +154,7 @@ class Cohort:
             if self.live_W.any():
                 slot_W = self._narrow(cache, slot_W)
                 feed_W1 = torch.from_numpy(self.tokens_WL[slot_W, position])[:, None].to(self.device)
-                logits_WV = self.policy.model(input_ids=feed_W1, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
+                logits_WV = self._read(feed_W1, cache)
             self.figures.decode_seconds += time.monotonic() - begun
             yield int(self.live_W.sum())
             if not self.live_W.any():
@@ -162,7 +169,7 @@ class Cohort:
         chosen_P = self._with_dummies(np.array(list(first.values())), max(len(first), self.num_prompts))
         cache = DynamicCache(config=self.policy.model.config)
         tokens_PL = torch.from_numpy(self.tokens_WL[chosen_P, :length]).to(self.device)
-        logits_PV = self.policy.model(input_ids=tokens_PL, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
+        logits_PV = self._read(tokens_PL, cache)
         self.figures.prefilled += len(first) * length
         self.figures.prefill_slots += tokens_PL.numel()
         place = {request: place for place, request in enumerate(first)}
@@ -171,7 +178,14 @@ class Cohort:
             return cache, logits_PV
         keep_W = torch.from_numpy(source_W).to(self.device)
         cache.reorder_cache(keep_W)
+        if self.listener is not None:
+            self.listener.reorder(keep_W)
         return cache, logits_PV[keep_W]
+
+    def _read(self, tokens_WL: torch.Tensor, cache: DynamicCache) -> torch.Tensor:
+        """Logits [W, V] after the tokens, which go into the cache."""
+        with nullcontext() if self.listener is None else self.listener.listening(len(tokens_WL)):
+            return self.policy.model(input_ids=tokens_WL, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
 
     def _narrow(self, cache: DynamicCache, slot_W: np.ndarray) -> np.ndarray:
         """Let the rows that have ended leave, where the others fit into half the width; returns which row now stands where."""
@@ -190,6 +204,8 @@ class Cohort:
         place = np.full(len(self.rows), -1)
         place[slot_W[::-1]] = np.arange(len(slot_W))[::-1]  # of a row and its dummies, the row
         in_completion_W = self.live_W & (self.length_W <= position)
+        for row in np.flatnonzero(in_completion_W).tolist() if self.listener is not None else ():
+            self.rows[row].routes.append(self.listener.last_WMK[place[row]])
         rows = np.flatnonzero(in_completion_W & (self.given_W <= position))
         tokens, logprobs = token_W[place[rows]], logprob_W[place[rows]]
         if not np.isfinite(logprobs).all():

@@ -6,12 +6,17 @@ objects, one per rollout of the whole step, over all ranks, in request order:
     {"domain", "request", "row", "sample", "prompt": [ids], "answer": str|null, "completion": [ids],
      "mask": [0|1], "logprob": [floats], "finished": bool, "policy_step": int}
 
+and, where routes were recorded, "routes": {"dtype": "uint8"|"int16", "shape": [tokens, layers, experts per token], "data": base64 of the numbers, row by
+row, little-endian}.
+
 Log-probabilities are written with nine significant digits, which is enough to read the same float32 back.
 """
 
+import base64
 import json
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from rollout.files import replace_text
@@ -69,6 +74,7 @@ def rollout_key(rollout: Rollout) -> tuple[int, int]:
 
 
 def _to_json(rollout: Rollout) -> dict:
+    routes = {} if rollout.routes_TMK is None else {"routes": _routes_to_json(rollout.routes_TMK.numpy())}
     return {
         "domain": rollout.prompt.domain,
         "request": rollout.prompt.request,
@@ -81,6 +87,7 @@ def _to_json(rollout: Rollout) -> dict:
         "logprob": [float(f"{value:.9g}") for value in rollout.logprob_T.tolist()],
         "finished": rollout.finished,
         "policy_step": rollout.policy_step,
+        **routes,
     }
 
 
@@ -100,4 +107,16 @@ def _from_json(record: dict) -> Rollout:
         sample=record["sample"],
         finished=record["finished"],
         policy_step=record["policy_step"],
+        routes_TMK=_routes_from_json(record["routes"]) if "routes" in record else None,
     )
+
+
+def _routes_to_json(routes: np.ndarray) -> dict:
+    data = base64.b64encode(routes.astype(routes.dtype.newbyteorder("<")).tobytes()).decode()
+    return {"dtype": routes.dtype.name, "shape": list(routes.shape), "data": data}
+
+
+def _routes_from_json(record: dict) -> torch.Tensor:
+    dtype = np.dtype(record["dtype"])
+    numbers = np.frombuffer(base64.b64decode(record["data"]), dtype.newbyteorder("<"))
+    return torch.from_numpy(numbers.astype(dtype).reshape(record["shape"]))

@@ -150,4 +150,5 @@ def rollout_of(completion: Completion, end_tokens: tuple[int, ...], policy_step:
         sample=completion.sample,
         finished=completion.is_finished(end_tokens),
         policy_step=policy_step,
+        routes_TMK=torch.stack(completion.routes) if completion.routes else None,
     )

@@ -1,6 +1,6 @@
-"""What travels from the sampler to the trainer. All tensors are one-dimensional and on the CPU.
+"""What travels from the sampler to the trainer. All tensors are on the CPU.
 
-T: tokens of one completion.
+T: tokens of one completion. M: layers with routed experts. K: experts per token.
 """
 
 from dataclasses import dataclass
@@ -33,6 +33,7 @@ class Rollout:
     completion_T: int64 ids, the end-of-sequence token included when it was sampled.
     completion_mask_T: bool; True on tokens that enter the loss (environment tokens of an agent are False).
     logprob_T: float32 log-probability of each token under the policy and temperature that sampled it.
+    routes_TMK: uint8 or int16, the experts chosen in each layer for the state that predicted each token (rollout/routes.py); None: not recorded.
     sample: index among the completions of the same prompt.
     finished: the completion ended with an end-of-sequence token; False is a truncated one.
     policy_step: the step whose weights sampled it.
@@ -45,6 +46,7 @@ class Rollout:
     sample: int
     finished: bool
     policy_step: int
+    routes_TMK: torch.Tensor | None = None
 
     @property
     def num_loss_tokens(self) -> int:

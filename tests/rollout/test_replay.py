@@ -23,6 +23,15 @@ def golden_rollouts(make_rollout) -> list[Rollout]:
     return [replace(rollout, prompt=replace(rollout.prompt, row=row)) for rollout, row in zip(made, rows, strict=True)]
 
 
+@pytest.fixture
+def golden_routes(make_rollout) -> list[Rollout]:
+    """The rollouts of tests/golden/rollouts/step-000013.jsonl: routes of few experts, of many, and none."""
+    few, many = torch.tensor([[[0, 7], [255, 1]], [[3, 4], [5, 6]]], dtype=torch.uint8), torch.tensor([[[300], [2]]], dtype=torch.int16)
+    made = [make_rollout("law", [1, 5], [9, 2], request=52, routes_TMK=few, policy_step=13)]
+    made.append(make_rollout("code", [1], [2], request=53, routes_TMK=many, policy_step=13))
+    return [*made, make_rollout("code", [1], [2], request=54, policy_step=13)]
+
+
 def assert_bit_equal(left: list[Rollout], right: list[Rollout]) -> None:
     assert len(left) == len(right)
     for a, b in zip(left, right, strict=True):
@@ -30,6 +39,10 @@ def assert_bit_equal(left: list[Rollout], right: list[Rollout]) -> None:
         for ours, theirs in ((a.completion_T, b.completion_T), (a.completion_mask_T, b.completion_mask_T), (a.logprob_T, b.logprob_T)):
             assert ours.dtype == theirs.dtype
             assert torch.equal(ours, theirs)
+        assert (a.routes_TMK is None) == (b.routes_TMK is None)
+        if a.routes_TMK is not None:
+            assert a.routes_TMK.dtype == b.routes_TMK.dtype
+            assert torch.equal(a.routes_TMK, b.routes_TMK)
 
 
 def test_a_step_is_written_as_the_golden_file(golden_rollouts, golden_dir, tmp_path):
@@ -39,6 +52,15 @@ def test_a_step_is_written_as_the_golden_file(golden_rollouts, golden_dir, tmp_p
 
 def test_the_golden_file_reads_back_bit_equal(golden_rollouts, golden_dir):
     assert_bit_equal(load_rollouts(replay_file(golden_dir, 12)), golden_rollouts)
+
+
+def test_routes_are_written_as_the_golden_file(golden_routes, golden_dir, tmp_path):
+    save_rollouts(replay_file(tmp_path, 13), 13, golden_routes)
+    assert replay_file(tmp_path, 13).read_bytes() == replay_file(golden_dir, 13).read_bytes()
+
+
+def test_routes_read_back_bit_equal(golden_routes, golden_dir):
+    assert_bit_equal(load_rollouts(replay_file(golden_dir, 13)), golden_routes)
 
 
 def test_rollouts_are_written_in_request_and_sample_order(golden_rollouts, golden_dir, tmp_path):
