@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,8 +16,10 @@ import pytest
 from opd.__main__ import load_config
 from opd.distill import distill
 from rollout.model import save_model
+from rollout.replay import load_rollouts, replay_file, save_rollouts
 
 NUM_STEPS = 20
+NUM_QUANTIZED_STEPS = 8
 STAGES = ["zero1", "zero2", "zero3"]
 SETTINGS = [
     "domain=[arithmetic,tools]",
@@ -52,9 +55,13 @@ def python(*arguments: str) -> subprocess.CompletedProcess:
     return result
 
 
+def records(run_dir: Path) -> list[dict[str, float]]:
+    """Of the steps after training began."""
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()][1:]
+
+
 def losses(run_dir: Path) -> list[float]:
-    records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    return [record["step/loss"] for record in records if record["step"] > 0]
+    return [record["step/loss"] for record in records(run_dir)]
 
 
 @pytest.fixture(scope="module")
@@ -70,9 +77,20 @@ def settings(tmp_path_factory, tokenizer, new_student) -> list[str]:
 
 @pytest.fixture(scope="module")
 def saved_run(tmp_path_factory, settings, device) -> Path:
-    """A run in one process that sampled its rollouts and saved them."""
+    """A run in one process that sampled its rollouts and saved them, with their routes."""
     run_dir = tmp_path_factory.mktemp("runs") / "saved"
-    distill(load_config("distill", [*settings, f"run_dir={run_dir}", "rollout.save=true", "check.signal=warn"]))
+    distill(load_config("distill", [*settings, f"run_dir={run_dir}", "rollout.save=true", "rollout.record_routes=true", "check.signal=warn"]))
+    return run_dir
+
+
+@pytest.fixture(scope="module")
+def far_off(tmp_path_factory, saved_run) -> Path:
+    """The saved rollouts of three steps, as if a sampler had been off by 1 in the log-probabilities of each fourth one."""
+    run_dir = tmp_path_factory.mktemp("runs") / "far_off"
+    for step in range(3):
+        rollouts = load_rollouts(replay_file(saved_run, step))
+        shifted = [replace(rollout, logprob_T=rollout.logprob_T + (number % 4 == 1)) for number, rollout in enumerate(rollouts)]
+        save_rollouts(replay_file(run_dir, step), step, shifted)
     return run_dir
 
 
@@ -80,17 +98,24 @@ def saved_run(tmp_path_factory, settings, device) -> Path:
 def quantized_run(tmp_path_factory, settings, saved_run) -> Path:
     """A run in one process that trained under FP4 on the saved rollouts."""
     run_dir = tmp_path_factory.mktemp("runs") / "quantized"
-    distill(load_config("distill", [*settings, f"run_dir={run_dir}", f"rollout.replay={saved_run}", "quant=mxfp4_experts"]))
+    distill(load_config("distill", [*settings, f"run_dir={run_dir}", f"rollout.replay={saved_run}", "quant=mxfp4_experts", f"num_steps={NUM_QUANTIZED_STEPS}"]))
     return run_dir
 
 
 @pytest.fixture(scope="module")
-def two_ranks(tmp_path_factory, settings, saved_run) -> tuple[Path, str]:
-    """Folder of the runs on two ranks, and what they wrote to stderr: "none/zero1" and so on replay the saved run, "live" samples, at ZeRO-3."""
+def two_ranks(tmp_path_factory, settings, saved_run, far_off) -> tuple[Path, str]:
+    """Folder of the runs on two ranks, and what they wrote to stderr: "none/zero1" and so on replay the saved run, "routes" with its routes, "live" samples
+    beside it at ZeRO-3, and "masked" leaves out rollouts of those that are far off.
+    """
     folder = tmp_path_factory.mktemp("two_ranks")
     runs = [[*settings, f"run_dir={folder / 'live'}", f"rollout.compare={saved_run}", "num_steps=3", "check.signal=warn", "deepspeed=zero3"]]
     for quant, stage in itertools.product(("none", "mxfp4_experts"), STAGES):
-        runs.append([*settings, f"run_dir={folder / quant / stage}", f"rollout.replay={saved_run}", f"deepspeed={stage}", f"quant={quant}"])
+        steps = NUM_STEPS if quant == "none" else NUM_QUANTIZED_STEPS
+        arguments = [f"run_dir={folder / quant / stage}", f"rollout.replay={saved_run}", f"deepspeed={stage}", f"quant={quant}", f"num_steps={steps}"]
+        runs.append([*settings, *arguments])
+    short = [*settings, "num_steps=3", "deepspeed=zero3"]
+    runs.append([*short, f"run_dir={folder / 'routes'}", f"rollout.replay={saved_run}", "student.replay_routes=true"])
+    runs.append([*short, f"run_dir={folder / 'masked'}", f"rollout.replay={far_off}", "rollout.max_mismatch=0.1"])
     (folder / "runs.json").write_text(json.dumps(runs))
     (folder / "script.py").write_text(SCRIPT)
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
@@ -108,12 +133,29 @@ def test_two_ranks_give_the_loss_trace_of_one_on_saved_rollouts(stage, saved_run
 
 
 @pytest.mark.multi
+def test_two_ranks_that_replay_routes_give_the_loss_trace_of_the_run_that_recorded_them(saved_run, two_ranks):
+    found = records(two_ranks[0] / "routes")
+    assert [record["step/loss"] for record in found] == pytest.approx(losses(saved_run)[:3], rel=1e-5)
+    assert [record["router/agreement"] for record in found] == [1.0] * 3
+
+
+@pytest.mark.multi
+def test_two_ranks_leave_out_the_rollouts_that_one_leaves_out(far_off, settings, two_ranks, tmp_path):
+    distill(load_config("distill", [*settings, "num_steps=3", f"run_dir={tmp_path}", f"rollout.replay={far_off}", "rollout.max_mismatch=0.1"]))
+    found, expected = records(two_ranks[0] / "masked"), records(tmp_path)
+    assert losses(tmp_path) == pytest.approx(losses(two_ranks[0] / "masked"), rel=1e-5)
+    for name in ("domain/arithmetic/masked", "domain/tools/masked"):
+        assert [record[name] for record in found] == [record[name] for record in expected]
+        assert 0 < found[0][name] < 1
+
+
+@pytest.mark.multi
 @pytest.mark.parametrize("stage", STAGES)
 def test_under_fp4_two_ranks_give_the_first_loss_of_one_and_stay_close(stage, quantized_run, saved_run, two_ranks):
     """A code that flips amplifies rounding, so later steps agree to 1e-3 only."""
     folder, _ = two_ranks
     expected, found = losses(quantized_run), losses(folder / "mxfp4_experts" / stage)
-    assert len(found) == NUM_STEPS
+    assert len(found) == NUM_QUANTIZED_STEPS
     assert found[0] == pytest.approx(expected[0], rel=1e-5)
     assert found == pytest.approx(expected, rel=1e-3)
     assert abs(expected[0] - losses(saved_run)[0]) > 1e-3, "FP4 has to change the loss, or the comparison shows nothing"
