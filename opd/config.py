@@ -14,7 +14,7 @@ from opd.bench_config import DivergenceBenchConfig, QatBenchConfig, RolloutBench
 from opd.export_config import ExportConfig, check_export
 from opd.loss_config import LossConfig
 from opd.quant_config import QuantConfig
-from opd.ranges import check_evaluated, check_loss, check_ranges, check_rollout, check_routes, check_schedules, check_start
+from opd.ranges import check_evaluated, check_loss, check_profile, check_ranges, check_rollout, check_routes, check_schedules, check_start
 from opd.start_config import CheckConfig, WarmupConfig
 from rollout.config import ModelConfig, RolloutConfig
 from rollout.errors import first_sentence
@@ -154,6 +154,18 @@ class LoggerConfig:
 
 
 @dataclass(slots=True)
+class ProfileConfig:
+    """Trace of torch's profiler over a few steps (opd/profiling.py).
+
+    steps: the first and the last step to trace, as numbered in metrics.jsonl; empty traces none.
+    all_ranks: trace every rank, not the main one alone.
+    """
+
+    steps: list[int] = field(default_factory=list)
+    all_ranks: bool = False
+
+
+@dataclass(slots=True)
 class RunConfig:
     """What every training command has.
 
@@ -165,7 +177,7 @@ class RunConfig:
     student: the model being trained.
     domains: by name, what is learnt.
     quant: what of the student trains under quantisation.
-    batch, optim, evaluation, checkpoint, logger: settings of these parts.
+    batch, optim, evaluation, checkpoint, logger, profile: settings of these parts.
     deepspeed: DeepSpeed's own JSON schema, passed through, without the keys that other settings own.
     """
 
@@ -183,6 +195,7 @@ class RunConfig:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logger: LoggerConfig = field(default_factory=LoggerConfig)
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
 
 
 @dataclass(slots=True)
@@ -303,6 +316,8 @@ def parse(config: DictConfig, schema: type) -> Any:
         raise ValueError(f"{error.full_key}: {first_sentence(error)}") from error
     check_ranges(parsed)
     check_schedules(parsed)
+    if isinstance(parsed, RunConfig):
+        check_profile(parsed.profile.steps, parsed.profile.all_ranks, parsed.num_steps)
     if isinstance(parsed, DistillConfig):
         check_loss(parsed.loss, parsed.teachers, parsed.rollout)
         check_rollout(parsed.rollout)

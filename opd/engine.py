@@ -35,6 +35,7 @@ from opd.distributed import Group, num_ranks, reduce_sum
 from opd.divergence import ModelStates, full_divergence, with_temperature
 from opd.divergence_passes import require_backend
 from opd.estimators import cross_entropy, distillation_loss, signal_of, student_states
+from opd.flops import model_flops
 from opd.loss_config import LossConfig
 from opd.optim import learning_rate_factor, parameter_groups
 from opd.qat import ExpertQuantizer, code_metrics
@@ -98,6 +99,7 @@ class Engine:
     def __init__(self, student: PreTrainedModel, vocab_size: int, cfg: RunConfig, device: torch.device):
         self.cfg, self.device = cfg, device
         self.model = student.to(device)
+        model_flops(student)  # counts once, and not in the first step, whose seconds it would change
         loss, temperature = (cfg.loss, cfg.rollout.comparable_temperature) if isinstance(cfg, DistillConfig) else (LossConfig(), None)
         require_backend(loss.backend, device)
         self.trained = TrainedModel(self.model, vocab_size, cfg.student, loss, temperature)

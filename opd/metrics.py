@@ -34,7 +34,19 @@ Step 0 holds what was measured before training. Names:
     quant/D/kl_per_token                      KL(student with unquantised experts || student), on some rollouts of the step
     quant/indexer_recall                      share of the entries that the unquantised indexer would keep among those the FP4 one keeps (queries with a choice)
     quant/flipped, quant/scale_spread         share of FP4 values that the update changed; largest spread of scale exponents in a 128 x 128 block
-    seconds/PHASE, seconds/step (evaluation included), throughput/completion_tokens_per_second
+    seconds/PHASE     of the rank that took longest: rollout, score, update (data and update of supervised training)
+    seconds/weight_sync                       of the rollout's: the sampler taking over the trainer's weights
+    seconds/step (evaluation included), throughput/completion_tokens_per_second
+    throughput/PHASE_tokens_per_second_per_device, PHASE_mfu  what each phase gets done, and the share of the device's measured matrix rate that its FLOPs are
+                      (rollout_tokens_per_second_per_device, rollout_mfu, and so on of score and update): opd/throughput.py has the formulas
+    throughput/mfu, matmul_tflops_per_device  of all phases together; and the rate that was measured
+    work/PHASE_tokens, PHASE_flops            what these were computed from, over all ranks (rollout_tokens, score_tokens, update_tokens; _flops)
+    batch/padding, score_padding              share of the update's (the teachers') positions that were padding, or micro-batches without weight
+    balance/PHASE     slowest rank's seconds over the mean; near 1 in a phase whose ranks wait for each other
+    balance/update_positions                  busiest rank's padded positions over the mean, which the update's clock hides
+    rollout/occupancy, prompt_feed, log_share tokens drawn, and tokens of prompts or of the log fed, per row and decode step; log's share of decode seconds
+    rollout/processes_replaced                sampler processes that died or hung (rollout.sampler=service)
+    memory/peak_rss_gb, peak_gpu_gb           of the rank that needed most: since its start, and on a GPU since the record before (GB: 1e9 bytes)
     teacher/T/seconds, loads, bytes_loaded, load_seconds, load_hidden, rounding_kl          teachers/figures.py; T: its domains joined by +
     teacher/T/kl_per_token, entropy, token_share          as of domains, over all domains of the teacher; of the tokens of the loss
     teacher/T/gradient_share                  opd/gradient_share.py
@@ -52,6 +64,7 @@ from transformers import PreTrainedTokenizerBase
 from opd.batch import MicroBatch
 from opd.config import DistillConfig
 from opd.distributed import Group, reduce_max, reduce_sum
+from opd.throughput import rollout_work
 from opd.tiles import TokenLosses
 from rollout.grading import grade_rollout
 from rollout.prompts import PromptMixture
@@ -172,7 +185,7 @@ def rollout_metrics(rollouts: list[Rollout], stream: RolloutStream, cfg: Distill
             result[f"domain/{domain}/truncated"] = sums["truncated"] / sums["rollouts"]
         if sums["graded"]:
             result[f"domain/{domain}/accuracy"] = sums["score"] / sums["graded"]
-    return result
+    return result | rollout_work(rollouts, stream)
 
 
 def loss_metrics(totals: DomainTotals, is_distillation: bool) -> dict[str, float]:

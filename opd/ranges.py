@@ -131,6 +131,14 @@ def check_rollout(rollout: RolloutConfig) -> None:
         raise ValueError(f"rollout.service would be ignored with rollout.sampler={rollout.sampler.value}: write rollout.sampler=service, or remove it")
 
 
+def check_profile(steps: list[int], all_ranks: bool, num_steps: int) -> None:
+    """Raises ValueError for steps to trace that are no range within the run, and for ranks of a trace not asked for."""
+    if steps and (len(steps) != 2 or not 1 <= steps[0] <= steps[1] <= num_steps):
+        raise ValueError(f"profile.steps must be the first and the last step to trace, from 1 to num_steps={num_steps}, as [10,12], not {steps}")
+    if all_ranks and not steps:
+        raise ValueError("profile.all_ranks would be ignored without profile.steps: name the steps to trace, or remove it")
+
+
 def check_start(check: CheckConfig, cfg: WarmupConfig, domains: dict[str, DomainConfig]) -> None:
     """Raises ValueError for a check without prompts, a warm-up of no step or of a domain that the run does not have, and settings of one not asked for."""
     for name, number in (("check.prompts", check.prompts), ("warmup.prompts", cfg.prompts)):

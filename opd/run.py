@@ -7,6 +7,7 @@
     RUN/warmup.json          opd/warmup.py, with warmup=sft
     RUN/rollouts/            rollout/replay.py, with rollout.save=true
     RUN/log/                 rollout/wal.py: tokens of the steps after the last checkpoint
+    RUN/profile/             opd/profiling.py, with profile.steps
     RUN/student/             Hugging Face folder of the trained model, when the run is finished; experts that trained under FP4 hold its values in
                              the dtype of training (their masters are in the checkpoints)
     RUN/evaluation.json      opd/comparison.py (in a folder of `opd evaluate`)
@@ -39,7 +40,7 @@ from rollout.files import replace_text
 from rollout.model import save_model
 from teachers.config import RUNNING_SETTINGS, DomainConfig
 
-MAY_DIFFER = ("fresh", "threads", "logger", "checkpoint", "run_dir", "check", *(f"teachers.{name}" for name in RUNNING_SETTINGS))
+MAY_DIFFER = ("fresh", "threads", "logger", "checkpoint", "profile", "run_dir", "check", *(f"teachers.{name}" for name in RUNNING_SETTINGS))
 """Fields that may change when a run is resumed."""
 
 LOCK_FILE = ".lock"
@@ -135,7 +136,7 @@ def _clear(folder: Path, cfg: RunConfig) -> str | None:
         return f"fresh=true would delete {inside[0]}, which the run reads: choose another run_dir"
     for name in ("config.yaml", "metrics.jsonl", "wandb_id", "evaluation.json", "teachers.json", "warmup.json"):
         (folder / name).unlink(missing_ok=True)
-    for name in ("checkpoints", "rollouts", "log", "service", "weights", "student", "wandb"):
+    for name in ("checkpoints", "rollouts", "log", "service", "weights", "student", "wandb", "profile"):
         shutil.rmtree(folder / name, ignore_errors=True)
     return None
 

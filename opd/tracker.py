@@ -1,4 +1,4 @@
-"""Tracker: the run's metrics into metrics.jsonl and Weights & Biases, with seconds per phase. The only module that imports wandb.
+"""Tracker: the run's metrics into metrics.jsonl and Weights & Biases, with seconds and rates per phase. The only module that imports wandb.
 
 The file is the record; W&B gets the same numbers under the same names (opd/metrics.py). A resumed run drops the lines of steps that
 will be done again and continues the same W&B run, whose id lives in the run folder. Only the main rank writes. Text of prompts leaves
@@ -13,13 +13,19 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from torch.profiler import record_function
+
 from opd.config import LoggerConfig, LoggerKind, RunConfig
 from opd.console import ProgressDisplay
 from opd.distributed import is_main
+from opd.flops import measured_matmul_rate
 from opd.metrics import SCHEMA, headline
+from opd.profiling import StepProfiler
 from opd.run import config_dict
+from opd.throughput import memory_metrics, phase_metrics, present_device
 from rollout.errors import first_sentence
 from rollout.files import replace_text
+from rollout.model import torch_dtype
 
 
 class Tracker:
@@ -32,12 +38,14 @@ class Tracker:
         self.step_begun = time.monotonic()
         self.wandb_run = _start_wandb(run_dir, cfg.logger, config_dict(cfg)) if is_main() and cfg.logger.kind is not LoggerKind.none else None
         self.display = ProgressDisplay(visible=is_main())
+        self.dtype, self.profiler = torch_dtype(cfg.student.dtype), StepProfiler(run_dir, cfg.profile)
 
     def __enter__(self) -> "Tracker":
         self.display.__enter__()
         return self
 
     def __exit__(self, *exception) -> None:
+        self.profiler.close()
         self.display.__exit__(*exception)
         if self.wandb_run is not None:
             self.wandb_run.finish(exit_code=int(exception[0] is not None))
@@ -50,6 +58,8 @@ class Tracker:
             replace_text(self.file, "".join(line + "\n" for line in kept))
         if step:
             self.display.say(f"{self.task}: continues after step {step}")
+            self.profiler.step_done(step)
+        measured_matmul_rate(self.dtype, present_device())  # once, before the first step's clock runs
         self.step_begun = time.monotonic()
 
     def record_teachers(self, history: list[dict[str, Any]]) -> None:
@@ -59,19 +69,22 @@ class Tracker:
 
     @contextmanager
     def timer(self, phase: str) -> Iterator[None]:
-        """Add the time spent inside to a phase of the present step."""
+        """Add the time spent inside to a phase of the present step; a trace shows it under this name."""
         begun = time.monotonic()
-        yield
+        with record_function(phase):
+            yield
         self.seconds[phase] = self.seconds.get(phase, 0.0) + time.monotonic() - begun
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
-        """Write the record of a step (number of updates done) and show it."""
+        """Write the record of a step (number of updates done) and show it; every rank calls it."""
         now = time.monotonic()
-        metrics = metrics | {f"seconds/{phase}": seconds for phase, seconds in self.seconds.items()}
+        metrics = metrics | phase_metrics(metrics, self.seconds, self.dtype) | memory_metrics()
         metrics["seconds/step"] = now - self.step_begun
         if "step/completion_tokens" in metrics:
             metrics["throughput/completion_tokens_per_second"] = metrics["step/completion_tokens"] / metrics["seconds/step"]
-        self.seconds, self.step_begun = {}, now
+        begun = time.monotonic()
+        self.profiler.step_done(step)
+        self.seconds, self.step_begun = {}, now + time.monotonic() - begun  # writing a trace is no part of a step
         if not is_main():
             return
         with self.file.open("a") as file:

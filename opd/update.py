@@ -20,6 +20,7 @@ from opd.metrics import DomainTotals, add_losses, loss_metrics, teacher_loss_met
 from opd.mismatch import mask_mismatched
 from opd.quant_config import ExpertFormat
 from opd.route_replay import require_routes
+from opd.throughput import score_work, update_work
 from rollout.config import schedule_value
 from rollout.replay import rollout_key
 from rollout.types import Rollout
@@ -35,7 +36,7 @@ def update(engine: Engine, teachers: TeacherPool, scored: list[ScoredRollout], c
     weights, metrics = domain_weights([item.rollout for item in scored], cfg, engine.policy_step)
     batches = distillation_batches(scored, weights, cfg.batch)
     metrics |= _train(engine, batches, cfg, teachers)
-    return metrics | masked | teachers.metrics()
+    return metrics | masked | score_work(scored, teachers) | teachers.metrics()
 
 
 def supervised_update(engine: Engine, examples: list[Rollout], cfg: RunConfig) -> dict[str, float]:
@@ -95,6 +96,7 @@ def _train(engine: Engine, batches: list[MicroBatch], cfg: RunConfig, teachers: 
     if cfg.student.router_bias_speed:
         engine.recorder.update_bias(cfg.student.router_bias_speed)
     metrics |= engine.recorder.metrics() | loss_metrics(totals, is_distillation=teachers is not None)
+    metrics |= update_work(batches, engine.model, cfg, teachers)
     if teachers is not None:
         metrics |= teacher_loss_metrics(totals, {teachers.label(name): teachers.domains_of(name) for name in teachers.configs})
     return metrics

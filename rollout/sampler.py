@@ -52,6 +52,9 @@ class Sampler(Protocol):
     policy_step: int
     """Of the weights that it samples with."""
 
+    figures: DecodingFigures | None
+    """What the last call of `sample` took, in a sampler that knows."""
+
     def refresh(self, source: WeightSource) -> None:
         """Take over the weights of a source; rollouts sampled afterwards carry its `policy_step`."""
 

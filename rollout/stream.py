@@ -11,11 +11,13 @@ visits. A run that is taken up samples its first step with the weights it would 
 
 import logging
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 
+from rollout.cohort import DecodingFigures
 from rollout.config import RolloutConfig
 from rollout.prompts import PromptMixture
 from rollout.ranks import OneRank, Ranks
@@ -31,9 +33,17 @@ LOG = logging.getLogger(__name__)
 class Pending:
     """A step that is being sampled: its rollouts to come, the prompts' state before it, and the step of its weights."""
 
-    rollouts: Future[list[Rollout]]
+    sampled: Future["Sampled"]
     prompts: dict
     policy_step: int
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """This rank's rollouts of a step, and what decoding them took; None where a sampler does not know."""
+
+    rollouts: list[Rollout]
+    figures: DecodingFigures | None
 
 
 class RolloutStream:
@@ -53,6 +63,8 @@ class RolloutStream:
         self.taken_up: int | None = None
         self.asked_shares: dict[str, float] = {}
         self.difference: str | None = None
+        self.sync_seconds = 0.0
+        self.figures: DecodingFigures | None = None
         if cfg.replay is not None and (cfg.save or cfg.compare is not None):
             raise ValueError("rollout.replay samples nothing, so rollout.save and rollout.compare would be ignored: leave them out")
         if cfg.prompts_per_step < self.ranks.count:
@@ -74,10 +86,11 @@ class RolloutStream:
             rollouts = load_rollouts(replay_file(self.cfg.replay, step))
             return rollouts[self.ranks.index :: self.ranks.count]
         if self.cfg.staleness == 0:
-            self.rollout_sampler.refresh(source)
-            rollouts = self._sample(step)
+            self._refresh(source)
+            sampled = self._sample(step)
         else:
-            rollouts = self._take_pending(step, source)
+            sampled = self._take_pending(step, source)
+        rollouts, self.figures = sampled.rollouts, sampled.figures
         if self.cfg.save or self.cfg.compare is not None:
             self._keep(step, rollouts)
         return rollouts
@@ -92,23 +105,29 @@ class RolloutStream:
         self.prompts.restore(state["prompts"])
         self.taken_up = state.get("policy_step")
 
-    def _sample(self, step: int) -> list[Rollout]:
+    def _refresh(self, source: WeightSource) -> None:
+        begun = time.monotonic()
+        self.rollout_sampler.refresh(source)
+        self.sync_seconds = time.monotonic() - begun
+
+    def _sample(self, step: int) -> Sampled:
         prompts = self.prompts.next(step)[self.ranks.index :: self.ranks.count]
         log = StepLog(self.log, step, f"rank-{self.ranks.index:03d}") if self.cfg.log else None
-        return self.rollout_sampler.sample(prompts, self.cfg, self.cfg.completions_per_prompt, log)
+        rollouts = self.rollout_sampler.sample(prompts, self.cfg, self.cfg.completions_per_prompt, log)
+        return Sampled(rollouts, self.rollout_sampler.figures)
 
-    def _take_pending(self, step: int, source: WeightSource) -> list[Rollout]:
+    def _take_pending(self, step: int, source: WeightSource) -> Sampled:
         """Wait for the step's rollouts, and begin those of the next with the present weights: they are sampled while this step trains."""
         pending = self.pending or self._begin(step, source, self.taken_up)
         self.taken_up = None
-        rollouts = pending.rollouts.result()
+        sampled = pending.sampled.result()
         self.pending = self._begin(step + 1, source) if step + 1 < self.num_steps else None
-        return rollouts
+        return sampled
 
     def _begin(self, step: int, source: WeightSource, published: int | None = None) -> Pending:
         """published: weights that a run which is taken up sampled this step with; where they are gone, the present ones do it."""
         if published is None or not self.rollout_sampler.take_up_weights(published):
-            self.rollout_sampler.refresh(source)
+            self._refresh(source)
             if published is not None:
                 LOG.warning("the weights after %d updates are no longer published: step %d is sampled with those after %d", published, step, source.policy_step)
         prompts = self.prompts.state()
@@ -131,9 +150,9 @@ class RolloutStream:
                 LOG.warning("rollouts differ from those of %s at %s", self.cfg.compare, self.difference)
 
 
-def _in_thread(work: Callable[[], list[Rollout]]) -> Future[list[Rollout]]:
+def _in_thread(work: Callable[[], Sampled]) -> Future[Sampled]:
     """What `work` gives or raises, to come; a run that ends meanwhile does not wait for it."""
-    future: Future[list[Rollout]] = Future()
+    future: Future[Sampled] = Future()
 
     def run() -> None:
         try:
