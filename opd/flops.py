@@ -16,7 +16,8 @@ Formulas from config fields were rejected: they would be one per family, and wro
 partitions them, teachers' come and go, and neither grouped products nor attention on a CPU are known to the counter there.
 
 Cost: no memory, and Python's time for the operations of a model, once for each architecture in a process: about half a second for the three layers of
-conf/student/deepseek_v4_tiny.yaml, one for a Qwen3-MoE of 24 layers, and a quarter of a minute for DeepSeek-V4-Flash's 43.
+conf/student/deepseek_v4_tiny.yaml, one for a Qwen3-MoE of 24 layers, and a quarter of a minute for DeepSeek-V4-Flash's 43. The student is counted when the
+engine is made, a teacher of another architecture in the first update.
 
 D: hidden size. V: vocabulary. L: positions of a sequence.
 """

@@ -84,7 +84,7 @@ class Tracker:
             metrics["throughput/completion_tokens_per_second"] = metrics["step/completion_tokens"] / metrics["seconds/step"]
         begun = time.monotonic()
         self.profiler.step_done(step)
-        self.seconds, self.step_begun = {}, now + time.monotonic() - begun  # writing a trace is no part of a step
+        self.seconds, self.step_begun = {}, now + time.monotonic() - begun  # a trace is written between two steps
         if not is_main():
             return
         with self.file.open("a") as file:

@@ -34,7 +34,8 @@ def test_a_difference_behind_one_that_may_differ_is_seen(tmp_path):
 
 def test_what_may_differ_is_accepted(tmp_path):
     open_run(config(tmp_path / "run"), "distill")
-    overrides = ["checkpoint.every=7", "logger=none", "threads=1", "teachers.timeout_seconds=9", "teachers.retries=9", "teachers.max_connections=9"]
+    overrides = ["checkpoint.every=7", "logger=none", "threads=1", "profile.steps=[2,3]"]
+    overrides += ["teachers.timeout_seconds=9", "teachers.retries=9", "teachers.max_connections=9"]
     assert open_run(config(tmp_path / "run", *overrides), "distill") == tmp_path / "run"
 
 
@@ -101,8 +102,11 @@ def test_replaced_domains_are_what_a_run_with_them_would_have_written(tmp_path):
 def test_fresh_deletes_a_run_folder_and_nothing_else(tmp_path):
     folder = open_run(config(tmp_path / "run"), "distill")
     (folder / "metrics.jsonl").write_text("{}")
+    (folder / "profile").mkdir()
+    (folder / "profile" / "rank-0-steps-1-2.json.gz").touch()
     open_run(config(folder, "fresh=true"), "distill")
     assert not (folder / "metrics.jsonl").exists()
+    assert not (folder / "profile").exists()
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "chapter.tex").write_text("years of work")
     with pytest.raises(ValueError, match="not a folder of `opd distill`"):
