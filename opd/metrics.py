@@ -37,10 +37,10 @@ Step 0 holds what was measured before training. Names:
     seconds/PHASE     of the rank that took longest: rollout, score, update (data and update of supervised training)
     seconds/weight_sync                       of the rollout's: the sampler taking over the trainer's weights
     seconds/step (evaluation included), throughput/completion_tokens_per_second
-    throughput/PHASE_tokens_per_second_per_device, PHASE_mfu  what each phase gets done, and the share of the device's measured matrix rate that its FLOPs are
-                      (rollout_tokens_per_second_per_device, rollout_mfu, and so on of score and update): opd/throughput.py has the formulas
-    throughput/mfu, matmul_tflops_per_device  of all phases together; and the rate that was measured
-    work/PHASE_tokens, PHASE_flops            what these were computed from, over all ranks (rollout_tokens, score_tokens, update_tokens; _flops)
+    throughput/rollout_tokens_per_second_per_device, score_tokens_per_second_per_device, update_tokens_per_second_per_device       opd/throughput.py
+    throughput/rollout_mfu, score_mfu, update_mfu, mfu        share of the devices' measured matrix rate that the FLOPs of a phase are, and of all three
+    throughput/matmul_tflops_per_device       the rate that was measured
+    work/rollout_tokens, rollout_flops, score_tokens, score_flops, update_tokens, update_flops   what these were computed from, over all ranks
     batch/padding, score_padding              share of the update's (the teachers') positions that were padding, or micro-batches without weight
     balance/PHASE     slowest rank's seconds over the mean; near 1 in a phase whose ranks wait for each other
     balance/update_positions                  busiest rank's padded positions over the mean, which the update's clock hides
