@@ -1,9 +1,8 @@
 """The engine: DeepSpeed around the student and its loss. This is the only module that imports deepspeed.
 
-The loss is part of the wrapped module: `TrainedModel.forward` runs backbone, head and divergence, so that a partitioned model (ZeRO-3)
-gathers the head like any other parameter and its gradient returns through autograd. Micro-batches carry token weights that already
-divide by the step's global token count, so DeepSpeed's own divisions are undone: no scaling by accumulation steps, and the
-loss is multiplied by the number of ranks over which DeepSpeed averages gradients.
+The loss is part of the wrapped module (opd/trained_model.py). Micro-batches carry token weights that already divide by the step's global token count, so
+DeepSpeed's own divisions are undone: no scaling by accumulation steps, and the loss is multiplied by the number of ranks over which DeepSpeed averages
+gradients.
 
 The `deepspeed` section of the config is DeepSpeed's JSON schema, passed through, without the keys that other settings own.
 
@@ -30,23 +29,22 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from opd.batch import MicroBatch, require_packing
-from opd.config import DistillConfig, OptimConfig, OptimizerKind, Router, RunConfig, StudentConfig
+from opd.config import DistillConfig, OptimConfig, OptimizerKind, Router, RunConfig
 from opd.distributed import Group, num_ranks, reduce_sum
-from opd.divergence import ModelStates, full_divergence, with_temperature
+from opd.divergence import full_divergence, with_temperature
 from opd.divergence_passes import require_backend
-from opd.estimators import cross_entropy, distillation_loss, signal_of, student_states
+from opd.estimators import cross_entropy
 from opd.flops import model_flops
 from opd.loss_config import LossConfig
 from opd.optim import learning_rate_factor, parameter_groups
 from opd.qat import ExpertQuantizer, code_metrics
 from opd.quant_config import ExpertFormat
-from opd.route_replay import RouteReplay
-from opd.routing import RoutingRecorder
-from opd.tiles import Targets, TokenLosses
+from opd.tiles import TokenLosses
+from opd.trained_model import TrainedModel
 from rollout.compiler import has_compiler
 from rollout.errors import first_sentence
 from rollout.indexer import indexer_recall
-from rollout.model import backbone_of, head_of, logit_transform
+from rollout.model import backbone_of, head_of
 from teachers.types import OutputHead
 
 OWNED_KEYS = {
@@ -59,38 +57,6 @@ OWNED_KEYS = {
     "bf16": "student.dtype",
     "fp16": "student.dtype",
 }
-
-
-class TrainedModel(nn.Module):
-    """Student and loss in one module: micro-batch (and teacher head) -> weighted loss, per-token losses."""
-
-    def __init__(self, model: PreTrainedModel, vocab_size: int, cfg: StudentConfig, loss: LossConfig, sampling_temperature: float | None):
-        """sampling_temperature: at which the student's log-probability of its own tokens is wanted; None: it is not."""
-        super().__init__()
-        self.model, self.vocab_size, self.loss, self.sampling_temperature = model, vocab_size, loss, sampling_temperature
-        self.balance_loss, self.replay = cfg.router_balance_loss, RouteReplay(model, cfg.replay_routes)
-        self.transform = logit_transform(model.config, "student")
-        self.recorder = RoutingRecorder(model)
-
-    def forward(self, batch: MicroBatch, teacher_head: OutputHead | None, balance_scale: float) -> tuple[torch.Tensor, TokenLosses]:
-        signal = signal_of(batch, teacher_head)
-        student = self.states(batch, replays=signal is not None)
-        if batch.routes_NMK is not None and signal is not None:
-            self.recorder.compare(batch.routes_NMK, batch.position_N, batch.mask_N & (not batch.is_filler), self.replay.own)
-        if signal is None:
-            loss, losses = cross_entropy(student, batch.target_N, batch.weight_N, self.vocab_size)
-        else:
-            sampled = Targets(batch.target_N, self.sampling_temperature)
-            loss, losses = distillation_loss(student, signal, sampled, batch.weight_N, self.loss, self.vocab_size)
-        self.recorder.count(batch.real_BL & (not batch.is_filler))  # nothing of a filler, on a rank that may have nothing else
-        if self.balance_loss:
-            loss = loss + self.balance_loss * balance_scale * self.recorder.balance_loss(batch.counted_BL)
-        return loss, losses
-
-    def states(self, batch: MicroBatch, replays: bool = False) -> ModelStates:
-        """The student's states that predict the completion tokens, with the sampler's routes where asked to and where the run replays any."""
-        self.replay.set(batch if replays else None)
-        return student_states(self.model, batch, self.transform)
 
 
 class Engine:

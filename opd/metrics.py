@@ -44,7 +44,8 @@ Step 0 holds what was measured before training. Names:
     batch/padding, score_padding              share of the update's (the teachers') positions that were padding, or micro-batches without weight
     balance/PHASE     slowest rank's seconds over the mean; near 1 in a phase whose ranks wait for each other
     balance/update_positions                  busiest rank's padded positions over the mean, which the update's clock hides
-    rollout/occupancy, prompt_feed, log_share tokens drawn, and tokens of prompts or of the log fed, per row and decode step; log's share of decode seconds
+    rollout/occupancy, prompt_feed, log_share tokens drawn, and tokens of prompts or of the log fed, per row and decode step; log's share of decode seconds.
+                      They and work/rollout_tokens leave out what was drawn before an interruption
     rollout/processes_replaced                sampler processes that died or hung (rollout.sampler=service)
     memory/peak_rss_gb, peak_gpu_gb           of the rank that needed most: since its start, and on a GPU since the record before (GB: 1e9 bytes)
     teacher/T/seconds, loads, bytes_loaded, load_seconds, load_hidden, rounding_kl          teachers/figures.py; T: its domains joined by +

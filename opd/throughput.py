@@ -15,6 +15,8 @@ seconds/PHASE is that of the slowest rank, for which the others wait. The matrix
     update    the same                                           3 x the student's forward, 4 x with student.gradient_checkpointing, which runs it
                                                                  twice; per completion token 3 x the student's logits and 1 x the teacher's
 
+With rollout.staleness=1 seconds/rollout is the waiting for what was sampled beside the last update, and the rate follows from that.
+
 Work of a teacher on a server is its server's and counts no FLOPs here; nor does what runs beside the step (probes of routing and quantisation, evaluation).
 
 balance/PHASE is the slowest rank's seconds over the mean, each rank by its own clock from where it began the phase; nothing is waited for to measure it. A

@@ -48,7 +48,8 @@ def records(run_dir) -> list[dict]:
 
 
 def numbers(record: dict) -> dict:
-    return {name: value for name, value in record.items() if not name.startswith(("seconds/", "throughput/", "system/", "teacher/"))}
+    timed = ("seconds/", "throughput/", "system/", "teacher/", "balance/", "memory/", "rollout/", "work/")
+    return {name: value for name, value in record.items() if not name.startswith(timed)}
 
 
 @pytest.fixture(scope="module")

@@ -158,7 +158,7 @@ def domains_of(record: dict) -> set[str]:
 
 
 def numbers(run_dir: Path) -> list[dict]:
-    timed = ("seconds/", "throughput/", "system/", "teacher/")
+    timed = ("seconds/", "throughput/", "system/", "teacher/", "balance/", "memory/", "rollout/", "work/")
     return [{name: value for name, value in record.items() if not name.startswith(timed)} for record in records(run_dir)]
 
 

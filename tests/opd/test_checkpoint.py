@@ -24,6 +24,9 @@ class Counter:
     def restore(self, state: dict) -> None:
         self.drawn = state["drawn"]
 
+    def forget_before(self, step: int) -> None:
+        pass
+
 
 @pytest.fixture
 def engine(new_student, make_engine, make_config) -> Engine:

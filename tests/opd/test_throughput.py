@@ -115,7 +115,9 @@ def sampled(qwen3_moe_model, tokenizer, make_prompt, tmp_path) -> Callable[..., 
         sampler = LocalSampler(qwen3_moe_model, [], seed=0, vocab_size=len(tokenizer))
         asked = [make_prompt("tools", [3 + number] * length, number) for number, length in enumerate(lengths)]
         rollouts = sampler.sample(asked, cfg, completions)
-        return rollouts, RolloutStream(PromptMixture(prompts, 4, 0), sampler, cfg, str(tmp_path))
+        stream = RolloutStream(PromptMixture(prompts, 4, 0), sampler, cfg, str(tmp_path))
+        stream.figures = sampler.figures  # as after a step that the stream itself has sampled
+        return rollouts, stream
 
     return make
 

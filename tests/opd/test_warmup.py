@@ -46,7 +46,8 @@ def records(tmp_path) -> list[dict]:
 
 
 def numbers(record: dict) -> dict:
-    return {name: value for name, value in record.items() if not name.startswith(("seconds/", "throughput/", "system/", "teacher/"))}
+    timed = ("seconds/", "throughput/", "system/", "teacher/", "balance/", "memory/", "rollout/", "work/")
+    return {name: value for name, value in record.items() if not name.startswith(timed)}
 
 
 def test_a_student_that_distillation_alone_does_not_bring_anywhere_is_right_after_a_warmup(settings, tmp_path, device):
