@@ -9,7 +9,7 @@ from typing import Any
 
 from opd.loss_config import Backend, DivergenceKind, LossConfig
 from opd.start_config import CheckConfig, WarmupConfig, WarmupKind
-from rollout.config import RolloutConfig, SamplerKind, ServiceConfig, schedule_value
+from rollout.config import RolloutConfig, SamplerKind, ServiceConfig, VllmConfig, schedule_value
 from teachers.config import DomainConfig, SignalKind, TeachersConfig
 
 AT_LEAST_ONE = (
@@ -26,7 +26,7 @@ NOT_NEGATIVE = (
     "measure_every", "steps", "memory_gb", "hidden_memory_gb", "gradient_share_every", "retries", "show", "stop_tokens", "num_end_tokens",
 )  # fmt: skip
 
-ABOVE_ZERO = ("timeout_seconds", "load_timeout_seconds", "probe_tolerance", "lease_seconds", "max_mismatch")
+ABOVE_ZERO = ("timeout_seconds", "load_timeout_seconds", "probe_tolerance", "lease_seconds", "max_mismatch", "tolerance")
 """Finite numbers above 0, or none at all."""
 
 
@@ -129,6 +129,10 @@ def check_rollout(rollout: RolloutConfig) -> None:
         raise ValueError("rollout.sampler=service reads what its processes log: remove rollout.log=false")
     if rollout.sampler is not SamplerKind.service and rollout.service != ServiceConfig():
         raise ValueError(f"rollout.service would be ignored with rollout.sampler={rollout.sampler.value}: write rollout.sampler=service, or remove it")
+    if rollout.sampler is SamplerKind.vllm and not rollout.vllm.servers:
+        raise ValueError("rollout.sampler=vllm needs servers: write rollout.vllm.servers=[http://host:8000]")
+    if rollout.sampler is not SamplerKind.vllm and rollout.vllm != VllmConfig():
+        raise ValueError(f"settings of rollout.vllm would be ignored with rollout.sampler={rollout.sampler.value}: write rollout.sampler=vllm")
 
 
 def check_profile(steps: list[int], all_ranks: bool, num_steps: int) -> None:

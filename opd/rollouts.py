@@ -21,6 +21,7 @@ from rollout.sampler import LocalSampler
 from rollout.service import SamplerService
 from rollout.service_process import WorkerSpec
 from rollout.stream import RolloutStream
+from rollout.vllm_sampler import VllmSampler
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +48,7 @@ def build_stream(
     excluded: domains that are asked for no prompts (any more), as those whose teachers are dropped.
 
     Raises ValueError for what `load_prompts` refuses, training rows that overlap with held-out prompts, an impossible length, answers that a grader
-    would miss, replay files that are not there, and routes of a student that routes nothing.
+    would miss, replay files that are not there, routes of a student that routes nothing, and a vLLM server that cannot draw the run's rollouts.
     """
     context = context_length(student.config, "student")
     longest = context - cfg.rollout.max_new_tokens
@@ -67,6 +68,10 @@ def build_stream(
     stream = RolloutStream(mixture, sampler, cfg.rollout, cfg.run_dir, data_ranks())
     if cfg.rollout.sampler is SamplerKind.service:
         stream.draw_with(_service(cfg, student, sampler), cfg.num_steps)
+    if cfg.rollout.sampler is SamplerKind.vllm and cfg.rollout.replay is None:
+        servers = VllmSampler(sampler, tokenizer, cfg.rollout.vllm, Path(cfg.run_dir) / "weights", stream.ranks)
+        servers.require_fit(max(stream.longest_rollouts.values()))
+        stream.draw_with(servers, cfg.num_steps)
     return stream
 
 

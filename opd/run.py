@@ -6,6 +6,7 @@
     RUN/teachers.json        which teachers scored which steps, and the domains' settings then: teachers/manifest.py (of a distillation)
     RUN/warmup.json          opd/warmup.py, with warmup=sft
     RUN/rollouts/            rollout/replay.py, with rollout.save=true
+    RUN/weights/             rollout/vllm_sampler.py, with rollout.sampler=vllm: the newest weights that the servers loaded
     RUN/log/                 rollout/wal.py: tokens of the steps after the last checkpoint
     RUN/profile/             opd/profiling.py, with profile.steps
     RUN/student/             Hugging Face folder of the trained model, when the run is finished; experts that trained under FP4 hold its values in
@@ -40,7 +41,10 @@ from rollout.files import replace_text
 from rollout.model import save_model
 from teachers.config import RUNNING_SETTINGS, DomainConfig
 
-MAY_DIFFER = ("fresh", "threads", "logger", "checkpoint", "profile", "run_dir", "check", *(f"teachers.{name}" for name in RUNNING_SETTINGS))
+MAY_DIFFER = (
+    "fresh", "threads", "logger", "checkpoint", "profile", "run_dir", "check", "rollout.vllm", "rollout.service",
+    *(f"teachers.{name}" for name in RUNNING_SETTINGS),
+)  # fmt: skip
 """Fields that may change when a run is resumed."""
 
 LOCK_FILE = ".lock"

@@ -179,6 +179,42 @@ class ServiceConfig:
 
 
 @dataclass(slots=True)
+class ServerConfig:
+    """How a server is asked (rollout/server.py).
+
+    timeout_seconds: of one request, from connecting to the last byte of the answer; of an answer that comes in events, between two of them.
+    retries: further attempts of a request that failed, with growing pauses.
+    max_connections: requests of one rank to a server at a time.
+    """
+
+    timeout_seconds: float = 120.0
+    retries: int = 2
+    max_connections: int = 8
+
+
+@dataclass(slots=True)
+class VllmConfig(ServerConfig):
+    """Running vLLM servers that draw the rollouts (rollout/vllm_sampler.py); their endpoints for new weights know no password, so they belong on a
+    private network.
+
+    servers: addresses (http://host:port), each of a server that holds this student; requests are spread over them.
+    retries: further attempts before a server counts as gone; pauses double from half a second, so that 6 outlast a restart of half a minute.
+    max_connections: requests of one rank to a server at a time; those of all ranks together are best at most its --max-num-seqs.
+    weights_folder: folder that all servers see under the same name, for the student's weights; null takes RUN/weights.
+    keep: publications of weights that stay there.
+    tolerance: mean difference, in nats, between the log-probabilities that a server and the published weights give a fixed probe, above which the
+        server counts as holding other weights; null takes 0.001 for a student in float32 and 0.05 in bfloat16.
+    """
+
+    servers: list[str] = field(default_factory=list)
+    retries: int = 6
+    max_connections: int = 64
+    weights_folder: str | None = None
+    keep: int = 2
+    tolerance: float | None = None
+
+
+@dataclass(slots=True)
 class RolloutConfig(SamplingConfig):
     """Sampling during training, the log of sampled tokens, and the replay files of `rollout/replay.py`.
 
@@ -191,6 +227,7 @@ class RolloutConfig(SamplingConfig):
     service: settings of sampler=service.
     max_mismatch: rollouts whose mean mismatch per token between sampler and trainer (domain/D/mismatch_kl) exceeds this are left out of the loss, at the
         price of a forward; null leaves out none and makes none.
+    vllm: settings of sampler=vllm.
     save: write each step's rollouts to RUN/rollouts/.
     replay: a run folder whose saved rollouts are trained on instead of sampling.
     compare: a run folder whose saved rollouts are compared with the ones sampled here; the first differing token is
@@ -204,6 +241,7 @@ class RolloutConfig(SamplingConfig):
     log: bool = True
     service: ServiceConfig = field(default_factory=ServiceConfig)
     max_mismatch: float | None = None
+    vllm: VllmConfig = field(default_factory=VllmConfig)
     save: bool = False
     replay: str | None = None
     compare: str | None = None

@@ -23,15 +23,16 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from rollout.config import ModelConfig
+from rollout.config import ModelConfig, ServerConfig
 from rollout.model import load_tokenizer, require_folder
+from rollout.server import Server, ServerFailure
 from rollout.types import Rollout
+from rollout.vllm_server import NO_PENALTIES
 from teachers.compatibility import require_same_tokenizer
 from teachers.config import SignalKind, TeacherConfig, TeachersConfig
-from teachers.server import Server
 from teachers.types import TeacherFailure, TeacherSignal
 
-NEUTRAL = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
+NEUTRAL = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0} | NO_PENALTIES
 """Sampling that changes no distribution."""
 
 PROBE = "A:12+34= The quick brown fox {jumps: [0, 1]} over Größe, naïve café; 你好, мир!\nfor i in range(10): print(i ** 2)\n"
@@ -59,6 +60,16 @@ NO_PROBABILITY = -9999.0
 """What vLLM sends for a log-probability of -inf."""
 
 
+class TeacherServer(Server):
+    """A server whose failures are a teacher's."""
+
+    def ask(self, path: str, body: dict[str, Any] | None = None, retries: int | None = None) -> Any:
+        try:
+            return super().ask(path, body, retries)
+        except ServerFailure as failure:
+            raise TeacherFailure(str(failure)) from failure
+
+
 class RemoteTeacher:
     """A frozen model behind a server; it scores rollouts as Teacher does (teachers/teacher.py), without hidden states and head."""
 
@@ -66,7 +77,7 @@ class RemoteTeacher:
         """Asks the server what it holds. Raises ValueError, with the domain's name, where that does not fit or cannot be told."""
         require_served(domain, cfg, settings.signal)
         self.name, self.settings = name, settings
-        self.server = Server(cfg.server, f"teacher of {domain}", settings)
+        self.server = TeacherServer(cfg.server, f"teacher of {domain}", server_config(settings))
         self.vocab_size, self.num_spare = len(tokenizer), 0
         self.card = self._find_card(cfg.model)
         self.context = self.card["max_model_len"] - 1  # vLLM samples one token at least
@@ -211,6 +222,10 @@ class RemoteTeacher:
         distance, tolerance = _distance(self.fingerprint_P, self._fingerprint()), self.settings.probe_tolerance
         difference = f"the log-probabilities of a probe differ by {distance:.2g} (teachers.probe_tolerance={tolerance:g})"
         self._require(distance <= tolerance, f"has other weights than at start-up: {difference}")
+
+
+def server_config(settings: TeachersConfig) -> ServerConfig:
+    return ServerConfig(timeout_seconds=settings.timeout_seconds, retries=settings.retries, max_connections=settings.max_connections)
 
 
 def require_served(domain: str, cfg: TeacherConfig, signal: SignalKind) -> None:

@@ -230,6 +230,10 @@ def test_data_files_only_are_in_conf():
         ("optim.lr=nan", r"optim\.lr must be at least 0"),
         ("optim.betas=[0.9]", r"optim\.betas must be two numbers"),
         ("threads=-1", r"threads must be at least 1"),
+        ("rollout.vllm.tolerance=0", r"rollout\.vllm\.tolerance must be above 0"),
+        ("rollout.sampler=service", r"rollout\.sampler=service is not there"),
+        ("rollout.sampler=vllm", r"rollout\.sampler=vllm needs servers: write rollout\.vllm\.servers="),
+        ("rollout.vllm.servers=[http://a:1]", r"rollout\.vllm would be ignored with rollout\.sampler=local"),
     ],
 )
 def test_a_number_out_of_its_range_is_refused_by_name(override, sentence):

@@ -89,6 +89,11 @@ def test_a_teachers_server_may_move(tmp_path):
     assert open_run(config(tmp_path / "run", "domains.arithmetic.teacher.server=http://b:9000"), "distill") == tmp_path / "run"
 
 
+def test_the_servers_that_draw_the_rollouts_may_change(tmp_path):
+    settings = [config(tmp_path / "run", "rollout.sampler=vllm", f"rollout.vllm.servers={servers}") for servers in ("[http://a:1]", "[http://b:2,http://c:3]")]
+    assert [open_run(cfg, "distill") for cfg in settings] == [tmp_path / "run"] * 2
+
+
 def test_replaced_domains_are_what_a_run_with_them_would_have_written(tmp_path):
     settings = ["domain=[tools,sorting]", "domains.tools.loss_weight={0: 1.0, 5: 0.5}", "domains.sorting.teacher.dtype=bfloat16"]
     folder = open_run(config(tmp_path / "run"), "distill")

@@ -83,6 +83,15 @@ def test_the_ranks_together_sample_what_one_rank_samples(new_stream, qwen3_moe_m
     assert tokens_of(sorted((rollout for part in parts for rollout in part), key=rollout_key)) == tokens_of(whole)
 
 
+def test_another_sampler_draws_the_rollouts_where_one_is_set(new_stream, qwen3_moe_model, new_student):
+    stream, other = new_stream(), new_student("qwen3_moe_tiny", seed=1)
+    own = stream.sampler
+    stream.rollout_sampler = LocalSampler(copy.deepcopy(other), [2], seed=7)
+    rollouts = stream.next(0, Weights(qwen3_moe_model))
+    assert stream.sampler is own
+    assert tokens_of(rollouts) == tokens_of(LocalSampler(qwen3_moe_model, [2], seed=7).sample([r.prompt for r in rollouts[::2]], stream.cfg, 2))
+
+
 def test_a_step_with_fewer_prompts_than_ranks_is_refused(new_stream):
     with pytest.raises(ValueError, match=r"rollout\.prompts_per_step=5 is less than the 6 ranks"):
         new_stream(ranks=SomeRank(0, 6))

@@ -2,13 +2,7 @@
 
 import json
 import os
-import signal
-import socket
-import subprocess
 import threading
-import time
-import urllib.request
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -25,10 +19,8 @@ from teachers.types import TeacherFailure
 
 pytestmark = [pytest.mark.vllm, pytest.mark.skipif("OPD_VLLM_PYTHON" not in os.environ, reason="OPD_VLLM_PYTHON names no Python with vLLM")]
 
-START = Path(__file__).parent / "start_server.sh"
 K = 16
 CPU = torch.device("cpu")
-START_SECONDS = 300
 
 
 @pytest.fixture(scope="module")
@@ -42,52 +34,6 @@ def folders(new_student, tokenizer, tmp_path_factory) -> dict[str, Path]:
         made[name] = tmp_path_factory.mktemp("served") / name
         save_model(made[name], model, tokenizer, model.state_dict())
     return made
-
-
-@pytest.fixture(scope="module")
-def start(tmp_path_factory) -> Iterator[Callable[..., tuple[subprocess.Popen, str]]]:
-    """start(folder, port, "--served-model-name", "law"): (a server in a session of its own, its address), once it is ready."""
-    processes = []
-
-    def run(folder: Path, port: int | None = None, *options: str) -> tuple[subprocess.Popen, str]:
-        port = port or free_port()
-        log = tmp_path_factory.mktemp("server") / "log"
-        environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-        environment.pop("PYTHONPATH", None)  # the server's environment is another
-        arguments = [str(START), str(folder), str(port), "--max-model-len", "128", "--max-num-seqs", "16", *options]
-        with log.open("w") as output:
-            processes.append(subprocess.Popen(arguments, stdout=output, stderr=subprocess.STDOUT, env=environment, start_new_session=True))
-        url, deadline = f"http://127.0.0.1:{port}", time.monotonic() + START_SECONDS
-        while not is_ready(url):
-            assert processes[-1].poll() is None, log.read_text()[-4000:]
-            assert time.monotonic() < deadline, log.read_text()[-4000:]
-            time.sleep(0.5)
-        return processes[-1], url
-
-    yield run
-    for process in processes:
-        end(process)
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
-
-
-def is_ready(url: str) -> bool:
-    try:
-        with urllib.request.urlopen(f"{url}/health", timeout=5) as response:
-            return response.status == 200
-    except OSError:
-        return False
-
-
-def end(process: subprocess.Popen) -> None:
-    """SIGKILL to the server and the processes that it started."""
-    if process.poll() is None:
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
 
 
 @pytest.fixture(scope="module")
@@ -134,7 +80,7 @@ def test_a_run_has_the_losses_of_the_run_on_the_same_teacher_held_here(device, s
     assert losses["remote"] == pytest.approx(losses["local"], rel=1e-4)
 
 
-def test_logits_and_too_few_log_probabilities_are_refused_with_the_option(start, folders, new_pool):
+def test_logits_and_too_few_log_probabilities_are_refused_with_the_option(start, end, folders, new_pool):
     process, url = start(folders["law"], None, "--served-model-name", "law", "--logprobs-mode", "raw_logits", "--max-logprobs", "8")
     with pytest.raises(TeacherFailure, match=r"max allowed: 8.*: start it with --max-logprobs 16 or more, or lower teachers\.top_k"):
         new_pool(url)
@@ -143,7 +89,7 @@ def test_logits_and_too_few_log_probabilities_are_refused_with_the_option(start,
     end(process)
 
 
-def test_a_server_killed_mid_step_fails_by_name_and_one_restarted_with_other_weights_is_refused(start, folders, new_pool, random_rollouts, tmp_path):
+def test_a_server_killed_mid_step_fails_by_name_and_one_restarted_with_other_weights_is_refused(start, end, folders, new_pool, random_rollouts, tmp_path):
     folder = tmp_path / "served"
     folder.symlink_to(folders["law"])
     process, url = start(folder, None, "--served-model-name", "law")

@@ -7,9 +7,8 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from teachers.config import TeachersConfig
-from teachers.server import Server
-from teachers.types import TeacherFailure
+from rollout.config import ServerConfig
+from rollout.server import Server, ServerFailure
 
 HEAD = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n"
 
@@ -37,7 +36,7 @@ def sender() -> Iterator[Callable[..., Server]]:
                         return
 
         threading.Thread(target=answer, daemon=True).start()
-        cfg = TeachersConfig(**{"retries": 0, "timeout_seconds": 5.0} | settings)
+        cfg = ServerConfig(**{"retries": 0, "timeout_seconds": 5.0} | settings)
         return Server(f"http://127.0.0.1:{listener.getsockname()[1]}", "teacher of law", cfg)
 
     yield start
@@ -58,36 +57,36 @@ def test_an_answer_in_chunks_is_put_together(sender):
 @pytest.mark.parametrize("url", ["law", "localhost:8000", "ftp://host:1", "http://", "http://host:port", "http://user:secret@host:80", "http://host:80/?a=b"])
 def test_what_is_no_address_is_refused(url):
     with pytest.raises(ValueError, match=r"the server of the teacher of law (must be|cannot be)"):
-        Server(url, "teacher of law", TeachersConfig())
+        Server(url, "teacher of law", ServerConfig())
 
 
 def test_an_answer_that_trickles_is_a_failure(sender):
     """Each byte comes within a socket's timeout; the answer as a whole does not."""
     server = sender([HEAD % 1000, *[b" "] * 1000], pause=0.02, timeout_seconds=0.3)
-    with pytest.raises(TeacherFailure, match=r"did not answer /v1/models in 1 attempts: no whole answer within 0\.3 s"):
+    with pytest.raises(ServerFailure, match=r"did not answer /v1/models in 1 attempts: no whole answer within 0\.3 s"):
         server.ask("/v1/models")
 
 
 def test_a_head_that_trickles_is_a_failure(sender):
     server = sender([b"HTTP/1.1 200 OK\r\n", *[b"X: 1\r\n"] * 1000], pause=0.02, timeout_seconds=0.3)
-    with pytest.raises(TeacherFailure, match=r"did not answer /v1/models in 1 attempts: no whole answer within 0\.3 s"):
+    with pytest.raises(ServerFailure, match=r"did not answer /v1/models in 1 attempts: no whole answer within 0\.3 s"):
         server.ask("/v1/models")
 
 
 @pytest.mark.parametrize("pieces", [[HEAD % 1000, b"{}"], [b"HTTP/1.1 200"], [b""], [b"\x00\xff\r\n\r\n"]])
 def test_an_answer_that_is_cut_off_or_no_http_is_a_failure_after_all_attempts(sender, pieces):
-    with pytest.raises(TeacherFailure, match=r"the teacher of law \(http.*\) did not answer /v1/models in 2 attempts"):
+    with pytest.raises(ServerFailure, match=r"the teacher of law \(http.*\) did not answer /v1/models in 2 attempts"):
         sender(pieces, retries=1).ask("/v1/models")
 
 
 @pytest.mark.parametrize("body", [b"<html>", b"{", b'"\xff"'])
 def test_an_answer_that_is_no_json_is_a_failure(sender, body):
-    with pytest.raises(TeacherFailure, match="did not answer /v1/models in 1 attempts: what came is no JSON"):
+    with pytest.raises(ServerFailure, match="did not answer /v1/models in 1 attempts: what came is no JSON"):
         sender([HEAD % len(body), body]).ask("/v1/models")
 
 
 def test_a_redirection_is_not_followed(sender):
-    with pytest.raises(TeacherFailure, match="refused /v1/models: status 307, no reason given"):
+    with pytest.raises(ServerFailure, match="refused /v1/models: status 307, no reason given"):
         sender([b"HTTP/1.1 307 Temporary Redirect\r\nLocation: http://elsewhere/\r\nContent-Length: 0\r\n\r\n"]).ask("/v1/models")
 
 
@@ -102,9 +101,9 @@ def test_what_has_not_begun_stops_at_the_first_failure(sender):
     def work(number: int) -> None:
         done.append(number)
         if number == 0:
-            raise TeacherFailure("the first")
+            raise ServerFailure("the first")
         time.sleep(0.05)
 
-    with pytest.raises(TeacherFailure, match="the first"):
+    with pytest.raises(ServerFailure, match="the first"):
         server.each(work, range(1000))
     assert len(done) < 100

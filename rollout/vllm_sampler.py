@@ -1,0 +1,198 @@
+"""VllmSampler: rollouts from running vLLM servers, which get the student's weights before each step and must show that they have them.
+
+    refresh   every rank walks the trainer's weights; the main rank writes them as a Hugging Face folder on a path that the servers share
+              (weights/hf-000012, renamed when complete, the newest few kept), has every server load it, and tells the ranks which did
+    sample    each rank spreads its completions over these servers (rollout/dispatch.py)
+    probe     after it, every server once more gives the probe's log-probabilities of these weights, or nothing that it drew is used
+
+A server that does not answer is left out of the step, and tried again in the next; the run stops, by name, where none is left or one answers what cannot
+be right. Completions are distributed as LocalSampler's and differ from these token by token, since the random numbers are the server's
+own; interrupted ones go on from their logged tokens, which the server prefills.
+
+P: tokens of the probe but the first.
+"""
+
+import logging
+import random
+import shutil
+import uuid
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from rollout.cohort import Completion, end_tokens_of
+from rollout.config import SamplingConfig, VllmConfig
+from rollout.dispatch import Dispatch
+from rollout.model import context_length, head_of, save_model
+from rollout.ranks import OneRank, Ranks
+from rollout.sampler import LocalSampler, StepLog, WeightSource, rollout_of, sampling_key, take_up
+from rollout.server import ServerGone
+from rollout.types import Prompt, Rollout
+from rollout.vllm_server import ServedWeights, VllmServer
+from rollout.wal import SegmentWriter
+from rollout.weights import hash_tensors
+
+PROBE_TOKENS = 32
+"""Tokens of the probe at most."""
+
+TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
+"""Nats of a probe's token: rounding, by the student's dtype."""
+
+LOG = logging.getLogger(__name__)
+
+
+class VllmSampler:
+    """Draw with vLLM servers."""
+
+    def __init__(self, local: LocalSampler, tokenizer: PreTrainedTokenizerBase, cfg: VllmConfig, weights_folder: Path, ranks: Ranks | None = None):
+        """local: a model of the student's architecture in this process; it takes over the weights at each refresh on the main rank, and gives the probe.
+
+        Raises ValueError where no servers are named.
+        """
+        if not cfg.servers or len(set(cfg.servers)) < len(cfg.servers):
+            raise ValueError("rollout.sampler=vllm needs servers, each named once: write rollout.vllm.servers=[http://host:8000]")
+        self.local, self.tokenizer, self.cfg, self.ranks = local, tokenizer, cfg, ranks or OneRank()
+        self.folder = Path(cfg.weights_folder).resolve() if cfg.weights_folder is not None else weights_folder.resolve()
+        rows = head_of(local.model).weight.shape[0]
+        self.servers = [VllmServer(url, cfg, local.policy.vocab_size or rows, rows) for url in cfg.servers]
+        self.run, self.weights, self.policy_step = uuid.uuid4().hex[:12], None, 0
+        self.figures = None
+        self.gone: set[str] = set()
+        ids = range(local.policy.vocab_size or rows)
+        length = min(PROBE_TOKENS, context_length(local.model.config, "student") - 1)
+        self.probe = tuple(random.Random("probe").choices(ids, k=length))
+
+    def require_fit(self, longest: int) -> None:
+        """Ask every server whether it can draw rollouts of so many tokens. Raises ServerFailure where one cannot, or does not answer."""
+        for server in self.servers:
+            server.require_fit(longest, self.probe)
+
+    def refresh(self, source: WeightSource) -> None:
+        """Publish a source's weights and have the servers load them; every rank calls it, and none goes on before all servers are ready.
+
+        Raises ValueError where no server is left, or one has not the weights that it was given.
+        """
+        given = problem = None
+        if self.ranks.index == 0:
+            kept = _Kept(source)
+            self.local.refresh(kept)
+            try:
+                given = self._give(self._publish(kept))
+            except (ValueError, OSError) as error:
+                problem = str(error)
+        else:
+            for _ in source.weights():
+                pass
+        given, problem = self.ranks.gather((given, problem))[0]
+        if problem is not None:
+            raise ValueError(problem)
+        self.weights, versions = given
+        self.policy_step = self.weights.policy_step
+        for server, version in zip(self.servers, versions, strict=True):
+            server.version = version
+
+    def sample(self, prompts: list[Prompt], cfg: SamplingConfig, completions_per_prompt: int = 1, log: StepLog | None = None) -> list[Rollout]:
+        """As the protocol says. Raises ValueError also where no server is left, one does not hold the weights, or the log cannot be written."""
+        assert self.weights is not None, "refresh comes first"
+        completions = [Completion(prompt, sample) for prompt in prompts for sample in range(completions_per_prompt)]
+        end_tokens, writer, append = end_tokens_of(self.local.policy, cfg), None, None
+        if log is not None:
+            key = sampling_key(f"vllm {self.weights.weights}", self.local.policy, cfg)
+            take_up(completions, log.log.completions(log.step, key))
+            writer = SegmentWriter(log.log.segment(log.step, log.name))
+            append = partial(writer.append, key, self.weights.policy_step)
+        servers = [server for server in self.servers if server.version is not None]
+        dispatch = Dispatch(servers, self.weights, cfg, self.local.policy.seed, end_tokens)
+        try:
+            dispatch.run(completions, append)
+            for place in dispatch.places:
+                if place.gone is None:
+                    self._require_probe(place.server, log)
+        finally:
+            if writer is not None:
+                writer.close()
+        return [rollout_of(completion, end_tokens, self.weights.policy_step) for completion in completions]
+
+    def take_up_weights(self, policy_step: int) -> bool:
+        """The servers' answer for older weights could not be held to a model of them here."""
+        return False
+
+    def protect(self, policy_step: int) -> None:
+        """Older weights are not taken up again."""
+
+    def close(self) -> None:
+        """The servers are not this run's."""
+
+    def _require_probe(self, server: VllmServer, log: StepLog | None) -> None:
+        """Raises StaleWeights where a server's weights were exchanged behind its label; what is logged is then no use either."""
+        try:
+            server.require_probe(self.weights)
+        except ServerGone as failure:
+            LOG.warning("%s, after all was drawn", failure)
+        except ValueError:
+            if log is not None:
+                log.log.segment(log.step, log.name).unlink()
+            raise
+
+    def _publish(self, kept: "_Kept") -> ServedWeights:
+        """Write the folder, and say what a server must show that has loaded it."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        folder = self.folder / f"hf-{kept.policy_step:06d}"
+        weights = hash_tensors(kept.tensors.items())
+        save_model(folder, self.local.model, self.tokenizer, kept.tensors)  # which leaves the dictionary empty
+        older = sorted(path for path in self.folder.glob("hf-*") if path.name < folder.name)
+        for old in older[: max(0, len(older) - (self.cfg.keep - 1))]:
+            shutil.rmtree(old)
+        model = self.local.model
+        with torch.inference_mode():
+            logprob_PV = model(torch.tensor([self.probe], device=model.device)).logits[0, :-1].float().log_softmax(-1)
+        logprob_P = logprob_PV.gather(1, torch.tensor(self.probe[1:], device=model.device)[:, None])[:, 0]
+        if not logprob_P.isfinite().all():
+            raise ValueError(f"the student gives NaN or infinity after step {kept.policy_step}: its weights have diverged")
+        return ServedWeights(
+            folder=str(folder),
+            label=f"{self.run}-{kept.policy_step:06d}",
+            weights=weights,
+            policy_step=kept.policy_step,
+            probe=self.probe,
+            logprob_P=tuple(logprob_P.tolist()),
+            tolerance=self.cfg.tolerance or TOLERANCE.get(model.dtype, max(TOLERANCE.values())),
+        )
+
+    def _give(self, weights: ServedWeights) -> tuple[ServedWeights, list[str | None]]:
+        """Have all servers load weights, side by side; returns also their versions, None of one that does not answer."""
+
+        def give(server: VllmServer) -> str | None:
+            server.version = None
+            try:
+                server.find_version(retries=0 if server.role in self.gone else None)  # no step waits again for one that is gone
+                server.give(weights)
+            except ServerGone as failure:
+                LOG.warning("%s: going on without it in this step", failure)
+                self.gone.add(server.role)
+                return str(failure)
+            self.gone.discard(server.role)
+            return None
+
+        with ThreadPoolExecutor(len(self.servers)) as executor:
+            failures = list(executor.map(give, self.servers))
+        if None not in failures:
+            raise ServerGone(f"no vLLM server has taken the weights of step {weights.policy_step}: {'; '.join(failures)}")
+        return weights, [server.version for server in self.servers]
+
+
+class _Kept:
+    """A source of weights that keeps a copy of what it gives, on the CPU."""
+
+    def __init__(self, source: WeightSource):
+        self.source, self.policy_step = source, source.policy_step
+        self.tensors: dict[str, torch.Tensor] = {}
+
+    def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        for name, tensor in self.source.weights():
+            self.tensors[name] = tensor.detach().to("cpu", copy=True)
+            yield name, tensor
