@@ -10,6 +10,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from opd.alarm_config import AlarmsConfig
 from opd.bench_config import DivergenceBenchConfig, QatBenchConfig, RolloutBenchConfig, TeachersBenchConfig
 from opd.export_config import ExportConfig, check_export
 from opd.loss_config import LossConfig
@@ -176,6 +177,7 @@ class RunConfig:
     threads: CPU threads of this process; null chooses.
     student: the model being trained.
     domains: by name, what is learnt.
+    alarms: whether the metrics are watched.
     quant: what of the student trains under quantisation.
     batch, optim, evaluation, checkpoint, logger, profile: settings of these parts.
     deepspeed: DeepSpeed's own JSON schema, passed through, without the keys that other settings own.
@@ -188,6 +190,7 @@ class RunConfig:
     threads: int | None = None
     student: StudentConfig = field(default_factory=StudentConfig)
     domains: dict[str, DomainConfig] = field(default_factory=dict)
+    alarms: AlarmsConfig = field(default_factory=AlarmsConfig)
     quant: QuantConfig = field(default_factory=QuantConfig)
     batch: BatchConfig = field(default_factory=BatchConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)

@@ -15,6 +15,9 @@ Step 0 holds what was measured before training. Names:
                       this is numerics alone; with 1 it contains one update, and with rollout.replay all that lies between the two students
     domain/D/masked                           share of the step's rollouts left out of the loss (rollout.max_mismatch, where it is given)
     domain/D/completion_length, truncated     tokens per completion; share that hit the limit
+    domain/D/looped                           share of completions with a loop (rollout/repetition.py)
+    domain/D/loop_masked_tokens               share of completion tokens after the recognition of a loop, left out of the loss (rollout.mask_loops)
+    domain/D/length_ratio                     completion_length over the teacher's: warmup/D/teacher_length, or check/D/teacher_length, where there is one
     domain/D/accuracy                         mean score of the step's rollouts, where the domain has a grader
     domain/D/prompt_share, token_share, loss_share          realised in this step
     domain/D/prompt_share_asked, loss_weight_asked, loss_weight    asked for; and w_d after division by those present
@@ -26,7 +29,9 @@ Step 0 holds what was measured before training. Names:
     check/D/kl_per_token, overlap, student_entropy, teacher_entropy, teacher_logprob, truncated, accuracy, answer_logprob, answer_logprob_student,
                       answer_gain (with _low, _high), self_kl, shift_change, gradient_norm      of the initial student, before a warm-up
                       (record of step 0): opd/signal_figures.py says what each is
-    warmup/D/truncated, accuracy, first_loss, last_loss       of the teacher's answers; loss per token at the first and last update (record of step 0)
+    check/D/reference_length, teacher_length  tokens of the data's reference answers, and of answers that the teacher gave (the same record and file)
+    warmup/D/truncated, accuracy, teacher_length, first_loss, last_loss       of the teacher's answers; loss per token at the first and last update (the same)
+    alarms/active                             episodes of alarms that are not over (opd/alarms.py), over all alarms and domains
     optim/lr, grad_norm, clipped, update_to_weight (muon: muon_lr in place of grad_norm and clipped)
     router/agreement                          share of the recorded choices (token of the loss, layer, expert) that the trainer's router makes too, where
                       routes are recorded (rollout.record_routes); hash-routed layers count and always agree
@@ -69,6 +74,7 @@ from opd.throughput import rollout_work
 from opd.tiles import TokenLosses
 from rollout.grading import grade_rollout
 from rollout.prompts import PromptMixture
+from rollout.repetition import loop_end
 from rollout.stream import RolloutStream
 from rollout.types import Rollout
 from teachers.config import DomainConfig
@@ -108,7 +114,7 @@ class DomainTotals:
         return {domain: dict(zip(names, row, strict=True)) for domain, row in zip(self.totals, everything, strict=True)}
 
 
-ROLLOUT_SUMS = ("rollouts", "completion_tokens", "truncated", "graded", "score")
+ROLLOUT_SUMS = ("rollouts", "completion_tokens", "truncated", "looped", "after_loop", "graded", "score")
 OPTIONAL_SUMS = ("student_entropy", "teacher_entropy", "student_tail", "teacher_tail", "capped")
 LOSS_SUMS = ("tokens", "sequences", "loss", "weighted_loss", "mismatch_kl", *OPTIONAL_SUMS)
 
@@ -118,7 +124,9 @@ def rollout_totals(rollouts: list[Rollout], domains: dict[str, DomainConfig], to
     totals = DomainTotals(list(domains))
     for rollout in rollouts:
         domain, grader = rollout.prompt.domain, domains[rollout.prompt.domain].grader
-        totals.add(domain, rollouts=1, completion_tokens=len(rollout.completion_T), truncated=not rollout.finished)
+        length, end = len(rollout.completion_T), loop_end(rollout.completion_T)
+        totals.add(domain, rollouts=1, completion_tokens=length, truncated=not rollout.finished)
+        totals.add(domain, looped=end is not None, after_loop=0 if end is None else length - end)
         if grader is not None:
             totals.add(domain, graded=1, score=grade_rollout(grader, rollout, tokenizer))
     return totals.reduced(ROLLOUT_SUMS)
@@ -184,6 +192,9 @@ def rollout_metrics(rollouts: list[Rollout], stream: RolloutStream, cfg: Distill
         if sums["rollouts"]:
             result[f"domain/{domain}/completion_length"] = sums["completion_tokens"] / sums["rollouts"]
             result[f"domain/{domain}/truncated"] = sums["truncated"] / sums["rollouts"]
+            result[f"domain/{domain}/looped"] = sums["looped"] / sums["rollouts"]
+            if cfg.rollout.mask_loops:
+                result[f"domain/{domain}/loop_masked_tokens"] = sums["after_loop"] / sums["completion_tokens"]
         if sums["graded"]:
             result[f"domain/{domain}/accuracy"] = sums["score"] / sums["graded"]
     return result | rollout_work(rollouts, stream)

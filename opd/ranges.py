@@ -24,6 +24,7 @@ AT_LEAST_ONE = (
 NOT_NEGATIVE = (
     "num_steps", "temperature", "lr", "muon_lr", "eps", "weight_decay", "warmup_steps", "every", "router_probe_every", "update_ratio_every",
     "measure_every", "steps", "memory_gb", "hidden_memory_gb", "gradient_share_every", "retries", "show", "stop_tokens", "num_end_tokens",
+    "teacher_answers",
 )  # fmt: skip
 
 ABOVE_ZERO = ("timeout_seconds", "load_timeout_seconds", "probe_tolerance", "lease_seconds", "max_mismatch", "tolerance")

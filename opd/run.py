@@ -42,7 +42,7 @@ from rollout.model import save_model
 from teachers.config import RUNNING_SETTINGS, DomainConfig
 
 MAY_DIFFER = (
-    "fresh", "threads", "logger", "checkpoint", "profile", "run_dir", "check", "rollout.vllm", "rollout.service",
+    "fresh", "threads", "logger", "checkpoint", "profile", "run_dir", "check", "alarms", "rollout.vllm", "rollout.service",
     *(f"teachers.{name}" for name in RUNNING_SETTINGS),
 )  # fmt: skip
 """Fields that may change when a run is resumed."""

@@ -25,7 +25,7 @@ from opd.distributed import broadcast_object
 from opd.evaluate import Evaluator
 from opd.run import is_new_run
 from opd.signal_figures import SignalFigures, measure_signals
-from opd.start_config import OnBadSignal, WarmupKind
+from opd.start_config import OnBadSignal
 from rollout.config import Dtype
 from rollout.stream import RolloutStream
 
@@ -141,7 +141,7 @@ def refusals(name: str, own: SignalFigures, cfg: DistillConfig, vocab_size: int)
 
 def warnings(name: str, own: SignalFigures, cfg: DistillConfig) -> list[str]:
     """What lets distillation from scratch fail; nothing for a domain that is warmed up."""
-    if cfg.warmup.kind is WarmupKind.sft and (cfg.warmup.domains is None or name in cfg.warmup.domains):
+    if cfg.warmup.covers(name):
         return []
     found = []
     cure = "distillation from scratch is known to fail there: begin with warmup=sft"

@@ -26,6 +26,7 @@ from opd.evaluate import Evaluator
 from opd.intervals import Interval, mean
 from opd.loss_config import LossConfig
 from opd.metrics import DomainTotals
+from opd.teacher_answers import checked_answers
 from rollout.chat import encode_answer
 from rollout.grading import grade_rollout
 from rollout.logits import LOGITS_AT_A_TIME, log_probabilities
@@ -51,6 +52,7 @@ SUMS = (
     "prompts", "tokens", "compared", "graded", "score", "truncated", "kl", "overlap", "student_entropy", "teacher_entropy", "teacher_logprob",
     "change", "moved", "gradient_squared",
     "answers", "answer_tokens", "answer_logprob", "answer_logprob_student", "gain", "gain_squared", "self_tokens", "self_kl",
+    "references", "reference_tokens", "teacher_answers", "teacher_answer_tokens",
 )  # fmt: skip
 
 
@@ -67,6 +69,8 @@ class SignalFigures:
     shift_change: mean size of the divergence's change where the teacher's states are moved by one token within a micro-batch, across its rollouts, since
         completions may be of one token; None where micro-batches are.
     gradient_norm: of the divergence that the loss settings name, summed over tokens, by the student's last hidden states.
+    reference_length: tokens of the data's reference answers to the same prompts, the end-of-sequence token included, right or not.
+    teacher_length: tokens of the teacher's own answers, where check.teacher_answers asks for some (opd/teacher_answers.py).
     """
 
     kl_per_token: float | None
@@ -82,6 +86,8 @@ class SignalFigures:
     self_kl: float
     shift_change: float | None
     gradient_norm: float | None
+    reference_length: float | None
+    teacher_length: float | None
 
     def numbers(self) -> dict[str, float]:
         """Those that were measured, by name; of an interval its ends too."""
@@ -107,6 +113,9 @@ def measure_signals(cfg: DistillConfig, stream: RolloutStream, evaluator: Evalua
         totals.add(name, prompts=1, truncated=not rollout.finished)
         if grader is not None:
             totals.add(name, graded=1, score=grade_rollout(grader, rollout, tokenizer))
+    for prompt in prompts:
+        if prompt.answer is not None:
+            totals.add(prompt.domain, references=1, reference_tokens=len(encode_answer(prompt.answer, tokenizer)))
     pair = _Pair(model, evaluator.teachers, len(tokenizer), cfg.loss)
     own, right = (_scored(part, evaluator.teachers) for part in (rollouts, answers))
     for name, reason in evaluator.teachers.dropped.items():
@@ -117,6 +126,8 @@ def measure_signals(cfg: DistillConfig, stream: RolloutStream, evaluator: Evalua
         for batch in pair.batches([item for item in right if item.rollout.prompt.domain == name]):
             pair.add_answers(totals, name, batch)
         totals.add(name, **pair.itself([rollout for rollout in rollouts if rollout.prompt.domain == name][:SELF_ROLLOUTS]))
+    for answer in checked_answers(cfg, stream.prompts, evaluator):
+        totals.add(answer.prompt.domain, teacher_answers=1, teacher_answer_tokens=len(answer.completion_T))
     return {name: _figures(sums) for name, sums in totals.reduced(SUMS).items()}
 
 
@@ -252,4 +263,6 @@ def _figures(sums: dict[str, float]) -> SignalFigures:
         self_kl=sums["self_kl"] / sums["self_tokens"],
         shift_change=sums["change"] / sums["moved"] if sums["moved"] else None,
         gradient_norm=sums["gradient_squared"] ** 0.5 if compared else None,
+        reference_length=sums["reference_tokens"] / sums["references"] if sums["references"] else None,
+        teacher_length=sums["teacher_answer_tokens"] / sums["teacher_answers"] if sums["teacher_answers"] else None,
     )

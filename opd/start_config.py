@@ -25,10 +25,13 @@ class CheckConfig:
 
     signal: what a signal that is not sound leads to.
     prompts: prompts of each domain that the student answers for it (held-out ones where the run evaluates), and right answers that are scored.
+    teacher_answers: training prompts of each domain that its teacher answers too, as rollouts are sampled, so that the length of the student's answers can
+        be held against its own (domain/D/length_ratio). Each teacher is loaded and decodes once for it; 0 asks none, and a warm-up asks anyway.
     """
 
     signal: OnBadSignal = OnBadSignal.refuse
     prompts: int = 32
+    teacher_answers: int = 0
 
 
 @dataclass(slots=True)
@@ -47,3 +50,7 @@ class WarmupConfig:
     prompts: int = 512
     steps: int = 50
     examples_per_step: int | None = None
+
+    def covers(self, domain: str) -> bool:
+        """Whether a domain is warmed up."""
+        return self.kind is WarmupKind.sft and (self.domains is None or domain in self.domains)

@@ -15,6 +15,7 @@ from typing import Any
 
 from torch.profiler import record_function
 
+from opd.alarms import Alarms, standard_alarms
 from opd.config import LoggerConfig, LoggerKind, RunConfig
 from opd.console import ProgressDisplay
 from opd.distributed import is_main
@@ -22,6 +23,7 @@ from opd.flops import measured_matmul_rate
 from opd.metrics import SCHEMA, headline
 from opd.profiling import StepProfiler
 from opd.run import config_dict
+from opd.teacher_answers import length_ratios
 from opd.throughput import memory_metrics, phase_metrics, present_device
 from rollout.errors import first_sentence
 from rollout.files import replace_text
@@ -39,6 +41,8 @@ class Tracker:
         self.wandb_run = _start_wandb(run_dir, cfg.logger, config_dict(cfg)) if is_main() and cfg.logger.kind is not LoggerKind.none else None
         self.display = ProgressDisplay(visible=is_main())
         self.dtype, self.profiler = torch_dtype(cfg.student.dtype), StepProfiler(run_dir, cfg.profile)
+        self.alarms = Alarms(standard_alarms(cfg)) if cfg.alarms.enabled else None
+        self.first: dict[str, float] = {}  # the record of step 0
 
     def __enter__(self) -> "Tracker":
         self.display.__enter__()
@@ -56,6 +60,7 @@ class Tracker:
             whole = [line for line in self.file.read_text().splitlines() if line.endswith("}")]  # a kill may have cut the last one
             kept = [line for line in whole if json.loads(line)["step"] <= step] if step else []
             replace_text(self.file, "".join(line + "\n" for line in kept))
+            self._take_up([json.loads(line) for line in kept])
         if step:
             self.display.say(f"{self.task}: continues after step {step}")
             self.profiler.step_done(step)
@@ -87,12 +92,27 @@ class Tracker:
         self.seconds, self.step_begun = {}, now + time.monotonic() - begun  # a trace is written between two steps
         if not is_main():
             return
+        metrics = self._judged(step, metrics)
         with self.file.open("a") as file:
             file.write(json.dumps({"schema": SCHEMA, "step": step, **metrics}) + "\n")
         if self.wandb_run is not None:
             self.wandb_run.log({"opd/step": step, **metrics})
         if step:
             self.display.update(self.task, step, self.num_steps, headline(metrics))
+
+    def _take_up(self, records: list[dict[str, Any]]) -> None:
+        """Remember what later steps are held against."""
+        self.first = next((record for record in records if record["step"] == 0), {})
+        if self.alarms is not None:
+            self.alarms.replay(records)
+
+    def _judged(self, step: int, metrics: dict[str, float]) -> dict[str, float]:
+        """A step's metrics with those that need the steps before."""
+        if step == 0:
+            self.first = metrics
+            return metrics
+        metrics = metrics | length_ratios(metrics, self.first)
+        return metrics | self.alarms.observe(step, metrics) if self.alarms is not None else metrics
 
 
 def _start_wandb(run_dir: Path, cfg: LoggerConfig, config: dict[str, Any]):

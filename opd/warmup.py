@@ -28,11 +28,10 @@ from opd.engine import Engine
 from opd.evaluate import Evaluator
 from opd.run import is_new_run
 from opd.start_config import WarmupKind
+from opd.teacher_answers import sample_teacher
 from opd.update import supervised_update
 from rollout.files import read_json, replace_text
 from rollout.grading import grade_rollout
-from rollout.model import end_tokens
-from rollout.sampler import LocalSampler
 from rollout.stream import RolloutStream
 from rollout.types import Rollout
 
@@ -68,11 +67,10 @@ def teacher_answers(cfg: DistillConfig, stream: RolloutStream, evaluator: Evalua
     for name in sorted(chosen, key=lambda name: teachers.teacher_of[name]):
         first = FIRST_REQUEST + list(cfg.domains).index(name) * cfg.warmup.prompts
         prompts = stream.prompts.choose(name, cfg.warmup.prompts, "warmup", first)
-        model = teachers.get(teachers.teacher_of[name]).model
-        sampler = LocalSampler(model, end_tokens(model, tokenizer), cfg.seed, len(tokenizer))
-        own = sampler.sample(prompts[rank(Group.data) :: num_ranks(Group.data)], cfg.rollout)
+        own = sample_teacher(name, prompts, cfg, evaluator)
         answers[name] = sorted((answer for part in gather_objects(own, Group.data) for answer in part), key=lambda answer: answer.prompt.request)
         metrics[f"warmup/{name}/truncated"] = sum(not answer.finished for answer in answers[name]) / len(prompts)
+        metrics[f"warmup/{name}/teacher_length"] = sum(len(answer.completion_T) for answer in answers[name]) / len(prompts)
         grader = cfg.domains[name].grader
         if grader is not None:
             metrics[f"warmup/{name}/accuracy"] = sum(grade_rollout(grader, answer, tokenizer) for answer in answers[name]) / len(prompts)

@@ -220,6 +220,7 @@ class RolloutConfig(SamplingConfig):
 
     prompts_per_step: prompts of one optimizer step, over all ranks.
     completions_per_prompt: completions of each prompt.
+    mask_loops: the tokens of a completion after it is recognised as a loop (rollout/repetition.py) leave the loss; those before stay.
     sampler: who draws the rollouts.
     staleness: 0 samples a step's rollouts with the weights that the step begins with. 1 samples them while the step before trains, with the weights
         before that update, which is faster where samplers have devices of their own; the states visited are then one update old. Not with sampler=local.
@@ -236,6 +237,7 @@ class RolloutConfig(SamplingConfig):
 
     prompts_per_step: int = 128
     completions_per_prompt: int = 1
+    mask_loops: bool = False
     sampler: SamplerKind = SamplerKind.local
     staleness: int = 0
     log: bool = True

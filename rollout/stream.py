@@ -21,6 +21,7 @@ from rollout.cohort import DecodingFigures
 from rollout.config import RolloutConfig
 from rollout.prompts import PromptMixture
 from rollout.ranks import OneRank, Ranks
+from rollout.repetition import mask_loops
 from rollout.replay import first_difference, load_rollouts, replay_file, rollout_key, save_rollouts
 from rollout.sampler import LocalSampler, Sampler, StepLog, WeightSource
 from rollout.types import Rollout
@@ -84,7 +85,7 @@ class RolloutStream:
         self.asked_shares = self.prompts.asked_shares(step)
         if self.cfg.replay is not None:
             rollouts = load_rollouts(replay_file(self.cfg.replay, step))
-            return rollouts[self.ranks.index :: self.ranks.count]
+            return self._masked(rollouts[self.ranks.index :: self.ranks.count])
         if self.cfg.staleness == 0:
             self._refresh(source)
             sampled = self._sample(step)
@@ -93,7 +94,7 @@ class RolloutStream:
         rollouts, self.figures = sampled.rollouts, sampled.figures
         if self.cfg.save or self.cfg.compare is not None:
             self._keep(step, rollouts)
-        return rollouts
+        return self._masked(rollouts)
 
     def state(self) -> dict:
         """Where the prompts stand before those of the next step are drawn, and which weights sample it."""
@@ -104,6 +105,9 @@ class RolloutStream:
     def restore(self, state: dict) -> None:
         self.prompts.restore(state["prompts"])
         self.taken_up = state.get("policy_step")
+
+    def _masked(self, rollouts: list[Rollout]) -> list[Rollout]:
+        return mask_loops(rollouts) if self.cfg.mask_loops else rollouts
 
     def _refresh(self, source: WeightSource) -> None:
         begun = time.monotonic()

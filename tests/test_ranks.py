@@ -35,6 +35,7 @@ SETTINGS = [
     "logger=none",
     "threads=1",
     "check.signal=off",
+    "check.teacher_answers=3",
 ]
 
 SCRIPT = """
@@ -183,4 +184,5 @@ def test_the_check_of_two_ranks_finds_what_that_of_one_finds(saved_run, two_rank
     one, two = (json.loads((folder / "metrics.jsonl").read_text().splitlines()[0]) for folder in (saved_run, two_ranks[0] / "live"))
     names = [name for name in one if name.startswith("check/") and not name.endswith(("self_kl", "shift_change"))]
     assert len(names) > 15
+    assert "check/tools/teacher_length" in names
     assert {name: two[name] for name in names} == pytest.approx({name: one[name] for name in names}, rel=1e-3)

@@ -13,6 +13,7 @@ from opd.metrics import DomainTotals, add_losses, data_metrics, loss_metrics, ro
 from opd.tiles import TokenLosses
 from rollout.config import GraderKind, PromptsConfig, RolloutConfig
 from rollout.prompts import PromptMixture, load_prompts
+from rollout.repetition import mask_loops
 from rollout.sampler import LocalSampler
 from rollout.stream import RolloutStream
 from rollout.types import Rollout
@@ -163,6 +164,19 @@ def test_lengths_shares_and_accuracy_are_those_of_the_steps_rollouts(stream, cfg
     assert [metrics[f"domain/{name}/prompt_share"] for name in DOMAINS] == [0.75, 0.25, 0.0]
     assert [metrics[f"domain/{name}/token_share"] for name in DOMAINS] == pytest.approx([12 / 13, 1 / 13, 0.0])
     assert [metrics[f"domain/{name}/prompt_share_asked"] for name in DOMAINS] == pytest.approx([0.6, 0.2, 0.2])
+
+
+def test_loops_are_counted_by_completions_and_what_they_mask_by_tokens(stream, cfg, tokenizer, make_rollout):
+    rollouts = [make_rollout("law", [5], tokens, request=number, answer="42") for number, tokens in enumerate([[6] * 40, list(range(60))])]
+    rollouts.append(make_rollout("code", [5], [6], request=2))
+    metrics = rollout_metrics(rollouts, stream, cfg, tokenizer)
+    assert (metrics["domain/law/looped"], metrics["domain/code/looped"]) == (0.5, 0.0)
+    assert "domain/law/loop_masked_tokens" not in metrics
+    cfg.rollout.mask_loops = True
+    masked = mask_loops(rollouts)
+    metrics = rollout_metrics(masked, stream, cfg, tokenizer)
+    assert metrics["domain/law/loop_masked_tokens"] == pytest.approx((100 - sum(rollout.num_loss_tokens for rollout in masked[:2])) / 100)
+    assert (metrics["domain/law/loop_masked_tokens"], metrics["domain/code/loop_masked_tokens"]) == (0.24, 0.0)
 
 
 def test_a_domain_without_rollouts_has_shares_of_zero_and_no_means(stream, cfg, tokenizer, make_rollout):

@@ -34,7 +34,7 @@ def test_a_difference_behind_one_that_may_differ_is_seen(tmp_path):
 
 def test_what_may_differ_is_accepted(tmp_path):
     open_run(config(tmp_path / "run"), "distill")
-    overrides = ["checkpoint.every=7", "logger=none", "threads=1", "profile.steps=[2,3]"]
+    overrides = ["checkpoint.every=7", "logger=none", "threads=1", "profile.steps=[2,3]", "alarms.enabled=false"]
     overrides += ["teachers.timeout_seconds=9", "teachers.retries=9", "teachers.max_connections=9"]
     assert open_run(config(tmp_path / "run", *overrides), "distill") == tmp_path / "run"
 

@@ -82,6 +82,48 @@ def test_without_w_and_b_only_the_file_is_written(tracker, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
+def length(tokens: float) -> dict[str, float]:
+    return {"domain/law/completion_length": tokens, "domain/code/completion_length": 3.0}
+
+
+def test_lengths_are_held_against_the_teachers_of_step_zero_after_a_resume_too(tracker, tmp_path):
+    tracker.log(0, {"check/law/teacher_length": 8.0})
+    tracker.log(1, length(12.0))
+    resumed = Tracker(tmp_path, "test", config(LoggerKind.none))
+    resumed.resume(1)
+    resumed.log(2, length(4.0))
+    assert [record.get("domain/law/length_ratio") for record in records(tmp_path)] == [None, 1.5, 0.5]
+    assert not [name for record in records(tmp_path) for name in record if name == "domain/code/length_ratio"], "its teacher's length is not known"
+
+
+def test_an_alarm_of_a_run_that_is_taken_up_goes_on_and_is_not_logged_again(tracker, tmp_path, caplog):
+    for step in range(7):
+        tracker.log(step, {"domain/law/looped": 0.2})
+    resumed = Tracker(tmp_path, "test", config(LoggerKind.none))
+    resumed.resume(6)
+    resumed.log(7, {"domain/law/looped": 0.2})
+    assert [record.get("alarms/active") for record in records(tmp_path)] == [None, 0, 0, 0, 0, 1, 1, 1]
+    assert [message.split(" is ")[0] for message in caplog.messages if message.startswith("alarm")] == ["alarm at step 5: domain/law/looped"]
+
+
+def test_an_alarm_in_steps_that_are_done_again_is_forgotten(tracker, tmp_path):
+    for step in range(7):
+        tracker.log(step, {"domain/law/looped": 0.2})
+    tracker.resume(2)
+    tracker.log(3, {"domain/law/looped": 0.0})
+    assert records(tmp_path)[-1]["alarms/active"] == 0
+
+
+def test_without_alarms_nothing_is_judged(tmp_path, caplog):
+    cfg = config(LoggerKind.none)
+    cfg.alarms.enabled = False
+    tracker = Tracker(tmp_path, "test", cfg)
+    for step in range(7):
+        tracker.log(step, {"domain/law/looped": 0.2})
+    assert not [name for record in records(tmp_path) for name in record if name.startswith("alarms/")]
+    assert not caplog.records
+
+
 @pytest.fixture
 def no_account(monkeypatch, tmp_path) -> None:
     """No key, no netrc, and a proxy on which nobody listens."""

@@ -65,6 +65,7 @@ def test_the_record_of_step_0_says_what_the_warmup_did(settings, tmp_path, devic
     [first, *_] = run([*settings, "num_steps=1", "warmup=sft", "warmup.steps=20", "warmup.prompts=8"], tmp_path)
     assert first["warmup/tools/accuracy"] >= 0.75
     assert first["warmup/tools/truncated"] <= 0.25
+    assert first["warmup/tools/teacher_length"] == pytest.approx(13, abs=2)  # twelve characters and the end of sequence
     assert first["warmup/tools/last_loss"] < 0.5 * first["warmup/tools/first_loss"]
     assert {"check/tools/overlap", "data/tools/rows"} <= set(first)
 

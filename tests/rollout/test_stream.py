@@ -170,6 +170,25 @@ def test_replaying_refuses_what_needs_sampling(setting, tmp_path):
         RolloutStream(None, None, RolloutConfig(replay="runs/saved", **setting), str(tmp_path))
 
 
+LOOPING = {"temperature": 0.0, "max_new_tokens": 40}
+"""A model of random weights that always takes the likeliest token runs into loops."""
+
+
+def test_loops_are_masked_alike_when_sampled_and_when_replayed_and_files_hold_what_was_sampled(new_stream, qwen3_moe_model, tmp_path):
+    sampled = new_stream(run="one", save=True, mask_loops=True, **LOOPING).next(0, Weights(qwen3_moe_model))
+    saved = load_rollouts(replay_file(tmp_path / "one", 0))
+    replayed = new_stream(replay=str(tmp_path / "one"), mask_loops=True, **LOOPING).next(0, Weights(qwen3_moe_model))
+    assert sum(not rollout.completion_mask_T.all() for rollout in sampled) > 2
+    assert all(rollout.completion_mask_T.all() for rollout in saved)
+    for ours, theirs in zip(sampled, replayed, strict=True):
+        assert torch.equal(ours.completion_mask_T, theirs.completion_mask_T)
+        assert torch.equal(ours.completion_T, theirs.completion_T)
+
+
+def test_loops_stay_in_the_loss_unless_asked(new_stream, qwen3_moe_model):
+    assert all(rollout.completion_mask_T.all() for rollout in new_stream(**LOOPING).next(0, Weights(qwen3_moe_model)))
+
+
 def ahead(stream: RolloutStream, num_steps: int) -> RolloutStream:
     stream.draw_with(stream.sampler, num_steps)
     return stream
