@@ -133,7 +133,7 @@ def check_rollout(rollout: RolloutConfig) -> None:
     if rollout.sampler is SamplerKind.vllm and not rollout.vllm.servers:
         raise ValueError("rollout.sampler=vllm needs servers: write rollout.vllm.servers=[http://host:8000]")
     if rollout.sampler is not SamplerKind.vllm and rollout.vllm != VllmConfig():
-        raise ValueError(f"settings of rollout.vllm would be ignored with rollout.sampler={rollout.sampler.value}: write rollout.sampler=vllm")
+        raise ValueError(f"rollout.vllm would be ignored with rollout.sampler={rollout.sampler.value}: write rollout.sampler=vllm, or remove it")
 
 
 def check_profile(steps: list[int], all_ranks: bool, num_steps: int) -> None:

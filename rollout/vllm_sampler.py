@@ -1,7 +1,8 @@
 """VllmSampler: rollouts from running vLLM servers, which get the student's weights before each step and must show that they have them.
 
     refresh   every rank walks the trainer's weights; the main rank writes them as a Hugging Face folder on a path that the servers share
-              (weights/hf-000012, renamed when complete, the newest few kept), has every server load it, and tells the ranks which did
+              (weights/hf-000012, renamed when complete, the newest few kept; beside it hf-000012.json, the fields of ServedWeights, for a run that is
+              taken up with rollout.staleness=1), has every server load it, and tells the ranks which did
     sample    each rank spreads its completions over these servers (rollout/dispatch.py)
     probe     after it, every server once more gives the probe's log-probabilities of these weights, or nothing that it drew is used
 
@@ -12,12 +13,14 @@ own; interrupted ones go on from their logged tokens, which the server prefills.
 P: tokens of the probe but the first.
 """
 
+import json
 import logging
 import random
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
@@ -27,6 +30,7 @@ from transformers import PreTrainedTokenizerBase
 from rollout.cohort import Completion, end_tokens_of
 from rollout.config import SamplingConfig, VllmConfig
 from rollout.dispatch import Dispatch
+from rollout.files import read_json, replace_text
 from rollout.model import context_length, head_of, save_model
 from rollout.ranks import OneRank, Ranks
 from rollout.sampler import LocalSampler, StepLog, WeightSource, rollout_of, sampling_key, take_up
@@ -60,8 +64,8 @@ class VllmSampler:
         rows = head_of(local.model).weight.shape[0]
         self.servers = [VllmServer(url, cfg, local.policy.vocab_size or rows, rows) for url in cfg.servers]
         self.run, self.weights, self.policy_step = uuid.uuid4().hex[:12], None, 0
-        self.figures = None
         self.gone: set[str] = set()
+        self.protected, self.figures = -1, None  # the servers keep how they decode to themselves
         ids = range(local.policy.vocab_size or rows)
         length = min(PROBE_TOKENS, context_length(local.model.config, "student") - 1)
         self.probe = tuple(random.Random("probe").choices(ids, k=length))
@@ -76,24 +80,51 @@ class VllmSampler:
 
         Raises ValueError where no server is left, or one has not the weights that it was given.
         """
-        given = problem = None
+        kept = _Kept(source)
         if self.ranks.index == 0:
-            kept = _Kept(source)
             self.local.refresh(kept)
-            try:
-                given = self._give(self._publish(kept))
-            except (ValueError, OSError) as error:
-                problem = str(error)
         else:
             for _ in source.weights():
                 pass
+        self._share(lambda: self._publish(kept))
+
+    def take_up_weights(self, policy_step: int) -> bool:
+        record = self.folder / f"hf-{policy_step:06d}.json"
+
+        def find() -> ServedWeights | None:
+            if not record.is_file() or not record.with_suffix("").is_dir():
+                return None
+            found = read_json(record)
+            found |= {"probe": tuple(found["probe"]), "logprob_P": tuple(found["logprob_P"])}
+            return replace(ServedWeights(**found), label=self._label(policy_step), folder=str(record.with_suffix("")))
+
+        return self._share(find)
+
+    def protect(self, policy_step: int) -> None:
+        self.protected = policy_step
+
+    def close(self) -> None:
+        """Nothing is held between two calls."""
+
+    def _share(self, find: Callable[[], ServedWeights | None]) -> bool:
+        """Have the servers load the weights that the main rank finds, and every rank draw with them; False where it finds none."""
+        given = problem = None
+        if self.ranks.index == 0:
+            try:
+                weights = find()
+                given = None if weights is None else self._give(weights)
+            except (ValueError, OSError) as error:
+                problem = str(error)
         given, problem = self.ranks.gather((given, problem))[0]
         if problem is not None:
             raise ValueError(problem)
+        if given is None:
+            return False
         self.weights, versions = given
         self.policy_step = self.weights.policy_step
         for server, version in zip(self.servers, versions, strict=True):
             server.version = version
+        return True
 
     def sample(self, prompts: list[Prompt], cfg: SamplingConfig, completions_per_prompt: int = 1, log: StepLog | None = None) -> list[Rollout]:
         """As the protocol says. Raises ValueError also where no server is left, one does not hold the weights, or the log cannot be written."""
@@ -117,16 +148,6 @@ class VllmSampler:
                 writer.close()
         return [rollout_of(completion, end_tokens, self.weights.policy_step) for completion in completions]
 
-    def take_up_weights(self, policy_step: int) -> bool:
-        """The servers' answer for older weights could not be held to a model of them here."""
-        return False
-
-    def protect(self, policy_step: int) -> None:
-        """Older weights are not taken up again."""
-
-    def close(self) -> None:
-        """The servers are not this run's."""
-
     def _require_probe(self, server: VllmServer, log: StepLog | None) -> None:
         """Raises StaleWeights where a server's weights were exchanged behind its label; what is logged is then no use either."""
         try:
@@ -144,24 +165,35 @@ class VllmSampler:
         folder = self.folder / f"hf-{kept.policy_step:06d}"
         weights = hash_tensors(kept.tensors.items())
         save_model(folder, self.local.model, self.tokenizer, kept.tensors)  # which leaves the dictionary empty
-        older = sorted(path for path in self.folder.glob("hf-*") if path.name < folder.name)
-        for old in older[: max(0, len(older) - (self.cfg.keep - 1))]:
-            shutil.rmtree(old)
+        self._forget_older(folder)
         model = self.local.model
         with torch.inference_mode():
             logprob_PV = model(torch.tensor([self.probe], device=model.device)).logits[0, :-1].float().log_softmax(-1)
         logprob_P = logprob_PV.gather(1, torch.tensor(self.probe[1:], device=model.device)[:, None])[:, 0]
         if not logprob_P.isfinite().all():
             raise ValueError(f"the student gives NaN or infinity after step {kept.policy_step}: its weights have diverged")
-        return ServedWeights(
+        served = ServedWeights(
             folder=str(folder),
-            label=f"{self.run}-{kept.policy_step:06d}",
+            label=self._label(kept.policy_step),
             weights=weights,
             policy_step=kept.policy_step,
             probe=self.probe,
             logprob_P=tuple(logprob_P.tolist()),
             tolerance=self.cfg.tolerance or TOLERANCE.get(model.dtype, max(TOLERANCE.values())),
         )
+        replace_text(folder.with_suffix(".json"), json.dumps(asdict(served)))
+        return served
+
+    def _forget_older(self, folder: Path) -> None:
+        """Delete all publications before one but the newest, and the one that a checkpoint may need."""
+        older = sorted(path for path in self.folder.glob("hf-*") if path.suffix == "" and path.name < folder.name)
+        for old in older[: max(0, len(older) - (self.cfg.keep - 1))]:
+            if old.name != f"hf-{self.protected:06d}":
+                shutil.rmtree(old)
+                old.with_suffix(".json").unlink(missing_ok=True)
+
+    def _label(self, policy_step: int) -> str:
+        return f"{self.run}-{policy_step:06d}"
 
     def _give(self, weights: ServedWeights) -> tuple[ServedWeights, list[str | None]]:
         """Have all servers load weights, side by side; returns also their versions, None of one that does not answer."""

@@ -231,7 +231,6 @@ def test_data_files_only_are_in_conf():
         ("optim.betas=[0.9]", r"optim\.betas must be two numbers"),
         ("threads=-1", r"threads must be at least 1"),
         ("rollout.vllm.tolerance=0", r"rollout\.vllm\.tolerance must be above 0"),
-        ("rollout.sampler=service", r"rollout\.sampler=service is not there"),
         ("rollout.sampler=vllm", r"rollout\.sampler=vllm needs servers: write rollout\.vllm\.servers="),
         ("rollout.vllm.servers=[http://a:1]", r"rollout\.vllm would be ignored with rollout\.sampler=local"),
     ],

@@ -86,7 +86,7 @@ def test_the_ranks_together_sample_what_one_rank_samples(new_stream, qwen3_moe_m
 def test_another_sampler_draws_the_rollouts_where_one_is_set(new_stream, qwen3_moe_model, new_student):
     stream, other = new_stream(), new_student("qwen3_moe_tiny", seed=1)
     own = stream.sampler
-    stream.rollout_sampler = LocalSampler(copy.deepcopy(other), [2], seed=7)
+    stream.draw_with(LocalSampler(copy.deepcopy(other), [2], seed=7), num_steps=1)
     rollouts = stream.next(0, Weights(qwen3_moe_model))
     assert stream.sampler is own
     assert tokens_of(rollouts) == tokens_of(LocalSampler(qwen3_moe_model, [2], seed=7).sample([r.prompt for r in rollouts[::2]], stream.cfg, 2))

@@ -147,9 +147,24 @@ def test_the_published_folder_is_the_model_and_the_newest_stay(new_vllm, new_sam
     sampler = new_sampler(new_vllm(models[0]))
     for step in (7, 8, 9):
         sampler.refresh(Weights(models[step % 2], step))
-    assert sorted(path.name for path in (tmp_path / "weights").iterdir()) == ["hf-000008", "hf-000009"]
+    assert sorted(path.name for path in (tmp_path / "weights").iterdir()) == ["hf-000008", "hf-000008.json", "hf-000009", "hf-000009.json"]
     loaded = load_model(ModelConfig(model=str(tmp_path / "weights" / "hf-000009")), "student").state_dict()
     assert all(torch.equal(tensor, loaded[name]) for name, tensor in models[1].state_dict().items())
+
+
+def test_a_run_that_is_taken_up_draws_with_weights_that_are_still_published(new_vllm, new_sampler, models, prompts):
+    server = new_vllm(models[0])
+    killed = new_sampler(server)
+    killed.protect(1)
+    for step in range(1, 6):
+        killed.refresh(Weights(models[step % 2], step))
+    server.restart()
+    sampler = new_sampler(server)
+    assert not sampler.take_up_weights(2)
+    assert sampler.take_up_weights(1)
+    rollouts = sampler.sample(prompts, CFG)
+    assert error_of(rollouts, models[1]) < 1e-5
+    assert {rollout.policy_step for rollout in rollouts} == {1}
 
 
 def test_experts_are_published_with_the_fp4_values_that_the_trainer_multiplies(new_vllm, new_student, tokenizer, prompts, tmp_path):
