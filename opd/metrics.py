@@ -161,7 +161,7 @@ def mismatch(log_ratio_N: torch.Tensor) -> torch.Tensor:
 
 
 def _add_maxima(totals: DomainTotals, batch: MicroBatch, value_N: torch.Tensor) -> None:
-    largest = torch.zeros(len(batch.rollouts), dtype=value_N.dtype, device=value_N.device).index_reduce_(0, batch.rollout_N, value_N, "amax")
+    largest = torch.zeros(len(batch.rollouts), dtype=value_N.dtype, device=value_N.device).scatter_reduce_(0, batch.rollout_N, value_N, "amax")
     for rollout, value in zip(batch.rollouts, largest.tolist(), strict=True):
         totals.add_maximum(rollout.prompt.domain, value)
 
