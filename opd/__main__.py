@@ -34,7 +34,7 @@ COMMANDS = {
     "check": "what distill with the same settings would refuse at its start, and what it would warn of; trains and writes nothing",
     "evaluate": "accuracy and recovery on held-out prompts",
     "export": "write the folder to serve, its experts packed in FP4, and verify it",
-    "bench": "time and memory beside other ways and libraries; the word after it says of what: divergence, qat, teachers, rollout",
+    "bench": "time and memory beside other ways and libraries; the word after it says of what: divergence, qat, teachers, rollout, step",
 }
 USER_ERROR, INTERRUPTED = 2, 130
 
@@ -164,6 +164,10 @@ def _run(command: str, cfg) -> None:
         from opd.bench_rollout import bench_rollout
 
         return bench_rollout(cfg)
+    if command == "bench_step":
+        from opd.bench_step import bench_step
+
+        return bench_step(cfg)
     from opd.evaluate import evaluate
 
     return evaluate(cfg)

@@ -121,3 +121,30 @@ class RolloutBenchConfig(BenchConfig):
     num_end_tokens: int = 4
     architecture: str = "deepseek_v4_tiny"
     overrides: list[str] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class StepBenchConfig(BenchConfig):
+    """`opd bench step`: whole optimizer steps, from prompts to updated weights, beside other systems, on the CPU.
+
+    architectures: of new students and teachers: options of the group `student`, of families that all contenders know.
+    contenders: who takes part; null takes everyone who is installed.
+    prompts_per_step: the same in every step, over all ranks, with one completion each.
+    max_new_tokens: completion tokens at most.
+    mean_new_tokens: a completion ends after each token with a probability of 1 over this, at the beginning of training.
+    vocab_size: tokens of the tokenizer that all share.
+    lr: of AdamW; everybody's.
+    threads: CPU threads of each process; null takes one.
+    overrides: settings of `opd distill` for ours.
+    """
+
+    run_dir: str = "runs/bench_step"
+    repeats: int = 15
+    architectures: list[str] = field(default_factory=lambda: ["qwen3_tiny", "qwen3_moe_tiny"])
+    contenders: list[str] | None = None
+    prompts_per_step: int = 128
+    max_new_tokens: int = 64
+    mean_new_tokens: float = 24.0
+    vocab_size: int = 400
+    lr: float = 1e-4
+    overrides: list[str] = field(default_factory=list)

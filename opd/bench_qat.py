@@ -1,6 +1,6 @@
 """`opd bench qat`: what FP4 experts cost and save: kernels alone, a step of the quickstart's distillation, memory of the sampler.
 
-Contenders take turns (opd/bench.py). Kernels: opd/bench_kernels.py; the yardstick is the product that the weights are for. Steps: opd/bench_step.py;
+Contenders take turns (opd/bench.py). Kernels: opd/bench_kernels.py; the yardstick is the product that the weights are for. Steps: opd/bench_qat_steps.py;
 those with FP4 are compared with those without. Memory is counted, not measured: parameters and buffers of the model that samples.
 
 RUN/qat.csv (schema 1), a line per kernel, per phase of a step and option of `quant`, and per thing held and option; empty where it does not apply:
@@ -29,7 +29,7 @@ from tempfile import TemporaryDirectory
 from opd.bench import begin_folder, device_kind, machine_caption, machine_columns, print_lines, take_turns, timed, write_csv
 from opd.bench_config import QatBenchConfig
 from opd.bench_kernels import Experts, Kernel, choose_kernels, make_experts
-from opd.bench_step import PHASES, QUANTS, STEP, PhaseTime, measure_steps, phase_time, sampler_memory, step_config
+from opd.bench_qat_steps import PHASES, QUANTS, STEP, PhaseTime, measure_steps, phase_time, sampler_memory, step_config
 from opd.console import ProgressDisplay
 from opd.distributed import start_processes
 from opd.run import require_own_folder

@@ -1,148 +1,159 @@
-"""Optimizer steps of the quickstart's distillation with FP4 experts and without, in turns: the loop's own parts, on a new student.
+"""`opd bench step`: whole optimizer steps beside TRL and DeepSpeed: rollout, teacher, loss and update, in completion tokens per second.
 
-The student of conf/student/deepseek_v4_tiny.yaml, built twice from one seed, learns from one teacher a domain (new models of the same architecture, in a
-temporary folder) under the settings of conf/experiment/quickstart.yaml. Weights differ between the two from the first update on, and with them how long
-answers are; so no token ends a completion here, and both sample, score and train on the same number of tokens.
+Contenders do the same: the same student, teacher and prompts (opd/bench_step_problem.py), one completion of each prompt at temperature 1, reverse KL over the
+whole vocabulary, AdamW, float32. Each stays in processes of its own (opd/bench_step_worker.py, opd/bench_step_peers.py), since DeepSpeed and TRL change
+the process they are in, and they do a step in turns, so that what else the machine does hits all. All run on the CPU: one process each for ours and
+TRL, two gloo ranks each for ours and DeepSpeed at ZeRO 2 and 3. What is counted are tokens up to the one that ends a completion, itself included, so that
+decoding on after it brings nothing. The first steps are not counted (compilation, optimizer state).
 
-A step in `quant.measure_every` also measures what quantisation costs (opd/update.py), and the same steps measure the update-to-weight ratio. They are
-kept apart, and weighed by how many there are.
+Completions are random and everybody draws his own, so tokens of a step differ; rates are compared, and mean lengths and losses stand beside them.
+
+RUN/step.csv (schema 1), a line per architecture and contender:
+
+    schema                                  1
+    architecture, contender, ranks          an option of `student`; ours, trl, ours_zero2, deepspeed_zero2, ours_zero3, deepspeed_zero3; processes
+    prompts, max_new_tokens, mean_new_tokens, vocab_size, parameters, lr, seed      the problem: parameters of the student
+    repeats, median_seconds, min_seconds    counted steps
+    tokens_per_second, most_tokens_per_second       of a step: median and maximum
+    cpu_seconds, tokens_per_cpu_second      medians; of all threads of all ranks, which other work on the machine changes less
+    ours_to_it, ours_to_it_at_best, ours_to_it_by_cpu       rate of ours in as many processes at the same ZeRO stage over its rate: of the medians, of the
+                                            maxima, and of the rates by seconds of the processor
+    rollout_seconds                         median, on the slowest rank; empty where it is not known
+    mean_length, ended, loss                completion tokens; share that ended before the limit; nats per token: means over counted steps
+    device, hardware, threads, load         cpu; its name; of this process; 1-minute average before the start
+    python, torch, transformers, deepspeed, trl     versions
 """
 
 import statistics
 from collections.abc import Callable
-from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
-import torch
+from opd.bench import begin_folder, installed_version, machine_caption, machine_columns, print_lines, take_turns, write_csv
+from opd.bench_config import StepBenchConfig
+from opd.bench_step_crew import Crew
+from opd.bench_step_problem import Outcome, write_problem
+from opd.console import ProgressDisplay
+from opd.errors import nearest
+from opd.run import require_own_folder
 
-from opd.bench import timed
-from opd.bench_config import QatBenchConfig
-from opd.config import DistillConfig
-from opd.engine import Engine
-from opd.rollouts import build_stream
-from opd.student import build_student, copy_for_sampling, load_student_tokenizer, seed_everything
-from opd.update import update
-from rollout.experts import EXPERT_WEIGHTS, find_experts, find_packed, packed_weight
-from rollout.model import save_model
-from rollout.stream import RolloutStream
-from teachers.pool import TeacherPool
+SCHEMA = 1
+CONTENDERS = {"ours": 1, "trl": 1, "ours_zero2": 2, "deepspeed_zero2": 2, "ours_zero3": 2, "deepspeed_zero3": 2}
+"""By name, the number of processes."""
 
-QUANTS = ("none", "mxfp4_experts")
-"""Options of the group `quant`; the second is compared with the first."""
+WARM_UP = 3
+"""Steps that are not counted: ours compiles its loss in the first ones."""
 
-PHASES = ("rollout", "score", "update")
-STEP = "step"
-"""Name of their sum."""
-
-Seconds = dict[str, dict[str, list[float]]]
-"""By option of quant and by phase: seconds of each step."""
-
-
-@dataclass(frozen=True, slots=True)
-class PhaseTime:
-    """Medians and minimum in seconds over the steps that do not measure and those that do; None where there was none."""
-
-    num_plain: int
-    plain: float | None
-    least: float | None
-    num_measuring: int
-    measuring: float | None
-    expected: float | None
-    """Of any step: plain and measuring in proportion."""
+COLUMNS = {
+    "median s": ("median_seconds", ".3f"), "min s": ("min_seconds", ".3f"), "rollout s": ("rollout_seconds", ".3f"), "tokens/s": ("tokens_per_second", ".0f"),
+    "most": ("most_tokens_per_second", ".0f"), "ours/it": ("ours_to_it", ".2f"), "at best": ("ours_to_it_at_best", ".2f"),
+    "CPU s": ("cpu_seconds", ".3f"), "by CPU": ("ours_to_it_by_cpu", ".2f"),
+    "length": ("mean_length", ".1f"), "ended": ("ended", ".0%"), "loss": ("loss", ".4f"),
+}  # fmt: skip
 
 
-@dataclass(frozen=True, slots=True)
-class ModelMemory:
-    """Bytes of a sampler's model and of the routed experts in it, and how many weights these have."""
-
-    model: int
-    experts: int
-    num_expert_weights: int
-
-
-@dataclass(frozen=True, slots=True)
-class _Variant:
-    cfg: DistillConfig
-    stream: RolloutStream
-    engine: Engine
-
-
-def step_config(cfg: QatBenchConfig, quant: str) -> DistillConfig:
-    """The quickstart's distillation, but for its models and what it logs."""
-    from opd.__main__ import load_config
-
-    models = ["student=deepseek_v4_tiny", "student.model=null"]
-    return load_config("distill", ["experiment=quickstart", *models, "logger=none", f"seed={cfg.seed}", *cfg.overrides, f"quant={quant}"])
+def bench_step(cfg: StepBenchConfig) -> None:
+    """Measure, print a table for each architecture and a summary, and write RUN/step.csv, which grows architecture by architecture."""
+    folder, names = Path(cfg.run_dir), choose(cfg.contenders)
+    machine = machine_columns("cpu", ("transformers", "deepspeed", "trl"))
+    require_own_folder(folder, "bench")
+    lines: list[dict] = []
+    with TemporaryDirectory(prefix="opd-step-") as scratch:
+        parameters = {name: write_problem(cfg, name, Path(scratch) / name) for name in cfg.architectures}
+        begin_folder(folder, cfg)
+        for architecture in cfg.architectures:
+            seconds, outcomes = race(cfg, architecture, names, Path(scratch) / architecture)
+            own = [_line(cfg, architecture, name, parameters[architecture], seconds[name], outcomes[name]) for name in names]
+            lines += [{"schema": SCHEMA, **line, **machine} for line in with_ratios(own)]
+            write_csv(folder / "step.csv", lines)
+            title = f"{architecture}: {cfg.prompts_per_step} prompts, up to {cfg.max_new_tokens} tokens, vocabulary {cfg.vocab_size}"
+            print_lines(title, "contender", lines[-len(own) :], COLUMNS, machine_caption(lines[0], [f"{cfg.repeats} rounds"]))
+    print(summary(lines))
 
 
-def sampler_memory(cfg: QatBenchConfig) -> dict[str, ModelMemory]:
-    """Memory of the sampler's model by option of quant."""
-    found = {}
-    for quant in QUANTS:
-        settings = step_config(cfg, quant)
-        student = build_student(settings.student, load_student_tokenizer(settings.student), settings.quant)
-        model = copy_for_sampling(student, torch.device("cpu"), settings.quant)
-        full = [getattr(module, weight) for module in find_experts(model).values() for weight in EXPERT_WEIGHTS]
-        packed = [packed_weight(module, weight) for module, weight in find_packed(model).values()]
-        found[quant] = ModelMemory(
-            model=sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers())),
-            experts=sum(tensor.nbytes for tensor in full) + sum(weight.num_bytes for weight in packed),
-            num_expert_weights=sum(tensor.numel() for tensor in full) + sum(2 * weight.codes.numel() for weight in packed),
-        )
-    return found
+def choose(asked: list[str] | None) -> list[str]:
+    """Contenders by name. Raises ValueError for one that does not exist or is not installed; unless it was asked for, that is left out, and said."""
+    for name in asked or ():
+        if name not in CONTENDERS:
+            raise ValueError(f"there is no contender {name!r}{nearest(name, list(CONTENDERS))}; there are {', '.join(CONTENDERS)}")
+    if asked == []:
+        raise ValueError(f"contenders is empty: choose from {', '.join(CONTENDERS)}")
+    if installed_version("trl") is not None or (asked and "trl" not in asked):
+        return list(asked or CONTENDERS)
+    missing = "trl is not installed: pip install 'opd[bench]'"
+    if asked:
+        raise ValueError(missing)
+    print(missing)
+    return [name for name in CONTENDERS if name != "trl"]
 
 
-def measure_steps(cfg: QatBenchConfig, device: torch.device, folder: Path, tell: Callable[[int], None]) -> tuple[Seconds, int]:
-    """(seconds of all steps, the first one included; completion tokens of a step). Teachers are saved under `folder`."""
-    teachers, variants = _build(cfg, device, folder)
-    seconds: Seconds = {quant: {phase: [] for phase in (*PHASES, STEP)} for quant in variants}
-    sampled = set()
-    for step in range(cfg.steps + 1):
-        tell(step)
-        for quant, variant in variants.items():
-            sampled.add(_step(step, variant, teachers, seconds[quant]))
-    assert len(sampled) == 1, f"the steps differ in their number of tokens: {sorted(sampled)}"
-    return seconds, sampled.pop()
+def race(cfg: StepBenchConfig, architecture: str, names: list[str], folder: Path) -> tuple[dict[str, list[float]], dict[str, list[list[Outcome]]]]:
+    """(seconds of each contender's counted steps, and what came of them on each rank)."""
+    total = 1 + WARM_UP + cfg.repeats
+    outcomes: dict[str, list[list[Outcome]]] = {name: [] for name in names}
+    with ProgressDisplay() as display:
+        display.update(architecture, 0, total, "starting processes")
+        with Crew({name: CONTENDERS[name] for name in names}, folder, cfg.threads or 1) as crew:
+            runs = {name: _turn(crew, name, outcomes[name]) for name in names}
+            take_turns(runs, WARM_UP, "cpu", lambda number: display.update(architecture, 1 + number, total, "not counted"))
+            seconds = take_turns(runs, cfg.repeats, "cpu", lambda number: display.update(architecture, 1 + WARM_UP + number, total))
+        display.update(architecture, total, total)
+    return seconds, {name: taken[WARM_UP:] for name, taken in outcomes.items()}
 
 
-def phase_time(seconds: list[float], measure_every: int) -> PhaseTime:
-    """What the steps of one phase took; the first is not counted."""
-    measuring = [taken for step, taken in enumerate(seconds) if step and measure_every and step % measure_every == 0]
-    plain = [taken for step, taken in enumerate(seconds) if step and not (measure_every and step % measure_every == 0)]
-    usual, seldom = (statistics.median(part) if part else None for part in (plain, measuring))
-    share = 1 / measure_every if measure_every else 0.0
-    parts = [(weight, median) for weight, median in ((1 - share, usual), (share, seldom)) if weight]
-    expected = None if any(median is None for _, median in parts) else sum(weight * median for weight, median in parts)
-    return PhaseTime(len(plain), usual, min(plain, default=None), len(measuring), seldom, expected)
+def with_ratios(lines: list[dict]) -> list[dict]:
+    """Lines of one architecture, each other system compared with ours in as many processes at the same stage."""
+    by_name = {line["contender"]: line for line in lines}
+    result = []
+    for line in lines:
+        ours = by_name.get(partner(line["contender"]))
+        rates = {"ours_to_it": "tokens_per_second", "ours_to_it_at_best": "most_tokens_per_second", "ours_to_it_by_cpu": "tokens_per_cpu_second"}
+        result.append(line | {name: ours[rate] / line[rate] if ours and ours is not line else None for name, rate in rates.items()})
+    return result
 
 
-def _build(cfg: QatBenchConfig, device: torch.device, folder: Path) -> tuple[TeacherPool, dict[str, _Variant]]:
-    settings = {quant: step_config(cfg, quant) for quant in QUANTS}
-    first = settings[QUANTS[0]]
-    tokenizer = load_student_tokenizer(first.student)
-    for number, name in enumerate(first.domains, start=1):
-        seed_everything(cfg.seed + number)
-        teacher = build_student(first.student, tokenizer)
-        save_model(folder / name, teacher, tokenizer, teacher.state_dict())
-        for each in settings.values():
-            each.domains[name].teacher.model = str(folder / name)
-    teachers = TeacherPool(first.domains, first.teachers, tokenizer, device)
-    variants = {}
-    for quant, each in settings.items():
-        seed_everything(cfg.seed)
-        student = build_student(each.student, tokenizer, each.quant)
-        stream = build_stream(each, student, tokenizer, device)
-        stream.sampler.policy = replace(stream.sampler.policy, end_tokens=())
-        variants[quant] = _Variant(each, stream, Engine(student, len(tokenizer), each, device))
-    return teachers, variants
+def partner(name: str) -> str:
+    """Ours in as many processes, at the same ZeRO stage."""
+    return "ours" + "".join(name.partition("_")[1:])
 
 
-def _step(step: int, variant: _Variant, teachers: TeacherPool, seconds: dict[str, list[float]]) -> int:
-    """One step; returns how many tokens were sampled."""
-    device = variant.engine.device.type
-    rollouts, rollout = timed(lambda: variant.stream.next(step, variant.engine), device)
-    scored, score = timed(lambda: teachers.score(rollouts), device)
-    _, updating = timed(lambda: update(variant.engine, teachers, scored, variant.cfg), device)
-    for phase, taken in zip((*PHASES, STEP), (rollout, score, updating, rollout + score + updating), strict=True):
-        seconds[phase].append(taken)
-    return sum(len(each.completion_T) for each in rollouts)
+def summary(lines: list[dict]) -> str:
+    """The figures that matter, in one sentence."""
+    found = [f"{line['ours_to_it']:.2f} x {line['contender']} on {line['architecture']}" for line in lines if line["ours_to_it"] is not None]
+    return f"completion tokens per second of ours: {', '.join(found)}" if found else "nobody to compare with"
+
+
+def _turn(crew: Crew, name: str, outcomes: list[list[Outcome]]) -> Callable[[], None]:
+    return lambda: outcomes.append(crew.step(name))
+
+
+def _line(cfg: StepBenchConfig, architecture: str, name: str, parameters: int, seconds: list[float], outcomes: list[list[Outcome]]) -> dict:
+    tokens = [sum(outcome.tokens for outcome in ranks) for ranks in outcomes]
+    everything = [outcome for ranks in outcomes for outcome in ranks]
+    completions = sum(outcome.completions for outcome in everything)
+    rates = [count / taken for count, taken in zip(tokens, seconds, strict=True)]
+    cpu_seconds = [sum(outcome.cpu_seconds for outcome in ranks) for ranks in outcomes]
+    is_timed = everything[0].rollout_seconds is not None
+    return {
+        "architecture": architecture,
+        "contender": name,
+        "ranks": CONTENDERS[name],
+        "prompts": cfg.prompts_per_step,
+        "max_new_tokens": cfg.max_new_tokens,
+        "mean_new_tokens": cfg.mean_new_tokens,
+        "vocab_size": cfg.vocab_size,
+        "parameters": parameters,
+        "lr": cfg.lr,
+        "seed": cfg.seed,
+        "repeats": len(seconds),
+        "median_seconds": statistics.median(seconds),
+        "min_seconds": min(seconds),
+        "tokens_per_second": statistics.median(rates),
+        "most_tokens_per_second": max(rates),
+        "cpu_seconds": statistics.median(cpu_seconds),
+        "tokens_per_cpu_second": statistics.median(count / taken for count, taken in zip(tokens, cpu_seconds, strict=True)),
+        "rollout_seconds": statistics.median(max(outcome.rollout_seconds for outcome in ranks) for ranks in outcomes) if is_timed else None,
+        "mean_length": sum(tokens) / completions,
+        "ended": sum(outcome.ended for outcome in everything) / completions,
+        "loss": statistics.mean(outcome.loss for outcome in everything),
+    }

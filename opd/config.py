@@ -11,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from opd.alarm_config import AlarmsConfig
-from opd.bench_config import DivergenceBenchConfig, QatBenchConfig, RolloutBenchConfig, TeachersBenchConfig
+from opd.bench_config import DivergenceBenchConfig, QatBenchConfig, RolloutBenchConfig, StepBenchConfig, TeachersBenchConfig
 from opd.export_config import ExportConfig, check_export
 from opd.loss_config import LossConfig
 from opd.quant_config import QuantConfig
@@ -308,6 +308,7 @@ SCHEMAS: dict[str, type] = {
     "bench_qat": QatBenchConfig,
     "bench_teachers": TeachersBenchConfig,
     "bench_rollout": RolloutBenchConfig,
+    "bench_step": StepBenchConfig,
 }
 
 

@@ -81,7 +81,7 @@ class Engine:
             raise ValueError("nothing in the student can be trained: every parameter is frozen")
         self.peak_rates = [cfg.optim.muon_lr if group.use_muon else cfg.optim.lr for group in groups]
         deepspeed_logger.setLevel("WARNING")
-        _leave_out_shared_memory_op()
+        leave_out_shared_memory_op()
         self.engine, *_ = deepspeed.initialize(model=self.trained, optimizer=_optimizer(groups, cfg.optim), config=settings, dist_init_required=False)
         if self.zero_stage == 3:
             deepspeed.zero.register_external_parameter(self.trained, head_of(self.model).weight)
@@ -310,7 +310,7 @@ def _optimizer(groups: list, cfg: OptimConfig) -> torch.optim.Optimizer:
     return MuonWithAuxAdam(settings)
 
 
-def _leave_out_shared_memory_op() -> None:
+def leave_out_shared_memory_op() -> None:
     """DeepSpeed compiles a shared-memory all-reduce for CPU inference at start-up; training never calls it."""
     import deepspeed.ops
 

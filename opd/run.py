@@ -16,6 +16,7 @@
     RUN/divergence.csv       opd/bench_divergence.py (in a folder of `opd bench`)
     RUN/qat.csv              opd/bench_qat.py (the same)
     RUN/teachers.csv         opd/bench_teachers.py (the same)
+    RUN/step.csv             opd/bench_step.py (the same)
     RUN/.lock                held by the process that writes here
 
 Files with a schema version may gain fields under the same version; a field that changes its meaning or goes raises it.

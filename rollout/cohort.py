@@ -118,6 +118,8 @@ class Cohort:
     def __init__(self, policy: Policy, rows: list[Completion], cfg: SamplingConfig):
         self.policy, self.rows, self.cfg = policy, rows, cfg
         self.device, self.end_tokens = policy.model.device, end_tokens_of(policy, cfg)
+        self.is_end_V = np.zeros(max(policy.model.config.get_text_config().vocab_size, 1 + max(self.end_tokens, default=0)), dtype=bool)
+        self.is_end_V[list(self.end_tokens)] = True
         self.num_prompts = cfg.decode_width // (1 + max(row.sample for row in rows))  # read at once, where there are as many
         self.figures = DecodingFigures()
         self.listener = RouteListener(policy.model) if cfg.record_routes else None
@@ -220,7 +222,7 @@ class Cohort:
         figures = self.figures
         figures.steps, figures.slots = figures.steps + 1, figures.slots + len(slot_W)
         figures.sampled, figures.fed = figures.sampled + len(rows), figures.fed + int(self.live_W.sum()) - len(rows)
-        is_end_W = np.isin(self.tokens_WL[:, position], self.end_tokens) | (position + 1 >= self.limit_W)
+        is_end_W = self.is_end_V[self.tokens_WL[:, position]] | (position + 1 >= self.limit_W)
         self.live_W &= ~(in_completion_W & is_end_W)
 
     def _with_dummies(self, chosen: np.ndarray, width: int) -> np.ndarray:

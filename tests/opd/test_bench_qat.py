@@ -11,7 +11,7 @@ import opd.bench_qat
 from opd.__main__ import load_config, main
 from opd.bench_kernels import KERNELS, Kernel, choose_kernels, make_experts
 from opd.bench_qat import bench_qat, measure_kernels
-from opd.bench_step import phase_time, sampler_memory, step_config
+from opd.bench_qat_steps import phase_time, sampler_memory, step_config
 from opd.quant_config import ExpertFormat
 from opd.student import build_student, load_student_tokenizer
 from rollout.fp4 import MAGNITUDES

@@ -15,7 +15,7 @@ MODULES = sorted(path for layer in LAYERS for path in (ROOT / layer).rglob("*.py
 NAMES = [str(path.relative_to(ROOT)) for path in MODULES]
 
 HOMES = {
-    "deepspeed": {"opd/engine.py", "opd/bench_peers.py"},  # the second measures its loss beside ours
+    "deepspeed": {"opd/engine.py", "opd/bench_peers.py", "opd/bench_step_peers.py"},  # its loss and its rollout are measured beside ours
     "wandb": {"opd/tracker.py"},
     "datasets": {"rollout/prompts.py"},
     "hydra": {"opd/__main__.py", "opd/config.py", "opd/errors.py"},
