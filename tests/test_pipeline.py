@@ -108,6 +108,7 @@ def test_records_and_run_folder_have_the_format_on_file(finished, golden_dir):
     assert formats(workspace / "runs/small") == json.loads((golden_dir / "pipeline.json").read_text())
 
 
+@pytest.mark.slow
 @pytest.mark.multi
 def test_finished_stages_are_skipped_and_changed_ones_done_again(finished, opd):
     workspace, _ = finished

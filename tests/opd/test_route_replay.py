@@ -241,7 +241,7 @@ def test_routes_of_a_model_with_other_layers_are_refused(qwen3_moe_model, pool, 
     ("command", "overrides", "message"),
     [
         ("distill", ["student.replay_routes=true"], r"has no routes to replay: set rollout\.record_routes=true"),
-        ("distill", ["rollout.record_routes=true", "rollout.sampler=vllm"], r"rollout\.sampler=vllm does not say which experts it chose"),
+        ("distill", ["rollout.record_routes=true", "rollout.sampler=vllm", "rollout.vllm.servers=[http://a:1]"], r"rollout\.sampler=vllm does not say which experts it chose"),
         ("distill", ["rollout.record_routes=true", "rollout.sampler=service"], r"rollout\.sampler=service does not say which experts it chose"),
         ("distill", ["rollout.record_routes=true", "rollout.replay=runs/other"], r"rollout\.record_routes would be ignored"),
         ("specialize", ["student.replay_routes=true"], r"student\.replay_routes=true would be ignored"),

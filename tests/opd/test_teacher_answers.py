@@ -17,7 +17,7 @@ from rollout.sampler import LocalSampler
 from teachers.pool import TeacherPool
 
 DOMAINS = ("arithmetic", "tools")
-NEVER_THE_SAME = ("seconds/", "throughput/", "system/", "teacher/", "alarms/")
+NEVER_THE_SAME = ("seconds/", "throughput/", "system/", "teacher/", "alarms/", "balance/", "memory/", "rollout/", "work/")
 ADDED = ("/teacher_length", "/length_ratio")
 
 

@@ -99,8 +99,11 @@ def once_in_the_middle(kind: signal.Signals, victims: list):
     return disturb
 
 
+SLOW = [pytest.param(kind, marks=pytest.mark.slow) for kind in (signal.SIGSTOP, signal.SIGTERM)]
+
+
 @pytest.mark.multi
-@pytest.mark.parametrize("kind", [signal.SIGKILL, signal.SIGSTOP, signal.SIGTERM])
+@pytest.mark.parametrize("kind", [signal.SIGKILL, *SLOW])
 def test_a_process_that_is_killed_stopped_or_told_to_end_is_replaced_and_no_token_changes(kind, session_v4_model, prompts, expected, tmp_path):
     service, victims = new_service(session_v4_model, tmp_path, lease_seconds=5.0), []
     service.refresh(Weights(session_v4_model))
@@ -111,6 +114,7 @@ def test_a_process_that_is_killed_stopped_or_told_to_end_is_replaced_and_no_toke
     require_same(found, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.multi
 def test_a_cohort_that_takes_far_too_long_is_shared_with_an_idle_process(session_v4_model, prompts, expected, tmp_path):
     """A stopped process stands for a slow one: nobody takes it for hung, and so nobody replaces it."""
@@ -143,6 +147,7 @@ def test_weights_that_are_damaged_on_the_way_are_refused_by_name(session_v4_mode
     service.close()
 
 
+@pytest.mark.slow
 @pytest.mark.multi
 def test_processes_decode_with_packed_experts_what_the_trainer_would(session_v4_model, prompts, tmp_path):
     packed = LocalSampler(copy_with_packed_experts(session_v4_model, "student"), [2], seed=0)

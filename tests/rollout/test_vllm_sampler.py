@@ -204,7 +204,8 @@ def test_a_server_that_loses_the_weights_again_and_again_is_refused_by_name(new_
     sampler = new_sampler(server)
     sampler.refresh(Weights(models[1], 6))
     server.on_event = lambda count: server.restart() if count % 20 == 10 else None
-    assert f"{server.url}) has lost the weights of step 6 twice" in refused(sampler, prompts)
+    message = refused(sampler, prompts)  # the second time may fall between the weights and the look at them
+    assert f"{server.url}) has lost the weights of step 6 twice" in message or f"{server.url}) does not hold the weights of step 6" in message
 
 
 def test_weights_given_again_by_another_rank_are_taken_over(new_vllm, new_sampler, models, prompts):
