@@ -237,11 +237,14 @@ def test_routes_of_a_model_with_other_layers_are_refused(qwen3_moe_model, pool, 
         one_update(make_engine(qwen3_moe_model, cfg), pool, rollouts, cfg)
 
 
+SERVED = ["rollout.sampler=vllm", "rollout.vllm.servers=[http://a:1]"]
+
+
 @pytest.mark.parametrize(
     ("command", "overrides", "message"),
     [
         ("distill", ["student.replay_routes=true"], r"has no routes to replay: set rollout\.record_routes=true"),
-        ("distill", ["rollout.record_routes=true", "rollout.sampler=vllm", "rollout.vllm.servers=[http://a:1]"], r"rollout\.sampler=vllm does not say which experts it chose"),
+        ("distill", ["rollout.record_routes=true", *SERVED], r"rollout\.sampler=vllm does not say which experts it chose"),
         ("distill", ["rollout.record_routes=true", "rollout.sampler=service"], r"rollout\.sampler=service does not say which experts it chose"),
         ("distill", ["rollout.record_routes=true", "rollout.replay=runs/other"], r"rollout\.record_routes would be ignored"),
         ("specialize", ["student.replay_routes=true"], r"student\.replay_routes=true would be ignored"),
