@@ -152,6 +152,7 @@ for stage in (1, 3):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.multi
 def test_two_ranks_drop_a_domain_together_though_one_has_nothing_else(
     v4_model, saved_v4, new_pool, make_engine, make_config, domains, rollouts, tmp_path

@@ -222,6 +222,7 @@ def two_ranks(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.multi
 def test_two_ranks_add_up_their_work_and_the_slowest_sets_the_pace(two_ranks):
     """Sequences of 4 and 6 are one micro-batch of 12 positions, those of 3 and 10 one of 20, that of 12 another: the first rank repeats its only one."""
@@ -238,6 +239,7 @@ def test_two_ranks_add_up_their_work_and_the_slowest_sets_the_pace(two_ranks):
     assert rates["throughput/update_mfu"] == pytest.approx(work["work/update_flops"] / 4.5 / (2 * rates["throughput/matmul_tflops_per_device"] * 1e12))
 
 
+@pytest.mark.slow
 @pytest.mark.multi
 @pytest.mark.parametrize(("all_ranks", "ranks"), [(False, [0]), (True, [0, 1])])
 def test_the_main_rank_is_traced_alone_or_all_are(all_ranks, ranks, two_ranks):
