@@ -6,7 +6,8 @@
     RUN/teachers.json        which teachers scored which steps, and the domains' settings then: teachers/manifest.py (of a distillation)
     RUN/warmup.json          opd/warmup.py, with warmup=sft
     RUN/rollouts/            rollout/replay.py, with rollout.save=true
-    RUN/weights/             rollout/vllm_sampler.py, with rollout.sampler=vllm: the newest weights that the servers loaded
+    RUN/service/             rollout/service.py, with rollout.sampler=service: one folder for each sampler process
+    RUN/weights/             rollout/weights.py and, with rollout.sampler=vllm, rollout/vllm_sampler.py: the newest weights that others sample with
     RUN/log/                 rollout/wal.py: tokens of the steps after the last checkpoint
     RUN/profile/             opd/profiling.py, with profile.steps
     RUN/student/             Hugging Face folder of the trained model, when the run is finished; experts that trained under FP4 hold its values in

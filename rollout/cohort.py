@@ -26,7 +26,7 @@ from rollout.config import SamplingConfig
 from rollout.routes import RouteListener
 from rollout.sampling import draw, uniform
 from rollout.types import Prompt
-from rollout.wal import RECORD, prompt_checksum
+from rollout.wal import RECORD, completion_records, prompt_checksum
 
 NARROWEST = 8
 """Rows below which a cohort is not narrowed: a forward of fewer takes as long."""
@@ -47,6 +47,15 @@ class Completion:
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     routes: list[torch.Tensor] = field(default_factory=list)
+
+    @property
+    def given(self) -> list[tuple[int, float]]:
+        """(token, log-probability) of all tokens so far."""
+        return list(zip(self.tokens, self.logprobs, strict=True))
+
+    def records(self, first: int, pairs: list[tuple[int, float]]) -> np.ndarray:
+        """What the log holds of some of its tokens, from position `first` on."""
+        return completion_records(self.prompt.request, self.sample, self.prompt.tokens, first, pairs)
 
     def is_finished(self, end_tokens: tuple[int, ...]) -> bool:
         return bool(self.tokens) and self.tokens[-1] in end_tokens
@@ -141,7 +150,7 @@ class Cohort:
         Given tokens are logged again at the beginning, so that a segment stands alone (rollout/wal.py). Raises ValueError where the model gives NaN.
         """
         if append_to_log is not None:
-            self._log(append_to_log, self._given_records())
+            self._log(append_to_log, np.concatenate([row.records(0, row.given) for row in self.rows]))
         if self.listener is None and all(row.is_done(self.end_tokens, self.cfg) for row in self.rows):
             return
         position, begun = int(self.length_W.min()), time.monotonic()
@@ -236,13 +245,6 @@ class Cohort:
         records["position"], records["token"], records["logprob"] = position, tokens, logprobs
         records["prompt"] = self.prompt_W[rows]
         return records
-
-    def _given_records(self) -> np.ndarray:
-        parts = []
-        for number, row in enumerate(self.rows):
-            count = len(row.tokens)
-            parts.append(self._records(np.full(count, number), np.arange(count), np.array(row.tokens), np.array(row.logprobs)))
-        return np.concatenate(parts)
 
     def _log(self, append_to_log: AppendToLog, records: np.ndarray) -> None:
         begun = time.monotonic()

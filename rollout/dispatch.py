@@ -23,7 +23,6 @@ from rollout.cohort import Completion
 from rollout.config import SamplingConfig
 from rollout.server import ServerFailure, ServerGone
 from rollout.vllm_server import Draw, ServedWeights, StaleWeights, VllmServer
-from rollout.wal import RECORD, prompt_checksum
 
 KEEP_SECONDS = 0.5
 """Between two looks at a server's version; what a killed trainer can lose of its completions at most."""
@@ -79,7 +78,7 @@ class Dispatch:
         """Fill the completions. Raises ServerFailure where a server's answer cannot be right or all are gone, and ValueError where the log fails."""
         self.append = append
         if append is not None:
-            given = [completion_records(completion, 0, list(zip(completion.tokens, completion.logprobs, strict=True))) for completion in completions]
+            given = [completion.records(0, completion.given) for completion in completions]
             if any(map(len, given)):
                 append(np.concatenate(given))
         self.waiting.extend(completion for completion in completions if not completion.is_done(self.end_tokens, self.cfg))
@@ -173,7 +172,7 @@ class Dispatch:
     def _count(self, place: Place, seen: list[tuple[Stream, int, bool]]) -> None:
         """What was seen of a server's streams before its version was: log it, and give it to the completions. Raises ServerFailure where nothing comes."""
         if self.append is not None and seen:
-            records = [completion_records(stream.completion, len(stream.completion.tokens), stream.arrived[:count]) for stream, count, _ in seen]
+            records = [stream.completion.records(len(stream.completion.tokens), stream.arrived[:count]) for stream, count, _ in seen]
             self.append(np.concatenate(records))
         for stream, count, is_whole in seen:
             stream.completion.tokens += [token for token, _ in stream.arrived[:count]]
@@ -237,13 +236,3 @@ class Dispatch:
         key = f"{self.seed} {completion.prompt.request} {completion.sample} {len(completion.tokens)}"
         seed = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "little") >> 1
         return Draw(tokens=tokens, max_tokens=missing, seed=seed, sampling=self.cfg, end_tokens=self.end_tokens)
-
-
-def completion_records(completion: Completion, position: int, pairs: list[tuple[int, float]]) -> np.ndarray:
-    """RECORD rows of tokens with log-probabilities that stand at `position` of a completion."""
-    records = np.empty(len(pairs), dtype=RECORD)
-    records["request"], records["sample"] = completion.prompt.request, completion.sample
-    records["position"] = np.arange(position, position + len(pairs))
-    records["token"], records["logprob"] = [token for token, _ in pairs], [logprob for _, logprob in pairs]
-    records["prompt"] = prompt_checksum(completion.prompt.tokens)
-    return records

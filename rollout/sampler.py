@@ -10,6 +10,7 @@ With a log every token is on record before it is used, and what a killed process
 
 import inspect
 from collections.abc import Iterable
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
@@ -103,19 +104,19 @@ class LocalSampler:
     def sample(self, prompts: list[Prompt], cfg: SamplingConfig, completions_per_prompt: int = 1, log: StepLog | None = None) -> list[Rollout]:
         """As the protocol says; `figures` are then those of this call. Raises ValueError also where the log cannot be written."""
         completions = [Completion(prompt, sample) for prompt in prompts for sample in range(completions_per_prompt)]
-        self.figures, writer, append = DecodingFigures(), None, None
-        if log is not None:
-            key = sampling_key(hash_tensors(self.model.state_dict().items()), self.policy, cfg)
-            take_up(completions, log.log.completions(log.step, key))
-            writer = SegmentWriter(log.log.segment(log.step, log.name))
-            append = partial(writer.append, key, self.policy_step)
-        for rows in form_cohorts(completions, cfg.decode_width, completions_per_prompt):
-            cohort = Cohort(self.policy, rows, cfg)
-            for _ in cohort.decode(append):
-                pass
-            self.figures.add(cohort.figures)
-        if writer is not None:
-            writer.close()
+        self.figures = DecodingFigures()
+        with ExitStack() as stack:
+            append = None
+            if log is not None:
+                key = sampling_key(hash_tensors(self.model.state_dict().items()), self.policy, cfg)
+                take_up(completions, log.log.completions(log.step, key))
+                writer = stack.enter_context(closing(SegmentWriter(log.log.segment(log.step, log.name))))
+                append = partial(writer.append, key, self.policy_step)
+            for rows in form_cohorts(completions, cfg.decode_width, completions_per_prompt):
+                cohort = Cohort(self.policy, rows, cfg)
+                for _ in cohort.decode(append):
+                    pass
+                self.figures.add(cohort.figures)
         return [rollout_of(completion, end_tokens_of(self.policy, cfg), self.policy_step) for completion in completions]
 
 

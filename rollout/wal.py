@@ -70,6 +70,15 @@ def prompt_checksum(tokens: tuple[int, ...]) -> int:
     return zlib.crc32(np.asarray(tokens, dtype="<u4").tobytes())
 
 
+def completion_records(request: int, sample: int, prompt: tuple[int, ...], first: int, pairs: list[tuple[int, float]]) -> np.ndarray:
+    """RECORD rows of one completion's (token, log-probability) pairs from position `first` on."""
+    records = np.empty(len(pairs), dtype=RECORD)
+    records["request"], records["sample"], records["prompt"] = request, sample, prompt_checksum(prompt)
+    records["position"] = np.arange(first, first + len(pairs))
+    records["token"], records["logprob"] = [token for token, _ in pairs], [logprob for _, logprob in pairs]
+    return records
+
+
 class SegmentWriter:
     """Appends frames to one segment. Of one process and thread."""
 
@@ -84,12 +93,14 @@ class SegmentWriter:
             os.lseek(self.file, self.size, os.SEEK_SET)
         except OSError as error:
             raise ValueError(f"the rollout log {path} cannot be written: {error.strerror}") from error
-        self.closed = threading.Event()
+        self.closed, self.problem = threading.Event(), None
         self.syncer = threading.Thread(target=self._sync, daemon=True)
         self.syncer.start()
 
     def append(self, key: int, policy_step: int, records: np.ndarray) -> None:
         """Log one decode step; on return its tokens may be used. Raises ValueError where it could not be written: they may not."""
+        if self.problem is not None:
+            raise ValueError(f"the rollout log {self.path} cannot be made durable: {self.problem}")
         head = HEADER.pack(MAGIC, len(records), key, policy_step)
         body = records.tobytes()
         frame = head + CHECKSUM.pack(zlib.crc32(body, zlib.crc32(head))) + body
@@ -115,7 +126,11 @@ class SegmentWriter:
         while not self.closed.wait(FSYNC_SECONDS):
             if self.size != synced:
                 synced = self.size
-                os.fsync(self.file)
+                try:
+                    os.fsync(self.file)
+                except OSError as error:  # of another thread than the sampler's: the next append raises it
+                    self.problem = error.strerror
+                    return
 
 
 class SegmentReader:
@@ -132,19 +147,14 @@ class SegmentReader:
                 data = file.read()
         except FileNotFoundError:
             return []
-        frames = []
-        for frame, end in _frames(data):
-            frames.append((frame, end))
-        self.offset += frames[-1][1] if frames else 0
+        frames = list(_frames(data))
+        self.offset += _end_of(frames)
         return [frame for frame, _ in frames]
 
 
 def whole_size(path: Path) -> int:
     """Bytes of a segment up to the end of its last whole frame."""
-    end = 0
-    for _, end in _frames(path.read_bytes()):  # noqa: B007
-        pass
-    return end
+    return _end_of(list(_frames(path.read_bytes())))
 
 
 def add_frames(completions: dict[Key, LoggedCompletion], frames: list[Frame], key: int) -> None:
@@ -190,6 +200,10 @@ class RolloutLog:
         for path in self.folder.glob("step-*"):
             if int(path.name.removeprefix("step-")) < step:
                 shutil.rmtree(path, ignore_errors=True)
+
+
+def _end_of(frames: list[tuple[Frame, int]]) -> int:
+    return frames[-1][1] if frames else 0
 
 
 def _frames(data: bytes) -> Iterator[tuple[Frame, int]]:

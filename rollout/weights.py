@@ -98,7 +98,7 @@ def hash_tensors(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
 
 def _sum_of_words(tensor: torch.Tensor) -> int:
     flat = tensor.detach().contiguous().view(-1)
-    content = flat.view(torch.uint8) if flat.dim() and len(flat) else flat.new_zeros(0, dtype=torch.uint8)
+    content = flat.view(torch.uint8)
     padded = torch.nn.functional.pad(content, (0, -len(content) % 4)).view(torch.int32)
     total = 0
     for start in range(0, len(padded), WORDS_AT_A_TIME):

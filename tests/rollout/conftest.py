@@ -18,6 +18,9 @@ from rollout.config import ModelConfig, SamplingConfig
 from rollout.model import load_model
 from rollout.sampling import draw
 
+LOADING = threading.Lock()
+"""transformers' loader changes settings of the whole process while it works: two servers that load at one time would leave them changed."""
+
 
 class DrawingServer(ThreadingHTTPServer):
     """Draws completions on a free port of this machine, and loads weights from folders."""
@@ -55,7 +58,8 @@ class DrawingServer(ThreadingHTTPServer):
             if path == "/collective_rpc":
                 self.num_loads += 1
                 if not self.is_deaf:
-                    self.model = load_model(ModelConfig(model=body["kwargs"]["weights_path"]), "served")
+                    with LOADING:
+                        self.model = load_model(ModelConfig(model=body["kwargs"]["weights_path"]), "served")
             if path == "/update_weight_version":
                 self.version = body["new_version"]
             if path == "/v1/completions":

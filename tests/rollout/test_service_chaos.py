@@ -112,7 +112,7 @@ class Run:
             record = json.loads(path.read_text())
             segment = self.run_dir / "log" / "step-000000" / f"rank-000-{path.parent.name}.wal"
             size = segment.stat().st_size if segment.exists() else 0
-            if size > self.sizes.get(path, 0) and start_time(record["pid"]) == record["started"] and not is_zombie(record["pid"]):
+            if size > self.sizes.get(path, 0) and start_time(record["pid"]) == record["started"]:
                 found.append(record["pid"])
             self.sizes[path] = size
         return found
@@ -139,10 +139,6 @@ class Run:
             time.sleep(0.01)
         assert self.driver.returncode == 0
         return load_rollouts(self.run_dir / "rollouts.jsonl")
-
-
-def is_zombie(pid: int) -> bool:
-    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
 
 
 def smirnov_p(left: list[int], right: list[int]) -> float:

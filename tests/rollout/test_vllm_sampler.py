@@ -8,7 +8,6 @@ import torch
 
 from rollout.cohort import Completion
 from rollout.config import ModelConfig, SamplingConfig, VllmConfig
-from rollout.dispatch import completion_records
 from rollout.experts import EXPERT_WEIGHTS, copy_with_packed_experts, fake_quantized, find_experts
 from rollout.model import load_model
 from rollout.sampler import LocalSampler, StepLog, sampling_key
@@ -348,7 +347,7 @@ def test_logged_tokens_are_prefilled_and_a_completion_goes_on_after_them(new_vll
     writer = SegmentWriter(log.log.segment(4, "rank-001"))  # as if a run had been killed after five tokens of each
     for rollout in whole:
         pairs = list(zip(rollout.completion_T.tolist(), rollout.logprob_T.tolist(), strict=True))
-        writer.append(key, 4, completion_records(Completion(rollout.prompt, rollout.sample), 0, pairs[:5]))
+        writer.append(key, 4, Completion(rollout.prompt, rollout.sample).records(0, pairs[:5]))
     writer.close()
     server.drawn.clear()
     resumed = sampler.sample(prompts, CFG, log=log)

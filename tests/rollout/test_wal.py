@@ -4,9 +4,11 @@ import errno
 import os
 import resource
 import signal
+import struct
 import subprocess
 import sys
 import time
+import zlib
 
 import numpy as np
 import pytest
@@ -196,3 +198,27 @@ def test_what_is_appended_is_durable_within_the_interval(log, monkeypatch):
         time.sleep(0.01)
     assert writer.size in synced
     writer.close()
+
+
+def test_an_error_of_making_durable_is_raised_by_the_next_append(log, monkeypatch):
+    def refuse(file: int) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr("rollout.wal.FSYNC_SECONDS", 0.01)
+    monkeypatch.setattr(os, "fsync", refuse)
+    writer = SegmentWriter(log.segment(0, "a"))
+    writer.append(KEY, 7, step_records(0))
+    writer.syncer.join(timeout=10)
+    with pytest.raises(ValueError, match="cannot be made durable: Input/output error"):
+        writer.append(KEY, 7, step_records(1))
+
+
+def test_a_frame_has_the_bytes_of_the_docstring(log):
+    path = log.segment(12, "rank-000")
+    writer = SegmentWriter(path)
+    writer.append(0x0102030405060708, 9, np.array([(5, 1, 0, 77, -0.5, 0xAABBCCDD)], dtype=RECORD))
+    writer.close()
+    assert path.relative_to(log.folder).as_posix() == "step-000012/rank-000.wal"
+    head = struct.pack("<4sIQI", b"WAL1", 1, 0x0102030405060708, 9)
+    body = struct.pack("<QIIIfI", 5, 1, 0, 77, -0.5, 0xAABBCCDD)
+    assert path.read_bytes() == head + struct.pack("<I", zlib.crc32(head + body)) + body

@@ -10,7 +10,6 @@ import torch
 
 from rollout.cohort import Completion
 from rollout.config import SamplingConfig, VllmConfig
-from rollout.dispatch import completion_records
 from rollout.model import save_model
 from rollout.sampler import LocalSampler, StepLog, sampling_key
 from rollout.types import Rollout
@@ -134,7 +133,7 @@ def test_an_interrupted_completion_goes_on_after_its_logged_tokens(server, new_s
     writer = SegmentWriter(log.log.segment(4, "rank-001"))
     for rollout in whole:
         pairs = list(zip(rollout.completion_T.tolist(), rollout.logprob_T.tolist(), strict=True))
-        records = completion_records(Completion(rollout.prompt, rollout.sample), 0, pairs[:7])
+        records = Completion(rollout.prompt, rollout.sample).records(0, pairs[:7])
         writer.append(sampling_key(f"vllm {sampler.weights.weights}", sampler.local.policy, CFG), 4, records)
     writer.close()
     resumed = sampler.sample(prompts, CFG, log=log)
