@@ -13,7 +13,7 @@ import math
 import os
 import pickle
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed reads it when it is imported
 
 import deepspeed
+from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from deepspeed.utils import logger as deepspeed_logger
 from torch import nn
 from transformers import PreTrainedModel
@@ -41,6 +42,7 @@ from opd.qat import ExpertQuantizer, code_metrics
 from opd.quant_config import ExpertFormat
 from opd.tiles import TokenLosses
 from opd.trained_model import TrainedModel
+from opd.zero3 import parts_of, restrict_linear_to_training
 from rollout.compiler import has_compiler
 from rollout.errors import first_sentence
 from rollout.indexer import indexer_recall
@@ -84,6 +86,7 @@ class Engine:
         leave_out_shared_memory_op()
         self.engine, *_ = deepspeed.initialize(model=self.trained, optimizer=_optimizer(groups, cfg.optim), config=settings, dist_init_required=False)
         if self.zero_stage == 3:
+            restrict_linear_to_training()
             deepspeed.zero.register_external_parameter(self.trained, head_of(self.model).weight)
         self.policy_step, self.num_steps = 0, cfg.num_steps
 
@@ -137,12 +140,13 @@ class Engine:
         return metrics | {"optim/grad_norm": norm, "optim/clipped": float(clip is not None and norm > clip)}
 
     def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Full parameters and persistent buffers by name, as the forward multiplies them (quantised experts with their FP4 values), one gathered
-        at a time; every rank has to walk it to the end.
+        """Full parameters and persistent buffers by name, as the forward multiplies them (quantised experts with their FP4 values), of which at most
+        GATHERED_BYTES (or one) are gathered at a time; every rank has to walk it to the end.
         """
-        for name, parameter in self.model.named_parameters():
-            with self._gathered([parameter]):
-                yield name, parameter.data if self.quantizer is None else self.quantizer.forward_value(name, parameter.data)
+        for part in parts_of(self.model.named_parameters()):
+            with self._gathered([parameter for _, parameter in part]):
+                for name, parameter in part:
+                    yield name, parameter.data if self.quantizer is None else self.quantizer.forward_value(name, parameter.data)
         parameters = {name for name, _ in self.model.named_parameters(remove_duplicate=False)}
         for name, tensor in self.model.state_dict(keep_vars=True).items():
             if name not in parameters:
@@ -225,8 +229,9 @@ class Engine:
             self.quantizer.weights_changed()
 
     def _gathered(self, parameters: list[nn.Parameter]) -> AbstractContextManager:
-        """Context in which parameters are whole, on all ranks."""
-        return deepspeed.zero.GatheredParameters(parameters, enabled=self.zero_stage == 3)
+        """Context in which parameters are whole, on all ranks; those that DeepSpeed keeps whole stay so afterwards."""
+        partitioned = [parameter for parameter in parameters if self.zero_stage == 3 and parameter.ds_status is not ZeroParamStatus.AVAILABLE]
+        return deepspeed.zero.GatheredParameters(partitioned) if partitioned else nullcontext()
 
     def _master_weights(self) -> list[torch.Tensor]:
         """This rank's share of the float32 weights that the optimizer moves."""

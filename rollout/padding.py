@@ -7,6 +7,9 @@ import torch
 
 from rollout.types import Rollout
 
+FORWARD_COST = 1024
+"""Positions that a model computes in the time which one more forward takes beside its positions."""
+
 
 def sequence_length(rollout: Rollout) -> int:
     return len(rollout.prompt.tokens) + len(rollout.completion_T)
@@ -30,11 +33,18 @@ def pad_right(rollouts: list[Rollout]) -> torch.Tensor:
 
 
 def group_by_length(lengths: list[int], max_tokens: int) -> list[list[int]]:
-    """Indices in groups of similar length, such that rows times longest is at most `max_tokens` (or one row)."""
+    """Indices in groups of similar length, such that rows times longest is at most `max_tokens` (or one row), and padding and forwards cost least."""
+    order = sorted(range(len(lengths)), key=lambda i: (lengths[i], i))
+    least, begin_of = [0], []  # of the shortest rows: their least cost, and where their last group begins
+    for end, index in enumerate(order, start=1):
+        longest = lengths[index]
+        most = max(1, max_tokens // max(1, longest))
+        cost, begin = min((least[begin] + (end - begin) * longest, begin) for begin in range(max(0, end - most), end))
+        least.append(cost + FORWARD_COST)
+        begin_of.append(begin)
     groups: list[list[int]] = []
-    for index in sorted(range(len(lengths)), key=lambda i: (lengths[i], i)):
-        if groups and lengths[index] * (len(groups[-1]) + 1) <= max_tokens:
-            groups[-1].append(index)
-        else:
-            groups.append([index])
-    return groups
+    end = len(order)
+    while end:
+        groups.append(order[begin_of[end - 1] : end])
+        end = begin_of[end - 1]
+    return groups[::-1]

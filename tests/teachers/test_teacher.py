@@ -1,6 +1,7 @@
 """One teacher: its hidden states are those of each rollout alone, row t predicts completion token t, and grouping changes nothing."""
 
 import copy
+import functools
 import itertools
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 
 from rollout.config import ModelConfig
 from rollout.model import backbone_of, build_model, head_of
-from rollout.padding import completion_span, group_by_length, pad_right, sequence_length
+from rollout.padding import FORWARD_COST, completion_span, group_by_length, pad_right, sequence_length
 from teachers.config import SignalKind
 from teachers.teacher import Teacher
 
@@ -114,12 +115,35 @@ def test_groups_hold_every_index_once_and_at_most_max_tokens_or_one_row(max_toke
     assert all(len(group) == 1 or len(group) * max(LENGTHS[i] for i in group) <= max_tokens for group in groups)
 
 
-def test_groups_are_filled_in_order_of_length():
+def test_groups_are_in_order_of_length():
     groups = group_by_length(LENGTHS, 64)
-    assert groups == [[6, 0, 8, 2], [3, 4], [5], [7], [1]]
+    assert [LENGTHS[i] for i in itertools.chain(*groups)] == sorted(LENGTHS)
 
 
-def test_one_forward_takes_everything_that_fits():
+CASES = [(LENGTHS, 10000), (LENGTHS, 200), ([20] * 6 + [300] * 5, 10000), ([20] * 60 + [300] * 5, 10000), ([1000] * 9, 4000)]
+
+
+@pytest.mark.parametrize(("lengths", "max_tokens"), CASES)
+def test_groups_cost_least(lengths, max_tokens):
+    """Of all ways to cut the sorted rows."""
+
+    def cost_of(groups: list[list[int]]) -> int:
+        return sum(len(group) * max(group) + FORWARD_COST for group in groups)
+
+    @functools.cache
+    def least(begin: int) -> float:
+        rest = [ordered[begin:end] for end in range(begin + 1, len(ordered) + 1)]
+        return min((cost_of([group]) + least(begin + len(group)) for group in rest if len(group) == 1 or len(group) * group[-1] <= max_tokens), default=0)
+
+    ordered = sorted(lengths)
+    assert cost_of([[lengths[i] for i in group] for group in group_by_length(lengths, max_tokens)]) == least(0)
+
+
+def test_a_few_long_rows_do_not_pad_many_short_ones():
+    assert [len(group) for group in group_by_length([20] * 60 + [300] * 5, 100000)] == [60, 5]
+
+
+def test_a_forward_is_not_split_to_save_little_padding():
     assert len(group_by_length(LENGTHS, 90 * len(LENGTHS))) == 1
 
 
