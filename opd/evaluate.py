@@ -20,7 +20,7 @@ from opd.distributed import Group, gather_objects, is_main, num_ranks, rank, red
 from opd.estimators import distillation_loss, signal_of, student_states
 from opd.intervals import Interval, mean, proportion
 from opd.loss_config import Backend, LossConfig
-from opd.rollouts import data_ranks
+from opd.rollouts import FirstRequest, data_ranks
 from opd.run import require_own_folder, write_config
 from opd.tiles import Targets
 from rollout.config import SamplingConfig
@@ -33,9 +33,6 @@ from rollout.types import Prompt, Rollout
 from teachers.compatibility import check_compatible
 from teachers.config import SignalKind
 from teachers.pool import TeacherPool
-
-FIRST_REQUEST = 1 << 40
-"""Requests of evaluation are numbered from here, so that their random numbers differ from those of training."""
 
 
 class Evaluator:
@@ -133,7 +130,7 @@ def in_prompt_order(shares: list[list[float]]) -> tuple[float, ...]:
 
 
 def _held_out(prompts: DomainPrompts, limit: int | None) -> list[Prompt]:
-    return [prompts.prompt(source, row, FIRST_REQUEST + number) for number, (source, row) in enumerate(prompts.all_rows()[:limit])]
+    return [prompts.prompt(source, row, FirstRequest.evaluation + number) for number, (source, row) in enumerate(prompts.all_rows()[:limit])]
 
 
 def _sampling(cfg: RunConfig | EvaluateConfig) -> SamplingConfig:

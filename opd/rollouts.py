@@ -1,7 +1,8 @@
-"""The rollout stream of a training run: rollout/stream.py joined to the run's ranks, student and domains."""
+"""The rollout stream of a training run: rollout/stream.py joined to the run's ranks, student and domains; and the numbers of all other requests."""
 
 from collections.abc import Collection
 from dataclasses import dataclass
+from enum import IntEnum
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,15 @@ from rollout.service import SamplerService
 from rollout.service_process import WorkerSpec
 from rollout.stream import RolloutStream
 from rollout.vllm_sampler import VllmSampler
+
+
+class FirstRequest(IntEnum):
+    """From where requests are numbered, by what they are for: no two purposes share random numbers. Training counts from 0."""
+
+    evaluation = 1 << 40
+    check = 2 << 40
+    teacher_answers = 3 << 40
+    warmup = 4 << 40
 
 
 @dataclass(frozen=True, slots=True)

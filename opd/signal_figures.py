@@ -26,6 +26,7 @@ from opd.evaluate import Evaluator
 from opd.intervals import Interval, mean
 from opd.loss_config import LossConfig
 from opd.metrics import DomainTotals
+from opd.rollouts import FirstRequest
 from opd.teacher_answers import checked_answers
 from rollout.chat import encode_answer
 from rollout.grading import grade_rollout
@@ -38,9 +39,6 @@ from teachers.config import SignalKind
 from teachers.pool import TeacherPool
 from teachers.teacher import Teacher
 from teachers.types import ScoredRollout, TeacherSignal
-
-FIRST_REQUEST = 1 << 41
-"""Requests of the check are numbered from here: training counts from 0, evaluation from 1 << 40."""
 
 TOP = 16
 """Likeliest tokens whose overlap is measured; arXiv:2604.13016 finds 97 to 99 % of both models' mass in them."""
@@ -223,7 +221,7 @@ def _own_prompts(name: str, number: int, cfg: DistillConfig, mixture: PromptMixt
     """This rank's prompts of a domain: held-out ones where the run evaluates, else training prompts; each rank gets one, if need be the same row."""
     found = evaluator.prompts.get(name) or mixture.choose(name, cfg.check.prompts, "check", 0)
     count = max(num_ranks(Group.data), min(cfg.check.prompts, len(found)))
-    first = FIRST_REQUEST + number * max(num_ranks(Group.data), cfg.check.prompts)
+    first = FirstRequest.check + number * max(num_ranks(Group.data), cfg.check.prompts)
     numbered = [replace(found[index % len(found)], request=first + index) for index in range(count)]
     return numbered[rank(Group.data) :: num_ranks(Group.data)]
 

@@ -10,14 +10,12 @@ that a server holds or that are sharded over the ranks are not sampled from; the
 from opd.config import DistillConfig
 from opd.distributed import Group, num_ranks, rank
 from opd.evaluate import Evaluator
+from opd.rollouts import FirstRequest
 from opd.start_config import CheckConfig
 from rollout.model import end_tokens
 from rollout.prompts import PromptMixture
 from rollout.sampler import LocalSampler
 from rollout.types import Prompt, Rollout
-
-FIRST_REQUEST = 3 << 40
-"""Requests of the check's teacher answers are numbered from here: those of its student answers begin at 1 << 41, those of the warm-up at 1 << 42."""
 
 LENGTHS = ("check/{}/teacher_length", "warmup/{}/teacher_length")
 """Where the length stands; the last that is there counts."""
@@ -55,4 +53,4 @@ def length_ratios(metrics: dict[str, float], first: dict[str, float]) -> dict[st
 
 
 def _prompts(name: str, check: CheckConfig, domains: list[str], mixture: PromptMixture) -> list[Prompt]:
-    return mixture.choose(name, check.teacher_answers, "check/teacher", FIRST_REQUEST + domains.index(name) * check.teacher_answers)
+    return mixture.choose(name, check.teacher_answers, "check/teacher", FirstRequest.teacher_answers + domains.index(name) * check.teacher_answers)

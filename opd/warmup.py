@@ -26,6 +26,7 @@ from opd.config import DistillConfig
 from opd.distributed import Group, gather_objects, is_main, num_ranks, rank
 from opd.engine import Engine
 from opd.evaluate import Evaluator
+from opd.rollouts import FirstRequest
 from opd.run import is_new_run
 from opd.start_config import WarmupKind
 from opd.teacher_answers import sample_teacher
@@ -36,9 +37,6 @@ from rollout.stream import RolloutStream
 from rollout.types import Rollout
 
 SCHEMA = 1
-
-FIRST_REQUEST = 1 << 42
-"""Requests of the warm-up are numbered from here: those of the check end below."""
 
 LOG = logging.getLogger(__name__)
 
@@ -65,7 +63,7 @@ def teacher_answers(cfg: DistillConfig, stream: RolloutStream, evaluator: Evalua
     teachers, tokenizer, chosen = evaluator.teachers, evaluator.tokenizer, cfg.warmup.domains or list(cfg.domains)
     answers, metrics = {}, {}
     for name in sorted(chosen, key=lambda name: teachers.teacher_of[name]):
-        first = FIRST_REQUEST + list(cfg.domains).index(name) * cfg.warmup.prompts
+        first = FirstRequest.warmup + list(cfg.domains).index(name) * cfg.warmup.prompts
         prompts = stream.prompts.choose(name, cfg.warmup.prompts, "warmup", first)
         own = sample_teacher(name, prompts, cfg, evaluator)
         answers[name] = sorted((answer for part in gather_objects(own, Group.data) for answer in part), key=lambda answer: answer.prompt.request)

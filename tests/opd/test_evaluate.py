@@ -11,10 +11,11 @@ import torch
 from opd.__main__ import load_config
 from opd.comparison import DomainResult, comparison, paired_difference, print_comparison
 from opd.config import DistillConfig, EvaluationConfig
-from opd.evaluate import FIRST_REQUEST, Evaluator, evaluate, evaluation_metrics, in_prompt_order
+from opd.evaluate import Evaluator, evaluate, evaluation_metrics, in_prompt_order
 from opd.export import export
 from opd.intervals import proportion
 from opd.loss_config import DivergenceKind, LossConfig
+from opd.rollouts import FirstRequest
 from rollout.config import GraderKind, HeldOutConfig, PromptsConfig, SamplingConfig
 from rollout.sampler import LocalSampler
 from rollout.types import Rollout
@@ -93,7 +94,7 @@ def test_a_domain_without_a_grader_has_no_accuracy_and_one_without_teachers_no_d
 
 def test_evaluating_twice_gives_the_same_figures_and_random_numbers_apart_from_trainings(evaluator, sampler):
     assert evaluator.evaluate(sampler) == evaluator.evaluate(sampler)
-    assert min(prompt.request for prompts in evaluator.prompts.values() for prompt in prompts) == FIRST_REQUEST > 1 << 32
+    assert min(prompt.request for prompts in evaluator.prompts.values() for prompt in prompts) == FirstRequest.evaluation > 1 << 32
 
 
 def test_the_divergence_does_not_depend_on_the_runs_loss_and_signal(evaluator, sampler, cfg, session_v4_model, tokenizer, device):

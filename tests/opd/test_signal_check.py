@@ -16,9 +16,8 @@ from opd.check import check
 from opd.config import CheckCommandConfig
 from opd.distill import distill
 from opd.evaluate import Evaluator
-from opd.rollouts import build_stream
+from opd.rollouts import FirstRequest, build_stream
 from opd.signal_check import CheckReport, run_checks
-from opd.signal_figures import FIRST_REQUEST
 from opd.student import build_student, load_student_tokenizer
 from rollout.config import ModelConfig, SamplingConfig
 from rollout.model import load_model, save_model
@@ -217,7 +216,7 @@ def naive_logprobs(model, rollout) -> torch.Tensor:
 def test_figures_are_those_of_the_naive_computation(report, models, tokenizer, device, settings):
     figures = report().figures["arithmetic"]
     _, stream, _ = parts(settings, device)
-    prompts = stream.prompts.choose("arithmetic", 8, "check", FIRST_REQUEST)
+    prompts = stream.prompts.choose("arithmetic", 8, "check", FirstRequest.check)
     student, teacher = (load_model(ModelConfig(model=models[name]), "model") for name in ("base", "arithmetic"))
     rollouts = LocalSampler(student, [tokenizer.eos_token_id], 0, len(tokenizer)).sample(prompts, SamplingConfig(max_new_tokens=12, decode_width=8))
     kl, overlap, tokens = 0.0, 0.0, 0

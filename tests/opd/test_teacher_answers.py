@@ -7,10 +7,10 @@ import pytest
 from opd.__main__ import load_config
 from opd.distill import distill
 from opd.evaluate import Evaluator
-from opd.rollouts import build_stream
+from opd.rollouts import FirstRequest, build_stream
 from opd.signal_figures import measure_signals
 from opd.student import build_student, load_student_tokenizer
-from opd.teacher_answers import FIRST_REQUEST, length_ratios
+from opd.teacher_answers import length_ratios
 from rollout.config import ModelConfig
 from rollout.model import load_model
 from rollout.sampler import LocalSampler
@@ -51,7 +51,7 @@ def figures(overrides: list[str], device) -> tuple:
 def test_the_length_is_that_of_the_teachers_own_answers(settings, teacher_folders, tokenizer, device):
     found, cfg, stream = figures([*settings, "check.teacher_answers=6"], device)
     for number, (name, folder) in enumerate(zip(DOMAINS, ("v4", "qwen3_moe"), strict=True)):
-        prompts = stream.prompts.choose(name, 6, "check/teacher", FIRST_REQUEST + 6 * number)
+        prompts = stream.prompts.choose(name, 6, "check/teacher", FirstRequest.teacher_answers + 6 * number)
         teacher = load_model(ModelConfig(model=str(teacher_folders[folder])), "teacher")
         answers = LocalSampler(teacher, [tokenizer.eos_token_id], cfg.seed, len(tokenizer)).sample(prompts, cfg.rollout)
         assert found[name].teacher_length == sum(len(answer.completion_T) for answer in answers) / 6
