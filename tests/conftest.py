@@ -185,6 +185,19 @@ def changed_checkpoint(tmp_path) -> Callable[..., Path]:
 
 
 @pytest.fixture(scope="session")
+def numbers() -> Callable[[Path], list[dict]]:
+    """numbers(run_dir): the records of its metrics.jsonl, without the figures that a clock gives or that say what a process drew and loaded itself."""
+    own = ("seconds/", "throughput/", "system/", "balance/", "memory/", "rollout/", "work/rollout_")
+    of_loading = ("/seconds", "/loads", "/bytes_loaded", "/load_seconds", "/load_hidden")
+
+    def read(run_dir: Path) -> list[dict]:
+        records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+        return [{name: value for name, value in record.items() if not (name.startswith(own) or name.endswith(of_loading))} for record in records]
+
+    return read
+
+
+@pytest.fixture(scope="session")
 def make_prompt() -> Callable[..., Prompt]:
     def make(domain: str, tokens: list[int], request: int = 0, answer: str | None = None) -> Prompt:
         return Prompt(domain=domain, request=request, row=f"prompts:{request}", tokens=tuple(tokens), answer=answer)

@@ -157,11 +157,6 @@ def domains_of(record: dict) -> set[str]:
     return {name.split("/")[1] for name in record if name.startswith("domain/") and name.endswith("/kl_per_token")}
 
 
-def numbers(run_dir: Path) -> list[dict]:
-    timed = ("seconds/", "throughput/", "system/", "teacher/", "balance/", "memory/", "rollout/", "work/")
-    return [{name: value for name, value in record.items() if not name.startswith(timed)} for record in records(run_dir)]
-
-
 @pytest.mark.parametrize("name", [ADDED, REPLACED, GONE])
 def test_a_resume_with_one_domain_changed_is_refused_by_its_name(name, run_dir, run, one_override):
     with pytest.raises(ValueError, match=rf"domains\.{name}.*teachers\.allow_change=true"):
@@ -197,7 +192,9 @@ def test_config_yaml_gets_the_new_domains_and_nothing_else(continued, stopped, c
 
 
 @pytest.mark.parametrize("asked_again", [(), (ALLOWED,)])
-def test_a_run_killed_after_its_change_goes_on_whether_that_stays_allowed_or_not(asked_again, run, killed_after_change, continued, one_override, tmp_path):
+def test_a_run_killed_after_its_change_goes_on_whether_that_stays_allowed_or_not(
+    asked_again, run, killed_after_change, continued, one_override, numbers, tmp_path
+):
     run_dir = shutil.copytree(killed_after_change, tmp_path / "run")
     run(run_dir, *one_override.values(), *asked_again)
     assert numbers(run_dir) == numbers(continued)
@@ -246,7 +243,7 @@ def test_a_checkpoint_without_a_manifest_is_taken_up_and_the_record_begins_there
     assert (span["from_step"], models(span)) == (STOPPED_AT + 1, twelve)
 
 
-def test_a_resume_without_a_change_equals_a_run_that_nobody_disturbed(run, run_dir, tmp_path):
+def test_a_resume_without_a_change_equals_a_run_that_nobody_disturbed(run, run_dir, numbers, tmp_path):
     run(run_dir)
     run(tmp_path / "whole")
     assert numbers(run_dir) == numbers(tmp_path / "whole")
@@ -254,7 +251,7 @@ def test_a_resume_without_a_change_equals_a_run_that_nobody_disturbed(run, run_d
     assert spans(run_dir) == spans(tmp_path / "whole")
 
 
-def test_a_run_goes_on_without_a_dropped_domain_though_its_teacher_cannot_be_read_any_more(run, run_until, make_teacher, tmp_path):
+def test_a_run_goes_on_without_a_dropped_domain_though_its_teacher_cannot_be_read_any_more(run, run_until, make_teacher, numbers, tmp_path):
     broken = shutil.copytree(make_teacher(7), tmp_path / "broken")
     weights = load_file(broken / "model.safetensors")
     weights["model.norm.weight"].fill_(torch.nan)
