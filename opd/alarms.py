@@ -39,12 +39,6 @@ class Condition(Enum):
     ratio_to_start = "ratio_to_start"
 
 
-class Action(Enum):
-    """What an alarm does when it begins."""
-
-    log = "log"
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Alarm:
     """One way in which a metric looks wrong.
@@ -55,7 +49,6 @@ class Alarm:
     least: of the mean and what it is a multiple of, the larger has to reach this: ratios of next to nothing say nothing.
     window: steps whose mean is judged; fewer are not.
     message: what it is a sign of, and what helps.
-    action: what it does.
     """
 
     metric: str
@@ -65,7 +58,6 @@ class Alarm:
     least: float = 0.0
     window: int = 5
     message: str
-    action: Action = Action.log
 
 
 LENGTH = "compare answers with the teacher's by eye, and their end-of-sequence token and template with `opd check`"

@@ -31,6 +31,7 @@ from teachers.pool import TeacherPool
 
 DOMAIN = "bench"
 
+
 class Baton:
     """The bench's end of a worker: who holds it does a step."""
 

@@ -82,7 +82,8 @@ class DecodingFigures:
     """What decoding did; sums, to be added up over cohorts.
 
     slots: rows times decode steps; sampled: tokens drawn there; fed: prompt and logged tokens fed there. What is left of the slots were dummies.
-    prefilled: positions read at once, of `prefill_slots` that were computed. Seconds are wall clock; log_seconds are part of decode_seconds.
+    prefilled: positions read at once, of `prefill_slots` that were computed. Seconds are wall clock; log_seconds are part of decode_seconds, but for those
+        of tokens that were given.
     replaced: sampler processes that had to be replaced (rollout/service.py).
     """
 
@@ -92,7 +93,6 @@ class DecodingFigures:
     fed: int = 0
     prefilled: int = 0
     prefill_slots: int = 0
-    prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
     log_seconds: float = 0.0
     replaced: int = 0
@@ -115,8 +115,7 @@ def form_cohorts(completions: list[Completion], width: int, completions_per_prom
 
     The same completions in the same order always form the same cohorts.
     """
-    order = {id(completion): number for number, completion in enumerate(completions)}
-    waiting = sorted(completions, key=lambda completion: (len(completion.prompt.tokens), order[id(completion)]))
+    waiting = sorted(completions, key=lambda completion: len(completion.prompt.tokens))
     whole = width - width % completions_per_prompt if completions_per_prompt < width else width
     return [waiting[start : start + whole] for start in range(0, len(waiting), whole)]
 
@@ -153,10 +152,9 @@ class Cohort:
             self._log(append_to_log, np.concatenate([row.records(0, row.given) for row in self.rows]))
         if self.listener is None and all(row.is_done(self.end_tokens, self.cfg) for row in self.rows):
             return
-        position, begun = int(self.length_W.min()), time.monotonic()
+        position = int(self.length_W.min())
         cache, logits_WV = self._prefill(position)
         slot_W = self._with_dummies(np.arange(len(self.rows)), self.cfg.decode_width)
-        self.figures.prefill_seconds += time.monotonic() - begun
         while True:
             begun = time.monotonic()
             uniform_W = uniform(self.policy.seed, torch.from_numpy(self.key_W[slot_W]), position).to(self.device)
