@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from rollout.cohort import Completion
+from rollout.cohort import AppendToLog, Completion
 from rollout.config import SamplingConfig
 from rollout.server import ServerFailure, ServerGone
 from rollout.vllm_server import Draw, ServedWeights, StaleWeights, VllmServer
@@ -28,9 +28,6 @@ KEEP_SECONDS = 0.5
 """Between two looks at a server's version; what a killed trainer can lose of its completions at most."""
 
 LOG = logging.getLogger(__name__)
-
-Append = Callable[[np.ndarray], None]
-"""Makes RECORD rows durable."""
 
 
 @dataclass(slots=True, eq=False)
@@ -72,9 +69,9 @@ class Dispatch:
         self.waiting: deque[Completion] = deque()
         self.remaining = 0
         self.problem: Exception | None = None
-        self.append: Append | None = None
+        self.append: AppendToLog | None = None
 
-    def run(self, completions: list[Completion], append: Append | None = None) -> None:
+    def run(self, completions: list[Completion], append: AppendToLog | None = None) -> None:
         """Fill the completions. Raises ServerFailure where a server's answer cannot be right or all are gone, and ValueError where the log fails."""
         self.append = append
         if append is not None:

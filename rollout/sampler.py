@@ -9,8 +9,8 @@ With a log every token is on record before it is used, and what a killed process
 """
 
 import inspect
-from collections.abc import Iterable
-from contextlib import ExitStack, closing
+from collections.abc import Iterable, Iterator
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
@@ -18,7 +18,7 @@ from typing import Protocol
 import torch
 from transformers import PreTrainedModel
 
-from rollout.cohort import Cohort, Completion, DecodingFigures, Policy, end_tokens_of, form_cohorts
+from rollout.cohort import AppendToLog, Cohort, Completion, DecodingFigures, Policy, end_tokens_of, form_cohorts
 from rollout.config import SamplingConfig
 from rollout.experts import find_packed, is_packed_buffer, pack_weight
 from rollout.types import Prompt, Rollout
@@ -46,6 +46,16 @@ class StepLog:
     step: int
     name: str
 
+    @contextmanager
+    def opened(self, completions: list[Completion], key: int, policy_step: int) -> Iterator[AppendToLog]:
+        """Give completions the tokens that are logged for them under a key; what this yields logs those that are drawn inside.
+
+        Raises ValueError where the log cannot be written.
+        """
+        take_up(completions, self.log.completions(self.step, key))
+        with closing(SegmentWriter(self.log.segment(self.step, self.name))) as writer:
+            yield partial(writer.append, key, policy_step)
+
 
 class Sampler(Protocol):
     """What draws completions: a model in this process, other processes, or servers."""
@@ -60,7 +70,7 @@ class Sampler(Protocol):
         """Take over the weights of a source; rollouts sampled afterwards carry its `policy_step`."""
 
     def sample(self, prompts: list[Prompt], cfg: SamplingConfig, completions_per_prompt: int = 1, log: StepLog | None = None) -> list[Rollout]:
-        """One rollout per prompt and completion, in the order of the prompts. Raises ValueError where the model gives NaN."""
+        """One rollout per prompt and completion, in the order of the prompts, no two of which have one request. Raises ValueError where the model gives NaN."""
 
     def take_up_weights(self, policy_step: int) -> bool:
         """Sample with weights that were published earlier; False where they are not there any more. Every rank calls it."""
@@ -105,20 +115,13 @@ class LocalSampler:
         """As the protocol says; `figures` are then those of this call. Raises ValueError also where the log cannot be written."""
         completions = [Completion(prompt, sample) for prompt in prompts for sample in range(completions_per_prompt)]
         self.figures = DecodingFigures()
-        with ExitStack() as stack:
-            append = None
-            if log is not None:
-                key = sampling_key(hash_tensors(self.model.state_dict().items()), self.policy, cfg)
-                take_up(completions, log.log.completions(log.step, key))
-                writer = stack.enter_context(closing(SegmentWriter(log.log.segment(log.step, log.name))))
-                append = partial(writer.append, key, self.policy_step)
+        with nullcontext() if log is None else log.opened(completions, self._key(cfg), self.policy_step) as append:
             for rows in form_cohorts(completions, cfg.decode_width, completions_per_prompt):
                 cohort = Cohort(self.policy, rows, cfg)
                 for _ in cohort.decode(append):
                     pass
                 self.figures.add(cohort.figures)
         return [rollout_of(completion, end_tokens_of(self.policy, cfg), self.policy_step) for completion in completions]
-
 
     def take_up_weights(self, policy_step: int) -> bool:
         """It publishes none."""
@@ -129,6 +132,9 @@ class LocalSampler:
 
     def close(self) -> None:
         """It has nothing to let go of."""
+
+    def _key(self, cfg: SamplingConfig) -> int:
+        return sampling_key(hash_tensors(self.model.state_dict().items()), self.policy, cfg)
 
 
 def sampling_key(weights: str, policy: Policy, cfg: SamplingConfig) -> int:

@@ -106,6 +106,11 @@ class RolloutStream:
         self.prompts.restore(state["prompts"])
         self.taken_up = state.get("policy_step")
 
+    def forget_before(self, step: int) -> None:
+        """Delete what was kept for taking up steps before one: the main rank calls it once the run cannot go back to them."""
+        self.log.trim(step)
+        self.rollout_sampler.protect(step - 1)
+
     def _masked(self, rollouts: list[Rollout]) -> list[Rollout]:
         return mask_loops(rollouts) if self.cfg.mask_loops else rollouts
 
@@ -136,11 +141,6 @@ class RolloutStream:
                 LOG.warning("the weights after %d updates are no longer published: step %d is sampled with those after %d", published, step, source.policy_step)
         prompts = self.prompts.state()
         return Pending(_in_thread(lambda: self._sample(step)), prompts, self.rollout_sampler.policy_step)
-
-    def forget_before(self, step: int) -> None:
-        """Delete what was kept for taking up steps before one: the main rank calls it once the run cannot go back to them."""
-        self.log.trim(step)
-        self.rollout_sampler.protect(step - 1)
 
     def _keep(self, step: int, rollouts: list[Rollout]) -> None:
         """Save the whole step's rollouts, and compare them with another run's until the first difference."""

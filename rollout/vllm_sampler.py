@@ -20,8 +20,8 @@ import shutil
 import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import asdict, replace
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -33,11 +33,10 @@ from rollout.dispatch import Dispatch
 from rollout.files import read_json, replace_text
 from rollout.model import context_length, head_of, save_model
 from rollout.ranks import OneRank, Ranks
-from rollout.sampler import LocalSampler, StepLog, WeightSource, rollout_of, sampling_key, take_up
+from rollout.sampler import LocalSampler, StepLog, WeightSource, rollout_of, sampling_key
 from rollout.server import ServerGone
 from rollout.types import Prompt, Rollout
 from rollout.vllm_server import ServedWeights, VllmServer
-from rollout.wal import SegmentWriter
 from rollout.weights import hash_tensors
 
 PROBE_TOKENS = 32
@@ -62,13 +61,13 @@ class VllmSampler:
         self.local, self.tokenizer, self.cfg, self.ranks = local, tokenizer, cfg, ranks or OneRank()
         self.folder = Path(cfg.weights_folder).resolve() if cfg.weights_folder is not None else weights_folder.resolve()
         rows = head_of(local.model).weight.shape[0]
-        self.servers = [VllmServer(url, cfg, local.policy.vocab_size or rows, rows) for url in cfg.servers]
+        vocab_size = local.policy.vocab_size or rows
+        self.servers = [VllmServer(url, cfg, vocab_size, rows) for url in cfg.servers]
         self.run, self.weights, self.policy_step = uuid.uuid4().hex[:12], None, 0
         self.gone: set[str] = set()
         self.protected, self.figures = -1, None  # the servers keep how they decode to themselves
-        ids = range(local.policy.vocab_size or rows)
         length = min(PROBE_TOKENS, context_length(local.model.config, "student") - 1)
-        self.probe = tuple(random.Random("probe").choices(ids, k=length))
+        self.probe = tuple(random.Random("probe").choices(range(vocab_size), k=length))
 
     def require_fit(self, longest: int) -> None:
         """Ask every server whether it can draw rollouts of so many tokens. Raises ServerFailure where one cannot, or does not answer."""
@@ -130,23 +129,15 @@ class VllmSampler:
         """As the protocol says. Raises ValueError also where no server is left, one does not hold the weights, or the log cannot be written."""
         assert self.weights is not None, "refresh comes first"
         completions = [Completion(prompt, sample) for prompt in prompts for sample in range(completions_per_prompt)]
-        end_tokens, writer, append = end_tokens_of(self.local.policy, cfg), None, None
-        if log is not None:
-            key = sampling_key(f"vllm {self.weights.weights}", self.local.policy, cfg)
-            take_up(completions, log.log.completions(log.step, key))
-            writer = SegmentWriter(log.log.segment(log.step, log.name))
-            append = partial(writer.append, key, self.weights.policy_step)
+        end_tokens, key = end_tokens_of(self.local.policy, cfg), sampling_key(f"vllm {self.weights.weights}", self.local.policy, cfg)
         servers = [server for server in self.servers if server.version is not None]
         dispatch = Dispatch(servers, self.weights, cfg, self.local.policy.seed, end_tokens)
-        try:
+        with nullcontext() if log is None else log.opened(completions, key, self.policy_step) as append:
             dispatch.run(completions, append)
             for place in dispatch.places:
                 if place.gone is None:
                     self._require_probe(place.server, log)
-        finally:
-            if writer is not None:
-                writer.close()
-        return [rollout_of(completion, end_tokens, self.weights.policy_step) for completion in completions]
+        return [rollout_of(completion, end_tokens, self.policy_step) for completion in completions]
 
     def _require_probe(self, server: VllmServer, log: StepLog | None) -> None:
         """Raises StaleWeights where a server's weights were exchanged behind its label; what is logged is then no use either."""
