@@ -7,6 +7,8 @@ that a server holds or that are sharded over the ranks are not sampled from; the
 (teachers.allow_change) the lengths are still those of the ones the run began with.
 """
 
+from dataclasses import replace
+
 from opd.config import DistillConfig
 from opd.distributed import Group, num_ranks, rank
 from opd.evaluate import Evaluator
@@ -29,7 +31,8 @@ def sample_teacher(name: str, prompts: list[Prompt], cfg: DistillConfig, evaluat
     teachers, tokenizer = evaluator.teachers, evaluator.tokenizer
     model = teachers.get(teachers.teacher_of[name]).model
     sampler = LocalSampler(model, end_tokens(model, tokenizer), cfg.seed, len(tokenizer))
-    return sampler.sample(prompts[rank(Group.data) :: num_ranks(Group.data)], cfg.rollout)
+    sampling = replace(cfg.rollout, record_routes=False)  # a teacher's are never replayed, and it may have none
+    return sampler.sample(prompts[rank(Group.data) :: num_ranks(Group.data)], sampling)
 
 
 def checked_answers(cfg: DistillConfig, mixture: PromptMixture, evaluator: Evaluator) -> list[Rollout]:

@@ -122,7 +122,7 @@ class SamplingConfig:
     max_new_tokens: completion tokens at most, the end-of-sequence token included.
     stop_tokens: ids that end a completion, besides the model's own end-of-sequence tokens.
     decode_width: rows decoded together; dummy rows fill the last cohort, since the number of rows changes the last bits.
-    record_routes: keep the experts that were chosen for each token (rollout/routes.py). Not while evaluating, and with rollout.sampler=local only.
+    record_routes: keep the experts that were chosen for each token (rollout/routes.py). Of rollouts only, and with rollout.sampler=local only.
     fixed_width: keep that width until the last row of a cohort ends, which takes longer; else rows that have ended leave, by halves of the width.
     """
 

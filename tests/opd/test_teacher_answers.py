@@ -12,7 +12,7 @@ from opd.signal_figures import measure_signals
 from opd.student import build_student, load_student_tokenizer
 from opd.teacher_answers import length_ratios
 from rollout.config import ModelConfig
-from rollout.model import load_model
+from rollout.model import load_model, save_model
 from rollout.sampler import LocalSampler
 from teachers.pool import TeacherPool
 
@@ -62,6 +62,13 @@ def test_a_domain_whose_warm_up_asks_its_teacher_is_not_asked_for_the_check(sett
     found, _, _ = figures([*settings, "check.teacher_answers=2", "warmup=sft", "warmup.domains=[tools]"], device)
     assert found["arithmetic"].teacher_length is not None
     assert found["tools"].teacher_length is None
+
+
+def test_a_dense_teacher_answers_in_a_run_that_records_its_students_routes(settings, new_student, tokenizer, tmp_path, device):
+    dense = new_student("qwen3_tiny", hidden_size=32, num_hidden_layers=1)
+    save_model(tmp_path / "dense", dense, tokenizer, dense.state_dict())
+    found, _, _ = figures([*settings, "check.teacher_answers=2", "rollout.record_routes=true", f"domains.tools.teacher.model={tmp_path / 'dense'}"], device)
+    assert found["tools"].teacher_length is not None
 
 
 def test_the_answers_change_nothing_of_the_run(settings, numbers, tmp_path, device):
