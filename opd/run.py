@@ -17,6 +17,7 @@
     RUN/divergence.csv       opd/bench_divergence.py (in a folder of `opd bench`)
     RUN/qat.csv              opd/bench_qat.py (the same)
     RUN/teachers.csv         opd/bench_teachers.py (the same)
+    RUN/rollout.csv          opd/bench_rollout.py (the same)
     RUN/step.csv             opd/bench_step.py (the same)
     RUN/.lock                held by the process that writes here
 

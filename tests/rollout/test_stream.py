@@ -261,13 +261,16 @@ def test_a_stream_that_is_taken_up_samples_no_logged_token_again(new_stream, qwe
 
 def test_other_weights_seeds_and_settings_take_nothing_up(new_stream, qwen3_moe_model, new_student):
     new_stream().next(0, Weights(qwen3_moe_model))
+    reseeded = new_stream()
+    reseeded.draw_with(LocalSampler(qwen3_moe_model, [2], seed=1), num_steps=1)
     for stream, model in [
         (new_stream(), new_student("qwen3_moe_tiny", seed=1)),
         (new_stream(temperature=0.9), qwen3_moe_model),
         (new_stream(top_p=0.9), qwen3_moe_model),
+        (reseeded, qwen3_moe_model),
     ]:
         rollouts = stream.next(0, Weights(model))
-        assert stream.sampler.figures.sampled == sum(len(rollout.completion_T) for rollout in rollouts)
+        assert stream.figures.sampled == sum(len(rollout.completion_T) for rollout in rollouts)
 
 
 def test_steps_that_a_checkpoint_holds_are_forgotten_in_the_log(new_stream, qwen3_moe_model, tmp_path):
