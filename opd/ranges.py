@@ -30,6 +30,9 @@ NOT_NEGATIVE = (
 ABOVE_ZERO = ("timeout_seconds", "load_timeout_seconds", "probe_tolerance", "lease_seconds", "max_mismatch", "tolerance")
 """Finite numbers above 0, or none at all."""
 
+LEAST_TEMPERATURE = 1e-5
+"""Logits divided by less may be infinite."""
+
 
 def check_ranges(cfg: Any, path: str = "") -> None:
     """Raises ValueError for a number that is out of its range, anywhere in a config."""
@@ -121,7 +124,9 @@ def _check_estimator(loss: LossConfig, signal: SignalKind, rollout: RolloutConfi
 
 
 def check_rollout(rollout: RolloutConfig) -> None:
-    """Raises ValueError for settings of the sampler that contradict each other."""
+    """Raises ValueError for settings of the sampler that are out of range or contradict each other."""
+    if rollout.temperature != 0 and not LEAST_TEMPERATURE <= rollout.temperature < math.inf:
+        raise ValueError(f"rollout.temperature must be finite, and 0 (greedy) or at least {LEAST_TEMPERATURE:g}, not {rollout.temperature}")
     if rollout.staleness not in (0, 1):
         raise ValueError(f"rollout.staleness must be 0 (rollouts of the present weights) or 1 (of those before the last update), not {rollout.staleness}")
     if rollout.staleness and rollout.sampler is SamplerKind.local:

@@ -57,13 +57,17 @@ def build_stream(
 
     excluded: domains that are asked for no prompts (any more), as those whose teachers are dropped.
 
-    Raises ValueError for what `load_prompts` refuses, training rows that overlap with held-out prompts, an impossible length, answers that a grader
-    would miss, replay files that are not there, routes of a student that routes nothing, and a vLLM server that cannot draw the run's rollouts.
+    Raises ValueError for what `load_prompts` refuses, training rows that overlap with held-out prompts, an impossible length, stop tokens that do not exist,
+    answers that a grader would miss, replay files that are not there, routes of a student that routes nothing, and a vLLM server that cannot draw the run's
+    rollouts.
     """
     context = context_length(student.config, "student")
     longest = context - cfg.rollout.max_new_tokens
     if longest < 1:
         raise ValueError(f"rollout.max_new_tokens={cfg.rollout.max_new_tokens} leaves no room for a prompt in the student's {context} positions")
+    unknown = [token for token in cfg.rollout.stop_tokens if token >= len(tokenizer)]
+    if unknown:
+        raise ValueError(f"rollout.stop_tokens={unknown} would never be drawn: the tokenizer's ids go up to {len(tokenizer) - 1}")
     if cfg.rollout.record_routes or cfg.student.replay_routes:
         require_routers(student, "student")
     held_out = {name: domain.held_out for name, domain in cfg.domains.items()}

@@ -77,6 +77,7 @@ class Worker:
     def serve(self, lease: dict[str, Any]) -> None:
         self.number = lease["number"]
         if not lease["rows"]:
+            self.tell()
             return
         if lease["weights"] != self.weights:
             self.sampler.refresh(_Watched(PublishedWeights(Path(lease["weights"])), self.touch))
@@ -88,6 +89,10 @@ class Worker:
                 break
         writer.close()
         self.figures.add(cohort.figures)
+        self.tell()
+
+    def tell(self) -> None:
+        """That the lease is over, and what all leases took."""
         replace_text(self.folder / "figures.json", json.dumps({"number": self.number, "figures": asdict(self.figures)}))
 
     def is_over(self) -> bool:
@@ -102,8 +107,10 @@ class Worker:
         signature = _signature(self.lease_file)
         if signature == self.signature:
             return None
-        self.signature = signature
         lease = read_json(self.lease_file)
+        if _signature(self.lease_file) != signature:  # replaced in between: what was read may be either, and this would pass for the one it is not
+            return None
+        self.signature = signature
         return lease if lease["number"] > self.number else None
 
     def touch(self) -> None:

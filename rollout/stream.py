@@ -85,7 +85,8 @@ class RolloutStream:
         self.asked_shares = self.prompts.asked_shares(step)
         if self.cfg.replay is not None:
             rollouts = load_rollouts(replay_file(self.cfg.replay, step))
-            return self._masked(rollouts[self.ranks.index :: self.ranks.count])
+            own = set(list(dict.fromkeys(rollout.prompt.request for rollout in rollouts))[self.ranks.index :: self.ranks.count])
+            return self._masked([rollout for rollout in rollouts if rollout.prompt.request in own])
         if self.cfg.staleness == 0:
             self._refresh(source)
             sampled = self._sample(step)
@@ -105,6 +106,8 @@ class RolloutStream:
     def restore(self, state: dict) -> None:
         self.prompts.restore(state["prompts"])
         self.taken_up = state.get("policy_step")
+        if self.taken_up is not None:
+            self.rollout_sampler.protect(self.taken_up)  # the run may be killed again before its next checkpoint
 
     def forget_before(self, step: int) -> None:
         """Delete what was kept for taking up steps before one: the main rank calls it once the run cannot go back to them."""

@@ -84,9 +84,9 @@ class SegmentWriter:
 
     def __init__(self, path: Path):
         """Takes up a segment where its last whole frame ends. Raises ValueError where the file cannot be written."""
-        path.parent.mkdir(parents=True, exist_ok=True)
         self.path = path
         try:
+            path.parent.mkdir(parents=True, exist_ok=True)
             self.file = os.open(path, os.O_WRONLY | os.O_CREAT, 0o644)
             self.size = whole_size(path)
             os.ftruncate(self.file, self.size)
@@ -99,8 +99,7 @@ class SegmentWriter:
 
     def append(self, key: int, policy_step: int, records: np.ndarray) -> None:
         """Log one decode step; on return its tokens may be used. Raises ValueError where it could not be written: they may not."""
-        if self.problem is not None:
-            raise ValueError(f"the rollout log {self.path} cannot be made durable: {self.problem}")
+        self._require_durable()
         head = HEADER.pack(MAGIC, len(records), key, policy_step)
         body = records.tobytes()
         frame = head + CHECKSUM.pack(zlib.crc32(body, zlib.crc32(head))) + body
@@ -115,11 +114,19 @@ class SegmentWriter:
         self.size += len(frame)
 
     def close(self) -> None:
-        """Make everything durable and let go of the file."""
+        """Make everything durable and let go of the file. Raises ValueError where that failed, now or since the last append."""
         self.closed.set()
         self.syncer.join()
-        os.fsync(self.file)
+        try:
+            os.fsync(self.file)
+        except OSError as error:
+            self.problem = error.strerror
         os.close(self.file)
+        self._require_durable()
+
+    def _require_durable(self) -> None:
+        if self.problem is not None:
+            raise ValueError(f"the rollout log {self.path} cannot be made durable: {self.problem}")
 
     def _sync(self) -> None:
         synced = -1
@@ -128,7 +135,7 @@ class SegmentWriter:
                 synced = self.size
                 try:
                     os.fsync(self.file)
-                except OSError as error:  # of another thread than the sampler's: the next append raises it
+                except OSError as error:  # of another thread than the sampler's: the next append raises it, or `close`
                     self.problem = error.strerror
                     return
 

@@ -227,6 +227,8 @@ def test_data_files_only_are_in_conf():
     [
         ("rollout.completions_per_prompt=0", r"rollout\.completions_per_prompt must be at least 1, not 0"),
         ("rollout.temperature=-3", r"rollout\.temperature must be at least 0, not -3"),
+        ("rollout.temperature=inf", r"rollout\.temperature must be finite, and 0 \(greedy\) or at least 1e-05, not inf"),
+        ("rollout.temperature=1e-40", r"rollout\.temperature must be finite, and 0 \(greedy\) or at least 1e-05, not 1e-40"),
         ("optim.lr=nan", r"optim\.lr must be at least 0"),
         ("optim.betas=[0.9]", r"optim\.betas must be two numbers"),
         ("threads=-1", r"threads must be at least 1"),

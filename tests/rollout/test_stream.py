@@ -139,6 +139,15 @@ def test_the_ranks_together_replay_every_rollout_once(new_stream, qwen3_moe_mode
     assert tokens_of(sorted((rollout for part in parts for rollout in part), key=rollout_key)) == tokens_of(saved)
 
 
+def test_each_rank_replays_what_it_sampled(new_stream, qwen3_moe_model, tmp_path):
+    """Bit-identical training depends on it: the order in which gradients are summed is that of the ranks."""
+    new_stream(run="one", save=True).next(0, Weights(qwen3_moe_model))
+    for index in range(2):
+        sampled = new_stream(run=f"sampling-{index}", ranks=SomeRank(index, 2)).next(0, Weights(qwen3_moe_model))
+        replayed = new_stream(run="two", ranks=SomeRank(index, 2), replay=str(tmp_path / "one")).next(0, Weights(qwen3_moe_model))
+        assert tokens_of(replayed) == tokens_of(sampled)
+
+
 def test_replaying_a_step_that_was_not_saved_is_refused(new_stream, qwen3_moe_model, tmp_path):
     with pytest.raises(ValueError, match="no saved rollouts at"):
         new_stream(replay=str(tmp_path / "nowhere")).next(0, Weights(qwen3_moe_model))
@@ -230,6 +239,27 @@ def test_a_stream_taken_up_one_step_ahead_says_where_the_old_weights_are_gone(ne
     rollouts = stream.next(5, Weights(qwen3_moe_model, policy_step=5))
     assert {rollout.policy_step for rollout in rollouts} == {5}
     assert "the weights after 4 updates are no longer published: step 5 is sampled with those after 5" in caplog.text
+
+
+class PublishingSampler(LocalSampler):
+    """One that notes which weights are to stay published."""
+
+    protected: int | None = None
+
+    def protect(self, policy_step: int) -> None:
+        self.protected = policy_step
+
+
+def test_weights_that_a_stream_was_taken_up_with_stay_published_until_the_next_checkpoint(new_stream, qwen3_moe_model):
+    """A second kill before it takes the run back to the same checkpoint, which needs them again."""
+    stream = new_stream(staleness=1)
+    stream.draw_with(PublishingSampler(qwen3_moe_model, [2], seed=0), num_steps=9)
+    stream.restore({"prompts": {}, "policy_step": 4})
+    stream.next(5, Weights(qwen3_moe_model, policy_step=5))
+    stream.next(6, Weights(qwen3_moe_model, policy_step=6))
+    assert stream.rollout_sampler.protected == 4
+    stream.forget_before(8)
+    assert stream.rollout_sampler.protected == 7
 
 
 def test_what_goes_wrong_one_step_ahead_is_raised_when_its_step_is_asked_for(new_stream, qwen3_moe_model):

@@ -213,6 +213,24 @@ def test_an_error_of_making_durable_is_raised_by_the_next_append(log, monkeypatc
         writer.append(KEY, 7, step_records(1))
 
 
+def test_an_error_of_making_the_last_frames_durable_is_raised_by_closing(log, monkeypatch):
+    writer = SegmentWriter(log.segment(0, "a"))
+    writer.append(KEY, 7, step_records(0))
+
+    def refuse(file: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    with pytest.raises(ValueError, match="cannot be made durable: No space left on device"):
+        writer.close()
+
+
+def test_a_log_whose_folder_cannot_be_made_is_refused_by_name(log):
+    log.folder.write_text("a file in the way")
+    with pytest.raises(ValueError, match=r"the rollout log .*a\.wal cannot be written: (Not a directory|File exists)"):
+        SegmentWriter(log.segment(0, "a"))
+
+
 def test_a_frame_has_the_bytes_of_the_docstring(log):
     path = log.segment(12, "rank-000")
     writer = SegmentWriter(path)
