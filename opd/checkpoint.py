@@ -1,27 +1,26 @@
-"""Checkpoints of a run, and finding the newest when it starts again.
+"""Checkpoints of a run, and finding the one to go on from when it starts again.
 
-Tree (schema version 1): `RUN/checkpoints/latest.json` is {"schema": 1, "step": S, "tag": "step-SSSSSS"}; the folder `step-SSSSSS` holds
-DeepSpeed's files (weights, optimizer, routing) and `opd.json`, {"schema": 1, "step": S, "ranks": R, "stream": prompt positions} and, of a
-distillation, "teachers": which scored which steps (teachers/manifest.py). A folder is written under the name `partial` and renamed when it is
-complete, then the pointer is replaced; a kill leaves the older checkpoint in force. A pointer to nothing, or several checkpoints without a
-pointer, refuse: training silently from step 0 is worse than not training.
+A checkpoint (its folder: opd/checkpoint_files.py) holds DeepSpeed's files (weights, optimizer, routing) and `opd.json`, {"schema": 2, "step": S,
+"ranks": R, "stream": prompt positions, and which weights sample the next step} and, of a distillation, "teachers": which scored which steps
+(teachers/manifest.py). Random numbers are keyed, and the schedule follows from the step: neither has a state.
+
+A run goes on from the checkpoint in force; where it is damaged, from the one before, and says so. Where checkpoints are there and none is whole it
+refuses: training silently from step 0 is worse than not training.
 """
 
 import json
-import shutil
 from pathlib import Path
 from typing import Protocol
 
+from opd import checkpoint_files as files
 from opd.config import CheckpointConfig, DistillConfig
-from opd.distributed import Group, barrier, is_main, num_ranks, on_main
+from opd.distributed import Group, barrier, gather_objects, is_main, num_ranks, on_main, rank
 from opd.engine import Engine
 from opd.run import replace_domains
 from opd.tracker import Tracker
-from rollout.files import read_json, replace_text
+from rollout.files import read_json
 from teachers.manifest import describe_domains
 from teachers.pool import TeacherPool
-
-SCHEMA = 1
 
 
 class Resumable(Protocol):
@@ -46,24 +45,25 @@ def is_due(step: int, every: int, num_steps: int | None = None) -> bool:
 
 
 def save(run_dir: Path, step: int, engine: Engine, stream: Resumable, cfg: CheckpointConfig, teachers: TeacherPool | None = None) -> None:
-    """Save after update number `step`; every rank calls it."""
-    folder, tag = run_dir / "checkpoints", f"step-{step:06d}"
+    """Save after update number `step`; every rank calls it. Raises ValueError where the disk refuses, or what was written reads otherwise."""
+    folder = run_dir / "checkpoints"
     if is_main():
-        shutil.rmtree(folder / "partial", ignore_errors=True)
-        folder.mkdir(parents=True, exist_ok=True)
+        files.begin_partial(folder)
     barrier()
-    engine.save(folder, "partial")
-    barrier()
+    names = engine.save(folder, files.PARTIAL)
     if is_main():
-        state = {"schema": SCHEMA, "step": step, "ranks": num_ranks(Group.data), "stream": stream.state()}
+        state = {"schema": files.SCHEMA, "step": step, "ranks": num_ranks(Group.data), "stream": stream.state()}
         state |= {} if teachers is None else {"teachers": teachers.manifest.record()}
-        (folder / "partial" / "opd.json").write_text(json.dumps(state))
-        shutil.rmtree(folder / tag, ignore_errors=True)
-        (folder / "partial").rename(folder / tag)
-        replace_text(folder / "latest.json", json.dumps({"schema": SCHEMA, "step": step, "tag": tag}))
-        saved = sorted(path for path in folder.glob("step-*") if path.name <= tag)  # a later one was left by a kill before its pointer
-        for old in saved[: -max(1, cfg.keep)]:
-            shutil.rmtree(old)
+        (folder / files.PARTIAL / "opd.json").write_text(json.dumps(state))
+        names.append("opd.json")
+    sealed = gather_objects(files.seal(folder / files.PARTIAL, names), Group.data)
+    on_main(lambda: files.commit(folder, step, dict(item for part in sealed for item in part.items())))
+    problem = _problem_of(folder / files.tag_of(step))
+    if problem is not None:
+        raise ValueError(f"the checkpoint of step {step} is not what was written ({problem}): the older one stays in force")
+    if is_main():
+        files.point_to(folder, step)
+        files.forget_older(folder, step, cfg.keep)
         stream.forget_before(step)
         if teachers is not None:
             teachers.manifest.write(run_dir)
@@ -71,14 +71,16 @@ def save(run_dir: Path, step: int, engine: Engine, stream: Resumable, cfg: Check
 
 
 def resume(run_dir: Path, engine: Engine, stream: Resumable, tracker: Tracker, teachers: TeacherPool | None = None) -> int:
-    """Restore the newest checkpoint; returns the number of updates it holds, 0 where the run is new.
+    """Restore the newest whole checkpoint; returns the number of updates it holds, 0 where the run is new.
 
     The run's teachers are held to the checkpoint's manifest, and one of the present ones begins where there is none.
 
     Raises ValueError where checkpoints are there but none can be taken up, and where teachers differ without teachers.allow_change.
     """
     folder = run_dir / "checkpoints"
-    tag = _newest(folder)
+    tag, problems = _choose(folder)
+    for problem in problems if is_main() else ():
+        tracker.display.say(f"{problem}; going on from {tag}")
     step = 0 if tag is None else _restore(folder, tag, engine, stream, teachers)
     if tag is None and teachers is not None:
         _take_up(teachers, None, 0)
@@ -97,22 +99,15 @@ def dropped_domains(cfg: DistillConfig) -> dict[str, str]:
     None of a run that begins, and with teachers.allow_change, which tries their teachers again. Raises ValueError as `resume` does.
     """
     folder = Path(cfg.run_dir) / "checkpoints"
-
-    def find() -> dict[str, str]:
-        tag = None if cfg.fresh or cfg.teachers.allow_change else _newest(folder)
-        if tag is None or not (folder / tag / "opd.json").is_file():
-            return {}
-        record = read_json(folder / tag / "opd.json").get("teachers")
-        return {} if record is None else {name: drop["reason"] for name, drop in record["spans"][-1]["dropped"].items() if name in cfg.domains}
-
-    return on_main(find)
+    tag = None if cfg.fresh or cfg.teachers.allow_change else _choose(folder)[0]
+    if tag is None:
+        return {}
+    record = on_main(lambda: read_json(folder / tag / "opd.json")).get("teachers")
+    return {} if record is None else {name: drop["reason"] for name, drop in record["spans"][-1]["dropped"].items() if name in cfg.domains}
 
 
 def _restore(folder: Path, tag: str, engine: Engine, stream: Resumable, teachers: TeacherPool | None) -> int:
-    state_file = folder / tag / "opd.json"
-    if not state_file.is_file():
-        raise ValueError(f"the checkpoint {folder / tag} is missing or incomplete: begin anew with fresh=true")
-    state = read_json(state_file)
+    state = read_json(folder / tag / "opd.json")
     if state["ranks"] != num_ranks(Group.data):
         raise ValueError(f"{folder / tag} was saved by {state['ranks']} ranks and this run has {num_ranks(Group.data)}: start as many")
     if teachers is not None:
@@ -131,18 +126,24 @@ def _take_up(teachers: TeacherPool, record: dict | None, step: int) -> None:
     teachers.dropped.update({name: failure["reason"] for name, failure in teachers.manifest.dropped.items()})
 
 
-def _newest(folder: Path) -> str | None:
-    """The checkpoint to take up; None where there is none.
+def _choose(folder: Path) -> tuple[str | None, list[str]]:
+    """(the checkpoint to take up, None where there is none; what is wrong with those that would have come first); every rank calls it.
 
-    One folder without a pointer is a first save that was cut between the two: it is complete, since it has its name.
-    Raises ValueError where a pointer is of another schema, or missing beside several folders.
+    Raises ValueError where checkpoints are there and none is whole.
     """
-    pointer, saved = folder / "latest.json", sorted(path.name for path in folder.glob("step-*"))
-    if not pointer.exists():
-        if len(saved) > 1:
-            raise ValueError(f"{folder} holds checkpoints but no latest.json: restore it, or begin anew with fresh=true")
-        return saved[0] if saved else None
-    record = read_json(pointer)
-    if record.get("schema") != SCHEMA:
-        raise ValueError(f"{pointer} has schema {record.get('schema')}; this version reads schema {SCHEMA}")
-    return record["tag"]
+    found = on_main(lambda: files.find(folder))
+    problems = [] if found.problem is None else [found.problem]
+    for tag in found.tags:
+        problem = _problem_of(folder / tag)
+        if problem is None:
+            return tag, problems
+        problems.append(problem)
+    if not found.tags:
+        return None, []
+    raise ValueError(f"no checkpoint in {folder} is whole ({'; '.join(problems)}): restore one, or begin anew with fresh=true")
+
+
+def _problem_of(folder: Path) -> str | None:
+    """The first thing that is wrong with a checkpoint, each rank having read its share; every rank calls it."""
+    found = gather_objects(files.problem_of(folder, rank(Group.data), num_ranks(Group.data)), Group.data)
+    return next((problem for problem in found if problem is not None), None)

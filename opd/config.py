@@ -131,10 +131,12 @@ class EvaluationConfig:
 
 @dataclass(slots=True)
 class CheckpointConfig:
-    """every: steps between checkpoints; 0 saves the last step only, which is always saved. keep: newest checkpoints that stay."""
+    """every: steps between checkpoints; 0 saves the last step only, which is always saved. keep: newest checkpoints that stay; with one alone there
+    is nothing to go on from where it is damaged.
+    """
 
     every: int = 50
-    keep: int = 1
+    keep: int = 2
 
 
 @dataclass(slots=True)

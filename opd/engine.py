@@ -12,6 +12,7 @@ B: rows. L: positions. N: completion tokens of the micro-batch, flattened. D: hi
 import math
 import os
 import pickle
+import re
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -31,7 +32,7 @@ from transformers import PreTrainedModel
 
 from opd.batch import MicroBatch, require_packing
 from opd.config import DistillConfig, OptimConfig, OptimizerKind, Router, RunConfig
-from opd.distributed import Group, num_ranks, reduce_sum
+from opd.distributed import Group, num_ranks, rank, reduce_sum
 from opd.divergence import full_divergence, with_temperature
 from opd.divergence_passes import require_backend
 from opd.estimators import cross_entropy
@@ -205,11 +206,13 @@ class Engine:
         self.trained.replay.set(None)
         return self.recorder.probe(backbone_of(self.model), batch.tokens_BL.to(self.device), batch.real_BL)
 
-    def save(self, folder: Path, tag: str) -> None:
-        """DeepSpeed's checkpoint of weights, optimizer and routing under `folder/tag`; every rank has to call it."""
+    def save(self, folder: Path, tag: str) -> list[str]:
+        """DeepSpeed's checkpoint of weights, optimizer and routing under `folder/tag`; every rank has to call it. Returns the names of this rank's files."""
         buffers = {name: tensor.clone() for name, tensor in self.model.named_buffers()}
         state = {"policy_step": self.policy_step, "routing": self.recorder.state(), "buffers": buffers}
         self.engine.save_checkpoint(str(folder), tag=tag, client_state={"opd": state}, save_latest=False)
+        ranks = {path.name: re.search(r"pp_rank_(\d+)_", path.name) for path in (folder / tag).iterdir()}  # a file of all ranks is the main one's
+        return sorted(name for name, found in ranks.items() if rank(Group.data) == (int(found[1]) if found else 0))
 
     def load(self, folder: Path, tag: str) -> None:
         """Restore what `save` wrote. Raises ValueError where there is nothing to load."""

@@ -1,6 +1,7 @@
 """Small files that are whole or absent, and whose damage is named."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,20 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Write a file; until it is complete the old one, or none, stands there."""
+    """Write a file; until it is complete and on disk the old one, or none, stands there."""
     partial = path.with_suffix(".partial")
-    partial.write_text(text)
+    with partial.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
     partial.replace(path)
+    fsync_folder(path.parent)
+
+
+def fsync_folder(folder: Path) -> None:
+    """Have the names in a folder on disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,6 +1,11 @@
-"""Checkpoints of a run: what is on disk after a kill at any point, what is taken up, and the format of the two records."""
+"""Checkpoints of a run: what is on disk after a kill at any point, what is taken up, and the format of its records."""
 
+import hashlib
+import itertools
 import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -89,23 +94,48 @@ def test_the_newest_checkpoints_stay_and_at_least_one(keep, engine, tmp_path):
     assert saved(tmp_path) == {f"step-{step:06d}" for step in (1, 2, 3)[-max(1, keep) :]}
 
 
-@pytest.mark.parametrize("operation", ["rename", "replace"])
-def test_a_kill_while_a_checkpoint_is_being_put_in_place_leaves_the_older_one_in_force(operation, engine, tracker, tmp_path, monkeypatch):
-    """Between the complete folder `partial` and its new name, and between that and the pointer."""
-    save(tmp_path, 1, engine, Counter(10), CheckpointConfig(keep=1))
+class Killed(BaseException):
+    """What no handler catches."""
 
-    def killed(*_arguments):
-        raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch:
-        patch.setattr(Path, operation, killed)
-        with pytest.raises(KeyboardInterrupt):
-            save(tmp_path, 2, engine, Counter(20), CheckpointConfig(keep=1))
-    stream = Counter()
-    assert resume(tmp_path, engine, stream, tracker) == 1
-    assert stream.drawn == 10
-    save(tmp_path, 2, engine, Counter(20), CheckpointConfig(keep=1))
-    assert (pointer(tmp_path)["step"], saved(tmp_path)) == (2, {"step-000002"})
+def or_die(operation: Callable, left: Iterator[int]) -> Callable:
+    def attempt(*arguments, **named):
+        if next(left, None) is None:
+            raise Killed
+        return operation(*arguments, **named)
+
+    return attempt
+
+
+def kill_at(patch: pytest.MonkeyPatch, count: int) -> None:
+    """Let so many operations on the disk happen, and none after them."""
+    left = iter(range(count))
+    for owner, name in ((os, "fsync"), (Path, "rename"), (Path, "replace"), (Path, "write_text"), (shutil, "rmtree"), (Path, "mkdir")):
+
+        patch.setattr(owner, name, or_die(getattr(owner, name), left))
+
+
+def test_a_kill_at_any_operation_of_a_save_leaves_a_whole_checkpoint_in_force(engine, tracker, tmp_path, monkeypatch):
+    outcomes = []
+    for count in itertools.count():
+        run_dir = tmp_path / str(count)
+        save(run_dir, 1, engine, Counter(10), CheckpointConfig(keep=1))
+        with monkeypatch.context() as patch:
+            kill_at(patch, count)
+            try:
+                save(run_dir, 2, engine, Counter(20), CheckpointConfig(keep=1))
+                is_whole = True
+            except Killed:
+                is_whole = False
+        stream = Counter()
+        outcomes.append(resume(run_dir, engine, stream, tracker))
+        assert stream.drawn == 10 * outcomes[-1]
+        save(run_dir, 2, engine, Counter(20), CheckpointConfig(keep=1))
+        assert (pointer(run_dir)["step"], saved(run_dir)) == (2, {"step-000002"})
+        if is_whole:
+            break
+    assert outcomes == sorted(outcomes)
+    assert set(outcomes) == {1, 2}
 
 
 def test_a_kill_during_the_first_checkpoint_begins_anew(engine, tracker, tmp_path, monkeypatch):
@@ -128,7 +158,7 @@ def test_the_pointer_is_written_after_the_folder_is_complete(engine, tmp_path, m
     monkeypatch.setattr(Path, "rename", lambda path, target: (order.append(Path(target).name), rename(path, target))[1])
     monkeypatch.setattr(Path, "replace", lambda path, target: (order.append(Path(target).name), replace(path, target))[1])
     save(tmp_path, 1, engine, Counter(), CheckpointConfig())
-    assert order == ["step-000001", "latest.json"]
+    assert order == ["manifest.json", "step-000001", "latest.json"]
 
 
 def test_a_first_checkpoint_cut_before_its_pointer_is_taken_up(engine, tracker, tmp_path):
@@ -137,33 +167,92 @@ def test_a_first_checkpoint_cut_before_its_pointer_is_taken_up(engine, tracker, 
     assert resume(tmp_path, engine, Counter(), tracker) == 1
 
 
-def test_several_checkpoints_without_a_pointer_are_refused(engine, tracker, tmp_path):
-    save(tmp_path, 1, engine, Counter(), CheckpointConfig(keep=2))
-    save(tmp_path, 2, engine, Counter(), CheckpointConfig(keep=2))
-    (tmp_path / "checkpoints" / "latest.json").unlink()
-    with pytest.raises(ValueError, match=r"no latest\.json: restore it, or begin anew with fresh=true"):
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(bytes(content))
+
+
+SHARD = "step-000002/mp_rank_00_model_states.pt"
+DAMAGES = {
+    "pointer missing": (2, "latest.json is missing", lambda folder: (folder / "latest.json").unlink()),
+    "pointer empty": (2, "latest.json is damaged", lambda folder: (folder / "latest.json").write_text("")),
+    "pointer dangling": (1, "step-000002 is missing", lambda folder: shutil.rmtree(folder / "step-000002")),
+    "shard missing": (1, "model_states.pt is missing", lambda folder: (folder / SHARD).unlink()),
+    "shard truncated": (1, "model_states.pt is cut", lambda folder: os.truncate(folder / SHARD, 1000)),
+    "shard flipped": (1, "model_states.pt is damaged: its sha256", lambda folder: flip(folder / SHARD)),
+    "record missing": (1, "has no opd.json", lambda folder: (folder / "step-000002/opd.json").unlink()),
+    "record flipped": (1, "opd.json is damaged", lambda folder: flip(folder / "step-000002/opd.json")),
+    "manifest missing": (1, "has no manifest.json", lambda folder: (folder / "step-000002/manifest.json").unlink()),
+    "manifest empty": (1, "manifest.json is damaged", lambda folder: (folder / "step-000002/manifest.json").write_text("")),
+    "manifest of another kind": (1, "manifest.json is damaged", lambda folder: (folder / "step-000002/manifest.json").write_text("{}")),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_what_is_damaged_is_named_and_the_newest_whole_checkpoint_taken_up(damage, engine, tracker, tmp_path, monkeypatch):
+    expected, words, spoil = DAMAGES[damage]
+    for step in (1, 2):
+        save(tmp_path, step, engine, Counter(10 * step), CheckpointConfig(keep=2))
+    spoil(tmp_path / "checkpoints")
+    stream, said = Counter(), []
+    monkeypatch.setattr(type(tracker.display), "say", lambda _, text: said.append(text))
+    assert resume(tmp_path, engine, stream, tracker) == expected
+    assert stream.drawn == 10 * expected
+    assert words in said[0]
+    assert f"going on from step-00000{expected}" in said[0]
+
+
+@pytest.mark.parametrize("damage", [name for name, (expected, *_) in DAMAGES.items() if expected == 1])
+def test_checkpoints_of_which_none_is_whole_are_refused(damage, engine, tracker, tmp_path):
+    _, words, spoil = DAMAGES[damage]
+    save(tmp_path, 2, engine, Counter(), CheckpointConfig())
+    spoil(tmp_path / "checkpoints")
+    with pytest.raises(ValueError, match=rf"no checkpoint in .* is whole \(.*{words}.*begin anew with fresh=true"):
         resume(tmp_path, engine, Counter(), tracker)
 
 
-@pytest.mark.parametrize("missing", ["step-000001", "step-000001/opd.json", "step-000001/mp_rank_00_model_states.pt"])
-def test_a_pointer_to_a_checkpoint_that_is_gone_or_incomplete_is_refused(missing, engine, tracker, tmp_path):
-    save(tmp_path, 1, engine, Counter(), CheckpointConfig())
-    path = tmp_path / "checkpoints" / missing
-    path.rename(tmp_path / "elsewhere")
-    with pytest.raises(ValueError, match="missing or incomplete"):
-        resume(tmp_path, engine, Counter(), tracker)
+def test_a_checkpoint_that_reads_otherwise_than_it_was_written_does_not_replace_the_older_one(engine, tracker, tmp_path, monkeypatch):
+    save(tmp_path, 1, engine, Counter(10), CheckpointConfig(keep=1))
+    rename = Path.rename
+
+    def spoiling(path: Path, target: Path) -> Path:
+        flip(path / "mp_rank_00_model_states.pt")
+        return rename(path, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", spoiling)
+        with pytest.raises(ValueError, match="is not what was written"):
+            save(tmp_path, 2, engine, Counter(20), CheckpointConfig(keep=1))
+    assert pointer(tmp_path)["step"] == 1
+    assert resume(tmp_path, engine, Counter(), tracker) == 1
+
+
+def test_a_checkpoint_without_manifest_of_an_earlier_version_is_taken_up(engine, tracker, tmp_path):
+    save(tmp_path, 1, engine, Counter(10), CheckpointConfig())
+    folder = tmp_path / "checkpoints"
+    (folder / "step-000001/manifest.json").unlink()
+    for path in (folder / "latest.json", folder / "step-000001/opd.json"):
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"schema": 1}))
+    assert resume(tmp_path, engine, Counter(), tracker) == 1
 
 
 def test_a_pointer_of_another_schema_is_refused(engine, tracker, tmp_path):
     save(tmp_path, 1, engine, Counter(), CheckpointConfig())
-    (tmp_path / "checkpoints" / "latest.json").write_text(json.dumps(pointer(tmp_path) | {"schema": 2}))
-    with pytest.raises(ValueError, match="schema 2; this version reads schema 1"):
+    (tmp_path / "checkpoints" / "latest.json").write_text(json.dumps(pointer(tmp_path) | {"schema": 3}))
+    with pytest.raises(ValueError, match="schema 3; this version reads schema 2"):
         resume(tmp_path, engine, Counter(), tracker)
 
 
-def test_the_two_records_have_the_format_on_file(short_run, golden_dir):
+def test_the_records_have_the_format_on_file(short_run, golden_dir):
     folder = short_run / "checkpoints"
     latest = json.loads((folder / "latest.json").read_text())
     state = json.loads((folder / latest["tag"] / "opd.json").read_text())
     assert state.pop("teachers") == json.loads((short_run / "teachers.json").read_text()), "its own format: tests/teachers/test_manifest.py"
-    assert {"latest.json": latest, "opd.json": state} == json.loads((golden_dir / "checkpoint.json").read_text())
+    manifest = json.loads((folder / latest["tag"] / "manifest.json").read_text())
+    assert set(manifest["files"]) == {path.name for path in (folder / latest["tag"]).iterdir()} - {"manifest.json"}
+    for name, record in manifest["files"].items():
+        content = (folder / latest["tag"] / name).read_bytes()
+        assert record == {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    manifest["files"] = sorted(manifest["files"])
+    assert {"latest.json": latest, "opd.json": state, "manifest.json": manifest} == json.loads((golden_dir / "checkpoint.json").read_text())

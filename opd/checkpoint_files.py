@@ -1,0 +1,145 @@
+"""A checkpoint's folder on disk: whole, durable and checked, or not there.
+
+Tree (schema version 2):
+
+    RUN/checkpoints/latest.json     {"schema": 2, "step": S, "tag": "step-SSSSSS"}: the checkpoint in force
+    RUN/checkpoints/step-SSSSSS/    files of opd/checkpoint.py and manifest.json, {"schema": 2, "files": {NAME: {"bytes": N, "sha256": HEX}}}, which
+                                    names every other file of the folder
+    RUN/checkpoints/partial/        one that is being written, or that a kill left
+
+Order of writing: every rank writes its files under `partial`, has them on disk (fsync) and hashes them; the main rank writes the manifest, renames the
+folder and replaces the pointer, each durable before the next; the ranks read the new folder again before an older one goes. A kill between any two
+leaves the older checkpoint in force. Order of reading: the pointer's checkpoint, else, saying why, the newest that is whole.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from rollout.files import fsync_folder, read_json, replace_text
+
+SCHEMA = 2
+READABLE = (1, 2)
+"""Schema versions that are read; version 1 has no manifest, and its files are taken as they are."""
+
+MANIFEST = "manifest.json"
+PARTIAL = "partial"
+PIECE = 1 << 22
+"""Bytes that are hashed at a time."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Candidates:
+    """Checkpoints to try, best first, and why the pointer's is not the first of them (None: it is)."""
+
+    tags: tuple[str, ...]
+    problem: str | None = None
+
+
+def tag_of(step: int) -> str:
+    return f"step-{step:06d}"
+
+
+def begin_partial(folder: Path) -> None:
+    """An empty RUN/checkpoints/partial; the main rank calls it before any rank writes there."""
+    shutil.rmtree(folder / PARTIAL, ignore_errors=True)
+    (folder / PARTIAL).mkdir(parents=True)
+
+
+def seal(folder: Path, names: list[str]) -> dict[str, dict]:
+    """Have files on disk, whatever happens to the machine, and return what the manifest says of them."""
+    return {name: _describe(folder / name, durable=True) for name in names}
+
+
+def commit(folder: Path, step: int, files: dict[str, dict]) -> None:
+    """Make `partial`, which holds these files, the checkpoint in force; the main rank calls it when all ranks have sealed theirs.
+
+    Raises ValueError where the folder holds other files than the ranks wrote, and where the disk refuses.
+    """
+    partial, final = folder / PARTIAL, folder / tag_of(step)
+    strange = sorted(set(files) ^ set(_names(partial)))
+    if strange:
+        raise ValueError(f"the checkpoint of step {step} is not saved: {partial / strange[0]} is {'missing' if strange[0] in files else 'of no rank'}")
+    try:
+        replace_text(partial / MANIFEST, json.dumps({"schema": SCHEMA, "files": files}))
+        fsync_folder(partial)
+        shutil.rmtree(final, ignore_errors=True)
+        partial.rename(final)
+        fsync_folder(folder)
+    except OSError as error:
+        raise ValueError(f"the checkpoint of step {step} cannot be written: {error.strerror}") from error
+
+
+def point_to(folder: Path, step: int) -> None:
+    """Replace the pointer."""
+    replace_text(folder / "latest.json", json.dumps({"schema": SCHEMA, "step": step, "tag": tag_of(step)}))
+
+
+def forget_older(folder: Path, step: int, keep: int) -> None:
+    """Delete all but the newest `keep` checkpoints (one at least) up to a step; a later one was left by a kill before its pointer."""
+    for old in [tag for tag in _tags(folder) if tag <= tag_of(step)][: -max(1, keep)]:
+        shutil.rmtree(folder / old)
+
+
+def find(folder: Path) -> Candidates:
+    """The checkpoints to try. Raises ValueError for a pointer of a schema that is not read."""
+    tags, pointer = _tags(folder)[::-1], folder / "latest.json"
+    if not pointer.exists():
+        return Candidates(tags=tags, problem=f"{pointer} is missing" if tags else None)
+    try:
+        record = read_json(pointer)
+    except ValueError as error:
+        return Candidates(tags=tags, problem=str(error).partition(":")[0])
+    if record.get("schema") not in READABLE:
+        raise ValueError(f"{pointer} has schema {record.get('schema')}; this version reads schema {READABLE[-1]}")
+    if record["tag"] not in tags:
+        return Candidates(tags=(record["tag"], *tags))
+    return Candidates(tags=tuple(tag for tag in tags if tag <= record["tag"]))
+
+
+def problem_of(folder: Path, index: int = 0, count: int = 1) -> str | None:
+    """What is wrong with a checkpoint, in words; None where it is whole. Of its files, rank `index` of `count` reads its share."""
+    if not folder.is_dir():
+        return f"{folder} is missing"
+    if not (folder / "opd.json").is_file():
+        return f"{folder} has no opd.json"
+    try:
+        if not (folder / MANIFEST).is_file():
+            return None if read_json(folder / "opd.json").get("schema") == 1 else f"{folder} has no {MANIFEST}"
+        files = read_json(folder / MANIFEST)["files"]
+        for name in sorted(files)[index::count]:
+            if not (folder / name).is_file():
+                return f"{folder / name} is missing"
+            if (folder / name).stat().st_size != files[name]["bytes"]:
+                return f"{folder / name} is cut: {(folder / name).stat().st_size} of {files[name]['bytes']} bytes"
+            if _describe(folder / name) != files[name]:
+                return f"{folder / name} is damaged: its sha256 is another"
+    except (KeyError, TypeError, AttributeError):
+        return f"{folder / MANIFEST} is damaged: it is not a manifest"
+    except ValueError as error:
+        return str(error).partition(":")[0]
+    except OSError as error:
+        return f"{folder} cannot be read: {error.strerror}"
+    return None
+
+
+def _tags(folder: Path) -> tuple[str, ...]:
+    return tuple(sorted(path.name for path in folder.glob("step-*") if path.is_dir()))
+
+
+def _names(folder: Path) -> list[str]:
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
+
+
+def _describe(path: Path, durable: bool = False) -> dict:
+    digest, num_bytes = hashlib.sha256(), 0
+    with path.open("rb") as file:
+        if durable:
+            os.fsync(file.fileno())
+        while piece := file.read(PIECE):
+            digest.update(piece)
+            num_bytes += len(piece)
+    return {"bytes": num_bytes, "sha256": digest.hexdigest()}
