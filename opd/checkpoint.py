@@ -16,7 +16,7 @@ from opd import checkpoint_files as files
 from opd.config import CheckpointConfig, DistillConfig
 from opd.distributed import Group, barrier, gather_objects, is_main, num_ranks, on_main, rank
 from opd.engine import Engine
-from opd.run import replace_domains
+from opd.run import settle_config
 from opd.tracker import Tracker
 from rollout.files import read_json
 from teachers.manifest import describe_domains
@@ -85,8 +85,9 @@ def resume(run_dir: Path, engine: Engine, stream: Resumable, tracker: Tracker, t
     if tag is None and teachers is not None:
         _take_up(teachers, None, 0)
     tracker.resume(step)
+    for change in settle_config(run_dir, engine.cfg, step) if is_main() else ():
+        tracker.display.say(f"{change} ({change.rule.value})")
     if teachers is not None and is_main():
-        replace_domains(run_dir, teachers.domains)
         teachers.manifest.write(run_dir)
         tracker.record_teachers(teachers.manifest.history())
         tracker.display.say(teachers.plan.description)

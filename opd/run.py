@@ -1,6 +1,7 @@
 """The run folder: where a command writes, and the configuration that belongs to it.
 
     RUN/config.yaml          resolved configuration of the run; its first line names the command
+    RUN/changes.jsonl        opd/config_changes.py
     RUN/metrics.jsonl        opd/metrics.py
     RUN/checkpoints/         opd/checkpoint.py
     RUN/teachers.json        which teachers scored which steps, and the domains' settings then: teachers/manifest.py (of a distillation)
@@ -24,8 +25,7 @@
 Files with a schema version may gain fields under the same version; a field that changes its meaning or goes raises it.
 
 Nothing is written before every part of the run has been built and checked. A folder that holds a run with another
-configuration is refused rather than mixed. What stands under `domains` may change with teachers.allow_change=true: when the resume has been
-accepted, config.yaml gets the new domains; the old ones stay in teachers.json.
+configuration is refused rather than mixed; opd/config_changes.py says what may differ when it is taken up.
 """
 
 import fcntl
@@ -38,17 +38,11 @@ from omegaconf import OmegaConf
 from transformers import PreTrainedTokenizerBase
 
 from opd.config import DistillConfig, RunConfig
+from opd.config_changes import Change, Rule, find_changes
 from opd.distributed import barrier, broadcast_object, is_main
 from opd.engine import Engine
 from rollout.files import replace_text
 from rollout.model import save_model
-from teachers.config import RUNNING_SETTINGS, DomainConfig
-
-MAY_DIFFER = (
-    "fresh", "threads", "logger", "checkpoint", "profile", "run_dir", "check", "alarms", "rollout.vllm", "rollout.service",
-    *(f"teachers.{name}" for name in RUNNING_SETTINGS),
-)  # fmt: skip
-"""Fields that may change when a run is resumed."""
 
 LOCK_FILE = ".lock"
 
@@ -78,17 +72,6 @@ def is_new_run(cfg: RunConfig) -> bool:
 def write_config(folder: Path, cfg: Any, command: str) -> None:
     """Write FOLDER/config.yaml, whose first line says whose folder it is."""
     replace_text(folder / "config.yaml", _mark(command) + OmegaConf.to_yaml(OmegaConf.structured(cfg)))
-
-
-def replace_domains(folder: Path, domains: dict[str, DomainConfig]) -> None:
-    """Put the present domains into FOLDER/config.yaml, in place of those that stand there."""
-    stored = folder / "config.yaml"
-    text = stored.read_text()
-    config = OmegaConf.create(text)
-    config.domains = OmegaConf.create(OmegaConf.to_yaml(OmegaConf.structured(RunConfig(domains=domains)))).domains
-    new = text.partition("\n")[0] + "\n" + OmegaConf.to_yaml(config)
-    if new != text:
-        replace_text(stored, new)
 
 
 def belongs_to(folder: Path, command: str) -> bool:
@@ -141,7 +124,7 @@ def _clear(folder: Path, cfg: RunConfig) -> str | None:
     inside = [path for path in inputs if path is not None and folder.resolve() in (Path(path).resolve(), *Path(path).resolve().parents)]
     if inside:
         return f"fresh=true would delete {inside[0]}, which the run reads: choose another run_dir"
-    for name in ("config.yaml", "metrics.jsonl", "wandb_id", "evaluation.json", "teachers.json", "warmup.json"):
+    for name in ("config.yaml", "metrics.jsonl", "wandb_id", "evaluation.json", "teachers.json", "warmup.json", "changes.jsonl"):
         (folder / name).unlink(missing_ok=True)
     for name in ("checkpoints", "rollouts", "log", "service", "weights", "student", "wandb", "profile"):
         shutil.rmtree(folder / name, ignore_errors=True)
@@ -149,44 +132,36 @@ def _clear(folder: Path, cfg: RunConfig) -> str | None:
 
 
 def _compare(folder: Path, cfg: RunConfig, command: str) -> str | None:
-    """Write the configuration where there is none; else the first setting that differs from it, as a problem."""
-    stored = folder / "config.yaml"
-    if not stored.is_file():
+    """Write the configuration where there is none; else the settings that must not differ from it and do, as a problem."""
+    if not (folder / "config.yaml").is_file():
         write_config(folder, cfg, command)
         return None
-    old = OmegaConf.to_container(OmegaConf.load(stored))
-    new = OmegaConf.to_container(OmegaConf.create(OmegaConf.to_yaml(OmegaConf.structured(cfg))))
-    has_teachers = isinstance(cfg, DistillConfig)
-    changed = _first_difference(old, new, ("domains",) if has_teachers and cfg.teachers.allow_change else ())
-    if changed is None:
+    refused = [change for change in _changes(folder, cfg) if change.rule is Rule.refused]
+    if not refused:
         return None
     ways = ["choose another run_dir", "begin anew with fresh=true"]
-    if has_teachers and changed.startswith("domains"):
+    if isinstance(cfg, DistillConfig) and refused[0].setting.startswith("domains"):
         ways.append("go on with these domains with teachers.allow_change=true")
-    return f"{folder} holds a run with another configuration ({changed}): {', '.join(ways[:-1])}, or {ways[-1]}"
+    more = f", and {len(refused) - 1} more" if len(refused) > 1 else ""
+    return f"{folder} holds a run with another configuration ({refused[0]}{more}): {', '.join(ways[:-1])}, or {ways[-1]}"
 
 
-def _first_difference(old: dict, new: dict, allowed: tuple[str, ...], path: str = "") -> str | None:
-    """The first setting that differs, in words; None where all that do are in MAY_DIFFER or `allowed`."""
-    for key in sorted(set(old) | set(new)):
-        name, before, after = f"{path}{key}", old.get(key), new.get(key)
-        if name in (*MAY_DIFFER, *allowed):
-            continue
-        if isinstance(before, dict) and isinstance(after, dict):
-            inner = _first_difference(before, after, allowed, name + ".")
-            if inner is None and name == "domains" and list(before) != list(after):  # it decides which prompts a step draws
-                inner = f"domains were {', '.join(before)} and are {', '.join(after)}, in this order"
-            if inner is not None:
-                return inner
-        elif before != after and not _is_new_address(name, before, after):
-            is_whole = path == "domains." and None in (before, after)
-            return f"{name} is {'new' if before is None else 'gone'}" if is_whole else f"{name} was {json.dumps(before)} and is {json.dumps(after)}"
-    return None
+def _changes(folder: Path, cfg: RunConfig) -> list[Change]:
+    """How a config differs from the one in a run folder."""
+    old = OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))
+    new = OmegaConf.to_container(OmegaConf.create(OmegaConf.to_yaml(OmegaConf.structured(cfg))))
+    return find_changes(old, new, isinstance(cfg, DistillConfig) and cfg.teachers.allow_change)
 
 
-def _is_new_address(name: str, before: Any, after: Any) -> bool:
-    """Whether a teacher's server has moved; that it holds the same model is seen when the run is taken up (teachers/manifest.py)."""
-    return name.startswith("domains.") and name.endswith(".teacher.server") and None not in (before, after)
+def settle_config(folder: Path, cfg: RunConfig, step: int) -> list[Change]:
+    """Make a config that a run was taken up with after `step` updates the run's own, and return how it differs from the one before."""
+    found = _changes(folder, cfg)
+    if found:
+        with (folder / "changes.jsonl").open("a") as file:
+            file.writelines(json.dumps(change.record(step)) + "\n" for change in found if change.rule is Rule.recorded)
+        first_line = (folder / "config.yaml").read_text().partition("\n")[0]
+        replace_text(folder / "config.yaml", first_line + "\n" + OmegaConf.to_yaml(OmegaConf.structured(cfg)))
+    return found
 
 
 def config_dict(cfg: RunConfig) -> dict:

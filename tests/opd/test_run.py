@@ -1,5 +1,6 @@
 """The run folder: written once everything is checked, and never shared by two configurations."""
 
+import json
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -7,9 +8,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from omegaconf import OmegaConf
 
 from opd.__main__ import load_config
-from opd.run import lock, open_run, replace_domains
+from opd.config_changes import FREE, RECORDED
+from opd.run import lock, open_run, settle_config, write_config
 
 
 def config(folder, *overrides: str):
@@ -28,8 +31,8 @@ def test_a_folder_of_another_configuration_is_refused_by_the_setting_that_differ
 
 def test_a_difference_behind_one_that_may_differ_is_seen(tmp_path):
     open_run(config(tmp_path / "run"), "distill")
-    with pytest.raises(ValueError, match=r"student\.router_probe_every"):
-        open_run(config(tmp_path / "run", "checkpoint.every=7", "logger.project=other", "student.router_probe_every=3"), "distill")
+    with pytest.raises(ValueError, match=r"optim\.lr was 1e-05 and is 1\.0, and 1 more"):
+        open_run(config(tmp_path / "run", "checkpoint.every=7", "num_steps=9", "optim.lr=1", "seed=3"), "distill")
 
 
 def test_what_may_differ_is_accepted(tmp_path):
@@ -94,14 +97,33 @@ def test_the_servers_that_draw_the_rollouts_may_change(tmp_path):
     assert [open_run(cfg, "distill") for cfg in settings] == [tmp_path / "run"] * 2
 
 
-def test_replaced_domains_are_what_a_run_with_them_would_have_written(tmp_path):
-    settings = ["domain=[tools,sorting]", "domains.tools.loss_weight={0: 1.0, 5: 0.5}", "domains.sorting.teacher.dtype=bfloat16"]
+def test_a_settled_config_is_what_a_run_with_it_would_have_written(tmp_path):
+    settings = ["domain=[tools,sorting]", "domains.tools.loss_weight={0: 1.0, 5: 0.5}", "domains.sorting.teacher.dtype=bfloat16", "checkpoint.every=3"]
     folder = open_run(config(tmp_path / "run"), "distill")
-    other = config(folder, *settings)
-    replace_domains(folder, other.domains)
-    replaced = (folder / "config.yaml").read_text()
-    (folder / "config.yaml").unlink()
-    assert replaced == (open_run(other, "distill") / "config.yaml").read_text()
+    other = config(folder, *settings, "teachers.allow_change=true")
+    settle_config(folder, other, 4)
+    (tmp_path / "other").mkdir()
+    write_config(tmp_path / "other", other, "distill")
+    assert (folder / "config.yaml").read_text() == (tmp_path / "other" / "config.yaml").read_text()
+
+
+def test_what_is_recorded_stands_in_the_folder_and_what_is_free_is_said(tmp_path):
+    folder = open_run(config(tmp_path / "run", "num_steps=9", "checkpoint.every=3"), "distill")
+    found = settle_config(folder, config(folder, "num_steps=20", "checkpoint.every=5", "evaluation.prompts=null"), 4)
+    assert [str(change) for change in found] == ["checkpoint.every was 3 and is 5", "evaluation.prompts was 256 and is null", "num_steps was 9 and is 20"]
+    assert [json.loads(line) for line in (folder / "changes.jsonl").read_text().splitlines()] == [
+        {"schema": 1, "step": 4, "setting": "evaluation.prompts", "before": 256, "after": None},
+        {"schema": 1, "step": 4, "setting": "num_steps", "before": 9, "after": 20},
+    ]
+    assert settle_config(folder, config(folder, "num_steps=20", "checkpoint.every=5", "evaluation.prompts=null"), 6) == []
+
+
+@pytest.mark.parametrize("name", [*FREE, *RECORDED])
+def test_every_setting_with_a_rule_is_one(name, tmp_path):
+    value = OmegaConf.structured(config(tmp_path))
+    for key in name.split("."):
+        assert key in value
+        value = value[key]
 
 
 def test_fresh_deletes_a_run_folder_and_nothing_else(tmp_path):

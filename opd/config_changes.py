@@ -1,0 +1,96 @@
+"""What may change when a run is taken up. Each setting is free, recorded or refused:
+
+    free        decides nothing that is learnt: where and how fast things are computed, how often is saved, what is shown (FREE)
+    recorded    changes what is measured, the length of the run, or the rounding of a sum (RECORDED)
+    refused     everything else; branch_from starts a run of its own with other settings. Settings under `domains` are recorded with
+                teachers.allow_change=true (teachers/manifest.py keeps their history)
+
+Every difference is printed when the run has been taken up; RUN/config.yaml then holds the present settings, and what was recorded stands in
+RUN/changes.jsonl (schema version 1), a line each: {"schema": 1, "step": updates done, "setting": NAME, "before": VALUE, "after": VALUE}; a
+setting that was not there is null.
+"""
+
+import json
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+from teachers.config import RUNNING_SETTINGS
+
+SCHEMA = 1
+
+FREE = (
+    "fresh", "threads", "logger", "checkpoint", "profile", "run_dir", "check", "alarms", "rollout.vllm", "rollout.service",
+    *(f"teachers.{name}" for name in RUNNING_SETTINGS),
+)  # fmt: skip
+
+RECORDED = (
+    "num_steps", "evaluation", "rollout.save", "rollout.compare", "rollout.decode_width", "rollout.fixed_width", "teachers.max_tokens_per_forward",
+    "batch.max_tokens_per_micro_batch", "student.gradient_checkpointing", "student.router_probe_every", "optim.update_ratio_every",
+    "quant.measure_every", "quant.measure_rollouts",
+)  # fmt: skip
+"""num_steps stretches the learning-rate schedule from the next step on."""
+
+NOTHING = object()
+
+
+class Rule(Enum):
+    free = "free"
+    recorded = "recorded"
+    refused = "refused"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Change:
+    """A setting that differs. before, after: plain values, NOTHING where there is none."""
+
+    setting: str
+    before: Any
+    after: Any
+    rule: Rule
+
+    def __str__(self) -> str:
+        if self.setting.count(".") == 1 and self.setting.startswith("domains.") and NOTHING in (self.before, self.after):
+            return f"{self.setting} is {'new' if self.before is NOTHING else 'gone'}"
+        if self.setting == "domains":
+            return f"domains were {', '.join(self.before)} and are {', '.join(self.after)}, in this order"
+        return f"{self.setting} was {_text(self.before)} and is {_text(self.after)}"
+
+    def record(self, step: int) -> dict[str, Any]:
+        """Its line in RUN/changes.jsonl."""
+        before, after = (None if value is NOTHING else value for value in (self.before, self.after))
+        return {"schema": SCHEMA, "step": step, "setting": self.setting, "before": before, "after": after}
+
+
+def find_changes(old: dict[str, Any], new: dict[str, Any], may_change_domains: bool, path: str = "") -> list[Change]:
+    """The settings that differ between two configs of plain values, by name; a domain that came or went is one change."""
+    found = []
+    for key in sorted({*old, *new}):
+        name, before, after = f"{path}{key}", old.get(key, NOTHING), new.get(key, NOTHING)
+        if isinstance(before, dict) and isinstance(after, dict):
+            inner = find_changes(before, after, may_change_domains, name + ".")
+            if name == "domains" and not inner and list(before) != list(after):  # it decides which prompts a step draws
+                inner = [Change(setting=name, before=list(before), after=list(after), rule=_rule(name, may_change_domains))]
+            found += inner
+        elif before != after:
+            rule = Rule.free if _is_new_address(name, before, after) else _rule(name, may_change_domains)
+            found.append(Change(setting=name, before=before, after=after, rule=rule))
+    return found
+
+
+def _rule(name: str, may_change_domains: bool) -> Rule:
+    def is_in(settings: tuple[str, ...]) -> bool:
+        return any(name == setting or name.startswith(f"{setting}.") for setting in settings)
+
+    if is_in(FREE):
+        return Rule.free
+    return Rule.recorded if is_in(RECORDED) or (may_change_domains and is_in(("domains",))) else Rule.refused
+
+
+def _is_new_address(name: str, before: Any, after: Any) -> bool:
+    """Whether a teacher's server has moved; that it holds the same model is seen when the run is taken up (teachers/manifest.py)."""
+    return name.startswith("domains.") and name.endswith(".teacher.server") and not {None, NOTHING} & {before, after}
+
+
+def _text(value: Any) -> str:
+    return "absent" if value is NOTHING else json.dumps(value)
