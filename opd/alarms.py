@@ -115,12 +115,13 @@ def standard_alarms(cfg: RunConfig) -> tuple[Alarm, ...]:
     if not isinstance(cfg, DistillConfig) or cfg.rollout.replay is not None:
         return STANDARD_ALARMS
     is_exact = cfg.student.dtype is Dtype.float32 and cfg.rollout.staleness == 0
+    update = "" if cfg.rollout.staleness == 0 else ", and whether an update changes too much (rollout.staleness=1 has one between them)"
     mismatch = Alarm(
         metric="domain/D/mismatch_kl",
         condition=Condition.above,
         threshold=MISMATCH if is_exact else ROUGH_MISMATCH,
         window=1,
-        message="what samples is not what trains: compare the weights, number formats and attention of both",
+        message="what samples is not what trains: compare the weights, number formats and attention of both" + update,
     )
     return (*STANDARD_ALARMS, mismatch)
 

@@ -30,6 +30,9 @@ NOT_NEGATIVE = (
 ABOVE_ZERO = ("timeout_seconds", "load_timeout_seconds", "probe_tolerance", "lease_seconds", "max_mismatch", "tolerance")
 """Finite numbers above 0, or none at all."""
 
+MOST_COMPLETIONS = 1 << 16
+"""Of a prompt: beyond it, two would be drawn with the same random numbers."""
+
 LEAST_TEMPERATURE = 1e-5
 """Logits divided by less may be infinite."""
 
@@ -127,6 +130,8 @@ def check_rollout(rollout: RolloutConfig) -> None:
     """Raises ValueError for settings of the sampler that are out of range or contradict each other."""
     if rollout.temperature != 0 and not LEAST_TEMPERATURE <= rollout.temperature < math.inf:
         raise ValueError(f"rollout.temperature must be finite, and 0 (greedy) or at least {LEAST_TEMPERATURE:g}, not {rollout.temperature}")
+    if rollout.completions_per_prompt > MOST_COMPLETIONS:
+        raise ValueError(f"rollout.completions_per_prompt must be at most {MOST_COMPLETIONS}, not {rollout.completions_per_prompt}")
     if rollout.staleness not in (0, 1):
         raise ValueError(f"rollout.staleness must be 0 (rollouts of the present weights) or 1 (of those before the last update), not {rollout.staleness}")
     if rollout.staleness and rollout.sampler is SamplerKind.local:

@@ -31,6 +31,8 @@ from typing import Any
 
 import numpy as np
 
+from rollout.files import fsync_folder
+
 MAGIC = b"WAL1"
 HEADER = struct.Struct("<4sIQI")
 CHECKSUM = struct.Struct("<I")
@@ -91,6 +93,8 @@ class SegmentWriter:
             self.size = whole_size(path)
             os.ftruncate(self.file, self.size)
             os.lseek(self.file, self.size, os.SEEK_SET)
+            for folder in (path.parent, path.parent.parent):  # lost power must not take the file's name with all that is in it
+                fsync_folder(folder)
         except OSError as error:
             raise ValueError(f"the rollout log {path} cannot be written: {error.strerror}") from error
         self.closed, self.problem = threading.Event(), None

@@ -225,6 +225,7 @@ def test_data_files_only_are_in_conf():
 @pytest.mark.parametrize(
     ("override", "sentence"),
     [
+        ("rollout.completions_per_prompt=65537", r"rollout\.completions_per_prompt must be at most 65536, not 65537"),
         ("rollout.completions_per_prompt=0", r"rollout\.completions_per_prompt must be at least 1, not 0"),
         ("rollout.temperature=-3", r"rollout\.temperature must be at least 0, not -3"),
         ("rollout.temperature=inf", r"rollout\.temperature must be finite, and 0 \(greedy\) or at least 1e-05, not inf"),
