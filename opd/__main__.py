@@ -18,7 +18,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from opd.errors import explain, nearest
+from opd.errors import PREEMPTED, Preempted, explain, nearest
 
 for name, value in {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "TRANSFORMERS_VERBOSITY": "error"}.items():
     os.environ.setdefault(name, value)  # the libraries read them when they are imported
@@ -40,7 +40,7 @@ USER_ERROR, INTERRUPTED = 2, 130
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command; returns the exit code: 0 done, 2 a mistake of the user's, 130 interrupted, 1 a defect of ours."""
+    """Run one command; returns the exit code: 0 done, 2 a mistake of the user's, 75 ended early with a checkpoint, 130 interrupted, 1 a defect of ours."""
     arguments = sys.argv[1:] if arguments is None else arguments
     if arguments and arguments[0] in ("-h", "--help", "help"):
         print(_usage())
@@ -50,6 +50,8 @@ def main(arguments: list[str] | None = None) -> int:
         _run(command, load_config(command, overrides))
     except ValueError as error:
         return _fail(f"opd: {' '.join(str(error).split())}", USER_ERROR)
+    except Preempted as end:
+        return _fail(f"opd: {end}", PREEMPTED)
     except KeyboardInterrupt:
         return _fail("opd: interrupted; a training command, given again without fresh=true, continues from its last checkpoint", INTERRUPTED)
     finally:

@@ -140,6 +140,20 @@ class CheckpointConfig:
 
 
 @dataclass(slots=True)
+class LaunchConfig:
+    """How a job ends before its run does (opd/stopping.py).
+
+    max_hours: hours after which a run saves and ends, to be started again; null never.
+    grace_seconds: from SIGTERM or SIGUSR1 to the end of the process at most.
+    timeout_minutes: a rank that waits longer than this for another ends with an error.
+    """
+
+    max_hours: float | None = None
+    grace_seconds: float = 120.0
+    timeout_minutes: float = 30.0
+
+
+@dataclass(slots=True)
 class LoggerConfig:
     """Weights & Biases beside metrics.jsonl.
 
@@ -181,7 +195,7 @@ class RunConfig:
     domains: by name, what is learnt.
     alarms: whether the metrics are watched.
     quant: what of the student trains under quantisation.
-    batch, optim, evaluation, checkpoint, logger, profile: settings of these parts.
+    batch, optim, evaluation, checkpoint, launch, logger, profile: settings of these parts.
     deepspeed: DeepSpeed's own JSON schema, passed through, without the keys that other settings own.
     """
 
@@ -199,6 +213,7 @@ class RunConfig:
     deepspeed: dict[str, Any] = field(default_factory=dict)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    launch: LaunchConfig = field(default_factory=LaunchConfig)
     logger: LoggerConfig = field(default_factory=LoggerConfig)
     profile: ProfileConfig = field(default_factory=ProfileConfig)
 

@@ -9,6 +9,7 @@ from opd.metrics import data_metrics, rollout_metrics
 from opd.rollouts import build_stream, data_ranks
 from opd.run import finish_run, open_run
 from opd.signal_check import check_new_run
+from opd.stopping import StopRequest
 from opd.student import build_student, load_student_tokenizer, seed_everything
 from opd.tracker import Tracker
 from opd.update import update
@@ -18,7 +19,7 @@ from teachers.pool import TeacherPool
 
 def distill(cfg: DistillConfig) -> None:
     """Distil every domain's teacher into one student, on the student's own rollouts."""
-    device = start_processes()
+    device = start_processes(cfg.launch.timeout_minutes)
     seed_everything(cfg.seed)
     tokenizer = load_student_tokenizer(cfg.student)
     student = build_student(cfg.student, tokenizer, cfg.quant)           # MoE; what must not train is frozen
@@ -30,7 +31,7 @@ def distill(cfg: DistillConfig) -> None:
     report = check_new_run(cfg, stream, evaluator)                       # a signal that cannot teach is refused before anything is written
     run_dir = open_run(cfg, "distill")
 
-    with Tracker(run_dir, "distill", cfg) as tracker:
+    with Tracker(run_dir, "distill", cfg) as tracker, StopRequest(cfg) as stop:
         first = resume(run_dir, engine, stream, tracker, teachers)
         if first == 0:
             metrics = warm_up(run_dir, cfg, engine, stream, evaluator, report.metrics())
@@ -46,6 +47,7 @@ def distill(cfg: DistillConfig) -> None:
             if is_due(step + 1, cfg.evaluation.every):
                 metrics |= evaluation_metrics(evaluator.evaluate(stream.sampler, engine))
             tracker.log(step + 1, metrics)
-            if is_due(step + 1, cfg.checkpoint.every, cfg.num_steps):
+            if stop.is_due(step + 1) or is_due(step + 1, cfg.checkpoint.every, cfg.num_steps):
                 save(run_dir, step + 1, engine, stream, cfg.checkpoint, teachers)
+                stop.leave(step + 1)                                     # asked to end: on all ranks together, after the checkpoint
     finish_run(run_dir, engine, tokenizer)

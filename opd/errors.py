@@ -1,4 +1,4 @@
-"""Hydra's and OmegaConf's errors as one sentence in the words of the command line, with the nearest name that exists."""
+"""Errors in the words of the command line: Hydra's and OmegaConf's as one sentence with the nearest name that exists; a run that ends early."""
 
 import difflib
 import re
@@ -11,6 +11,13 @@ from hydra.errors import MissingConfigException, OverrideParseException
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException, ValidationError
 
 DOMAIN_HELP = "select domains with 'domain=[a,b]', add one with +domain=NAME, drop one with '~domains.NAME'"
+
+PREEMPTED = 75
+"""Exit code of a run that is to be started again as it was (EX_TEMPFAIL of sysexits.h)."""
+
+
+class Preempted(Exception):  # noqa: N818 - it is no error
+    """A run has ended before its last step, with a checkpoint (opd/stopping.py)."""
 
 
 def explain(error: Exception, command: str, schema: type, folders: Iterable[Path]) -> str:

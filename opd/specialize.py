@@ -17,6 +17,7 @@ from opd.engine import Engine
 from opd.evaluate import Evaluator, evaluation_metrics
 from opd.metrics import data_metrics
 from opd.run import finish_run, open_run
+from opd.stopping import StopRequest
 from opd.student import build_student, copy_for_sampling, load_student_tokenizer, seed_everything
 from opd.tracker import Tracker
 from opd.update import supervised_update
@@ -30,7 +31,7 @@ from rollout.types import Prompt, Rollout, completed
 
 def specialize(cfg: SpecializeConfig) -> None:
     """Fine-tune one model on the reference answers of the selected domains."""
-    device = start_processes()
+    device = start_processes(cfg.launch.timeout_minutes)
     seed_everything(cfg.seed)
     tokenizer = load_student_tokenizer(cfg.student)
     student = build_student(cfg.student, tokenizer, cfg.quant)
@@ -40,7 +41,7 @@ def specialize(cfg: SpecializeConfig) -> None:
     engine = Engine(student, len(tokenizer), cfg, device)
     run_dir = open_run(cfg, "specialize")
 
-    with Tracker(run_dir, "specialize", cfg) as tracker:
+    with Tracker(run_dir, "specialize", cfg) as tracker, StopRequest(cfg) as stop:
         first = resume(run_dir, engine, examples, tracker)
         if first == 0:
             tracker.log(0, data_metrics(examples.mixture) | evaluation_metrics(evaluator.evaluate(sampler, engine)))
@@ -52,8 +53,9 @@ def specialize(cfg: SpecializeConfig) -> None:
             if is_due(step + 1, cfg.evaluation.every):
                 metrics |= evaluation_metrics(evaluator.evaluate(sampler, engine))
             tracker.log(step + 1, metrics)
-            if is_due(step + 1, cfg.checkpoint.every, cfg.num_steps):
+            if stop.is_due(step + 1) or is_due(step + 1, cfg.checkpoint.every, cfg.num_steps):
                 save(run_dir, step + 1, engine, examples, cfg.checkpoint)
+                stop.leave(step + 1)
     finish_run(run_dir, engine, tokenizer)
 
 

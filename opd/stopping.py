@@ -1,0 +1,74 @@
+"""Ending a run before its last step, so that the job that is queued again goes on as if nothing had happened.
+
+SIGTERM or SIGUSR1 to any rank, or launch.max_hours, ends all ranks together after the step under way: with a checkpoint, and with the exit code
+PREEMPTED. Where that takes longer than launch.grace_seconds from the signal, the process ends at once, with the same code and without the checkpoint: what
+was sampled is in the log, and the steps after the last checkpoint are done again. max_hours leaves time for one more step as long as the longest.
+"""
+
+import logging
+import os
+import signal
+import threading
+import time
+from types import FrameType
+
+import torch
+
+from opd.config import RunConfig
+from opd.distributed import Group, reduce_max
+from opd.errors import PREEMPTED, Preempted
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+LOG = logging.getLogger(__name__)
+
+
+class StopRequest:
+    """Whether a run has been asked to end; a context within which the signals are heeded."""
+
+    def __init__(self, cfg: RunConfig):
+        self.cfg, self.num_steps, self.is_stopping = cfg.launch, cfg.num_steps, False
+        self.reason: str | None = None
+        self.begun = self.step_begun = time.monotonic()
+        self.longest_step = 0.0
+        self.handlers: dict[int, object] = {}
+        self.deadline: threading.Timer | None = None
+
+    def __enter__(self) -> "StopRequest":
+        self.handlers = {number: signal.signal(number, self._heed) for number in SIGNALS}
+        self.step_begun = time.monotonic()
+        return self
+
+    def __exit__(self, *_exception) -> None:
+        if self.deadline is not None:
+            self.deadline.cancel()
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+
+    def is_due(self, step: int) -> bool:
+        """Whether the run ends after update number `step`, just done; every rank calls it after every step, and all get the same answer."""
+        now = time.monotonic()
+        self.longest_step, self.step_begun = max(self.longest_step, now - self.step_begun), now
+        if self.reason is None and self.cfg.max_hours is not None and now + self.longest_step - self.begun > 3600 * self.cfg.max_hours:
+            self.reason = f"launch.max_hours={self.cfg.max_hours:g} is near"
+        is_asked = float(reduce_max(torch.tensor(float(self.reason is not None)), Group.data)) > 0
+        self.is_stopping = is_asked and step < self.num_steps
+        return self.is_stopping
+
+    def leave(self, step: int) -> None:
+        """Raises Preempted where the run ends here; to be called when the checkpoint after update number `step` is saved."""
+        if self.is_stopping:
+            reason = self.reason or "another rank was asked to end"
+            raise Preempted(f"ended after step {step} ({reason}), with a checkpoint: the same command goes on from there")
+
+    def _heed(self, number: int, _frame: FrameType | None) -> None:
+        if self.reason is None:
+            self.reason = signal.Signals(number).name
+            self.deadline = threading.Timer(self.cfg.grace_seconds, self._cut)
+            self.deadline.daemon = True
+            self.deadline.start()
+
+    def _cut(self) -> None:
+        """In the timer's thread."""
+        words = "opd: ended %g seconds after %s (launch.grace_seconds) without a new checkpoint: the same command goes on from the last one"
+        LOG.warning(words, self.cfg.grace_seconds, self.reason)
+        os._exit(PREEMPTED)
