@@ -70,7 +70,7 @@ def wait_for(process: subprocess.Popen, run_dir, num_records: int) -> None:
         time.sleep(0.01)
 
 
-def test_a_run_that_is_interrupted_and_killed_continues_bit_for_bit(models, whole_run, numbers, tmp_path):
+def test_a_run_that_is_interrupted_killed_and_ended_early_continues_bit_for_bit(models, whole_run, numbers, tmp_path):
     run_dir = tmp_path / "run"
     process = start(run_dir, models)
     wait_for(process, run_dir, 4)
@@ -83,6 +83,15 @@ def test_a_run_that_is_interrupted_and_killed_continues_bit_for_bit(models, whol
     wait_for(process, run_dir, 9)
     process.send_signal(signal.SIGKILL)
     process.communicate()
+
+    process = start(run_dir, models)
+    wait_for(process, run_dir, 14)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 75, errors
+    last = records(run_dir)[-1]["step"]
+    assert f"ended after step {last} (SIGTERM), with a checkpoint" in errors
+    assert json.loads((run_dir / "checkpoints" / "latest.json").read_text())["step"] == last
 
     finish(start(run_dir, models))
     assert [record["step"] for record in records(run_dir)] == list(range(31)), "no step twice, none missing"
