@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Protocol
 
 from opd import checkpoint_files as files
+from opd.branch import branched_at
 from opd.config import CheckpointConfig, DistillConfig
 from opd.distributed import Group, barrier, gather_objects, is_main, num_ranks, on_main, rank
 from opd.engine import Engine
@@ -101,7 +102,7 @@ def dropped_domains(cfg: DistillConfig) -> dict[str, str]:
     """
     folder = Path(cfg.run_dir) / "checkpoints"
     tag = None if cfg.fresh or cfg.teachers.allow_change else _choose(folder)[0]
-    if tag is None:
+    if tag is None or _is_branching(folder, tag):
         return {}
     record = on_main(lambda: read_json(folder / tag / "opd.json")).get("teachers")
     return {} if record is None else {name: drop["reason"] for name, drop in record["spans"][-1]["dropped"].items() if name in cfg.domains}
@@ -112,18 +113,23 @@ def _restore(folder: Path, tag: str, engine: Engine, stream: Resumable, teachers
     if state["ranks"] != num_ranks(Group.data):
         raise ValueError(f"{folder / tag} was saved by {state['ranks']} ranks and this run has {num_ranks(Group.data)}: start as many")
     if teachers is not None:
-        _take_up(teachers, state.get("teachers"), state["step"])
+        _take_up(teachers, state.get("teachers"), state["step"], _is_branching(folder, tag))
     engine.load(folder, tag)
     stream.restore(state["stream"])
     return state["step"]
 
 
-def _take_up(teachers: TeacherPool, record: dict | None, step: int) -> None:
+def _is_branching(folder: Path, tag: str) -> bool:
+    """Whether a checkpoint is the one of another run with which this one begins."""
+    return on_main(lambda: branched_at(folder.parent) == int(tag.removeprefix("step-")))
+
+
+def _take_up(teachers: TeacherPool, record: dict | None, step: int, is_branching: bool = False) -> None:
     """Begin or continue the manifest. The main rank reads the teachers' files, so that the ranks cannot disagree on them."""
     known = {} if record is None else record["spans"][-1]["domains"]
     gone = {name: known[name]["teacher"] for name in teachers.dropped if name in known}  # what failed is not looked at again
     present = on_main(lambda: describe_domains(teachers.domains, gone | teachers.identities()))
-    teachers.manifest.take_up(record, step, present, teachers.cfg.allow_change)
+    teachers.manifest.take_up(record, step, present, teachers.cfg.allow_change or is_branching)
     teachers.dropped.update({name: failure["reason"] for name, failure in teachers.manifest.dropped.items()})
 
 

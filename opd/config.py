@@ -190,6 +190,7 @@ class RunConfig:
     num_steps: optimizer steps.
     seed: key of every random choice.
     fresh: delete what the run folder holds and begin anew, instead of resuming.
+    branch_from: RUN@STEP, or RUN for its newest: begin with that checkpoint's weights, optimizer, step and prompt stream, and the settings given here.
     threads: CPU threads of this process; null chooses.
     student: the model being trained.
     domains: by name, what is learnt.
@@ -203,6 +204,7 @@ class RunConfig:
     num_steps: int = 100
     seed: int = 0
     fresh: bool = False
+    branch_from: str | None = None
     threads: int | None = None
     student: StudentConfig = field(default_factory=StudentConfig)
     domains: dict[str, DomainConfig] = field(default_factory=dict)

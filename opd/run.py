@@ -2,6 +2,7 @@
 
     RUN/config.yaml          resolved configuration of the run; its first line names the command
     RUN/changes.jsonl        opd/config_changes.py
+    RUN/lineage.json         opd/branch.py, with branch_from
     RUN/metrics.jsonl        opd/metrics.py
     RUN/checkpoints/         opd/checkpoint.py
     RUN/teachers.json        which teachers scored which steps, and the domains' settings then: teachers/manifest.py (of a distillation)
@@ -37,6 +38,7 @@ from typing import IO, Any
 from omegaconf import OmegaConf
 from transformers import PreTrainedTokenizerBase
 
+from opd.branch import begin_branch
 from opd.config import DistillConfig, RunConfig
 from opd.config_changes import Change, Rule, find_changes
 from opd.distributed import barrier, broadcast_object, is_main
@@ -65,8 +67,8 @@ def open_run(cfg: RunConfig, command: str) -> Path:
 
 
 def is_new_run(cfg: RunConfig) -> bool:
-    """Whether a run will begin, rather than go on from a checkpoint in its folder; looks only."""
-    return cfg.fresh or not any((Path(cfg.run_dir) / "checkpoints").glob("step-*"))
+    """Whether a run will begin, rather than go on from a checkpoint, its own or another run's; looks only."""
+    return cfg.branch_from is None and (cfg.fresh or not any((Path(cfg.run_dir) / "checkpoints").glob("step-*")))
 
 
 def write_config(folder: Path, cfg: Any, command: str) -> None:
@@ -113,7 +115,21 @@ def _prepare(folder: Path, cfg: RunConfig, command: str) -> str | None:
         return str(error)
     except OSError as error:
         return f"run_dir={folder} cannot be used: {error.strerror}"
-    return problem or (_clear(folder, cfg) if cfg.fresh else None) or _compare(folder, cfg, command)
+    return problem or (_clear(folder, cfg) if cfg.fresh else None) or _begin(folder, cfg, command)
+
+
+def _begin(folder: Path, cfg: RunConfig, command: str) -> str | None:
+    """Write the configuration where there is none, and hold it to what is there; a branch gets its checkpoint."""
+    problem = _compare(folder, cfg)
+    if problem is not None:
+        return problem
+    if not (folder / "config.yaml").is_file():
+        write_config(folder, cfg, command)
+    try:
+        begin_branch(folder, cfg)
+    except ValueError as error:
+        return str(error)
+    return None
 
 
 def _clear(folder: Path, cfg: RunConfig) -> str | None:
@@ -124,17 +140,16 @@ def _clear(folder: Path, cfg: RunConfig) -> str | None:
     inside = [path for path in inputs if path is not None and folder.resolve() in (Path(path).resolve(), *Path(path).resolve().parents)]
     if inside:
         return f"fresh=true would delete {inside[0]}, which the run reads: choose another run_dir"
-    for name in ("config.yaml", "metrics.jsonl", "wandb_id", "evaluation.json", "teachers.json", "warmup.json", "changes.jsonl"):
+    for name in ("config.yaml", "metrics.jsonl", "wandb_id", "evaluation.json", "teachers.json", "warmup.json", "changes.jsonl", "lineage.json"):
         (folder / name).unlink(missing_ok=True)
     for name in ("checkpoints", "rollouts", "log", "service", "weights", "student", "wandb", "profile"):
         shutil.rmtree(folder / name, ignore_errors=True)
     return None
 
 
-def _compare(folder: Path, cfg: RunConfig, command: str) -> str | None:
-    """Write the configuration where there is none; else the settings that must not differ from it and do, as a problem."""
+def _compare(folder: Path, cfg: RunConfig) -> str | None:
+    """The settings that must not differ from those of the run in the folder and do, as a problem."""
     if not (folder / "config.yaml").is_file():
-        write_config(folder, cfg, command)
         return None
     refused = [change for change in _changes(folder, cfg) if change.rule is Rule.refused]
     if not refused:

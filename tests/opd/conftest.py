@@ -58,9 +58,8 @@ def teacher_folders(new_student, tokenizer, tmp_path_factory) -> dict[str, Path]
 
 
 @pytest.fixture(scope="session")
-def short_run(device, saved_v4, teacher_folders, tmp_path_factory) -> Path:
-    """Folder of an `opd distill` of two steps on two domains, evaluated and saved after each, with W&B offline."""
-    run_dir = tmp_path_factory.mktemp("runs") / "short"
+def short_settings(saved_v4, teacher_folders) -> list[str]:
+    """Settings of the short run, without its folder."""
     settings = ["rollout.prompts_per_step=8", "rollout.max_new_tokens=8", "rollout.decode_width=8", "num_steps=2", "optim.warmup_steps=0"]
     settings += ["evaluation.every=1", "evaluation.prompts=4", "evaluation.max_new_tokens=4", "evaluation.decode_width=4"]
     settings += ["quant=mxfp4_experts", "quant.measure_every=1"]
@@ -69,5 +68,12 @@ def short_run(device, saved_v4, teacher_folders, tmp_path_factory) -> Path:
     settings += [f"domains.{name}.{part}.rows=16" for name in ("arithmetic", "tools") for part in ("prompts", "held_out")]
     settings += [f"domains.{name}.prompts.share=1.0" for name in ("arithmetic", "tools")]
     settings += [f"domains.arithmetic.teacher.model={teacher_folders['v4']}", f"domains.tools.teacher.model={teacher_folders['qwen3_moe']}"]
-    distill(load_config("distill", [*settings, f"student.model={saved_v4}", f"run_dir={run_dir}"]))
+    return [*settings, f"student.model={saved_v4}"]
+
+
+@pytest.fixture(scope="session")
+def short_run(device, short_settings, tmp_path_factory) -> Path:
+    """Folder of an `opd distill` of two steps on two domains, evaluated and saved after each, with W&B offline."""
+    run_dir = tmp_path_factory.mktemp("runs") / "short"
+    distill(load_config("distill", [*short_settings, f"run_dir={run_dir}"]))
     return run_dir
