@@ -20,7 +20,8 @@ from rollout.replay import load_rollouts, replay_file, save_rollouts
 
 NUM_STEPS = 20
 NUM_QUANTIZED_STEPS = 8
-STAGES = ["zero1", "zero2", "zero3"]
+OTHERS = ["zero1", "zero2"]
+STAGES = ["zero3", *(pytest.param(stage, marks=pytest.mark.slow) for stage in OTHERS)]
 SETTINGS = [
     "domain=[arithmetic,tools]",
     f"num_steps={NUM_STEPS}",
@@ -105,29 +106,52 @@ def quantized_run(tmp_path_factory, settings, saved_run) -> Path:
 
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory, settings, saved_run, far_off) -> tuple[Path, str]:
-    """Folder of the runs on two ranks, and what they wrote to stderr: "none/zero1" and so on replay the saved run, "routes" with its routes, "live" samples
-    beside it at ZeRO-3, and "masked" leaves out rollouts of those that are far off.
+    """Folder of runs on two ranks at ZeRO-3, and what they wrote to stderr: "none/zero3" and "mxfp4_experts/zero3" replay the saved run, "routes" with its
+    routes, "live" samples beside it, and "masked" leaves out rollouts of those that are far off.
     """
     folder = tmp_path_factory.mktemp("two_ranks")
-    runs = [[*settings, f"run_dir={folder / 'live'}", f"rollout.compare={saved_run}", "num_steps=3", "check.signal=warn", "deepspeed=zero3"]]
-    for quant, stage in itertools.product(("none", "mxfp4_experts"), STAGES):
+    live = [*settings, f"run_dir={folder / 'live'}", f"rollout.compare={saved_run}", "num_steps=3", "check.signal=warn", "deepspeed=zero3"]
+    short = [*settings, "num_steps=3", "deepspeed=zero3"]
+    routes = [*short, f"run_dir={folder / 'routes'}", f"rollout.replay={saved_run}", "student.replay_routes=true"]
+    masked = [*short, f"run_dir={folder / 'masked'}", f"rollout.replay={far_off}", "rollout.max_mismatch=0.1"]
+    return folder, on_two_ranks(folder, [live, *replays(folder, ["zero3"], settings, saved_run), routes, masked])
+
+
+@pytest.fixture(scope="module")
+def other_stages(tmp_path_factory, settings, saved_run) -> tuple[Path, str]:
+    """The same of the replays at the other ZeRO stages."""
+    folder = tmp_path_factory.mktemp("other_stages")
+    return folder, on_two_ranks(folder, replays(folder, OTHERS, settings, saved_run))
+
+
+@pytest.fixture
+def at_stage(stage, request) -> Path:
+    """Folder of the replays at a stage."""
+    return request.getfixturevalue("other_stages" if stage in OTHERS else "two_ranks")[0]
+
+
+def replays(folder: Path, stages: list[str], settings: list[str], saved_run: Path) -> list[list[str]]:
+    """Settings of the runs that replay the saved one, without and with FP4."""
+    runs = []
+    for quant, stage in itertools.product(("none", "mxfp4_experts"), stages):
         steps = NUM_STEPS if quant == "none" else NUM_QUANTIZED_STEPS
         arguments = [f"run_dir={folder / quant / stage}", f"rollout.replay={saved_run}", f"deepspeed={stage}", f"quant={quant}", f"num_steps={steps}"]
         runs.append([*settings, *arguments])
-    short = [*settings, "num_steps=3", "deepspeed=zero3"]
-    runs.append([*short, f"run_dir={folder / 'routes'}", f"rollout.replay={saved_run}", "student.replay_routes=true"])
-    runs.append([*short, f"run_dir={folder / 'masked'}", f"rollout.replay={far_off}", "rollout.max_mismatch=0.1"])
+    return runs
+
+
+def on_two_ranks(folder: Path, runs: list[list[str]]) -> str:
+    """Make runs one after another; returns what they wrote to stderr."""
     (folder / "runs.json").write_text(json.dumps(runs))
     (folder / "script.py").write_text(SCRIPT)
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    return folder, python(*launcher, str(folder / "script.py"), str(folder / "runs.json")).stderr
+    return python(*launcher, str(folder / "script.py"), str(folder / "runs.json")).stderr
 
 
 @pytest.mark.multi
 @pytest.mark.parametrize("stage", STAGES)
-def test_two_ranks_give_the_loss_trace_of_one_on_saved_rollouts(stage, saved_run, two_ranks):
-    folder, _ = two_ranks
-    expected, found = losses(saved_run), losses(folder / "none" / stage)
+def test_two_ranks_give_the_loss_trace_of_one_on_saved_rollouts(stage, saved_run, at_stage):
+    expected, found = losses(saved_run), losses(at_stage / "none" / stage)
     assert len(found) == NUM_STEPS
     assert found == pytest.approx(expected, rel=1e-5)
     assert abs(expected[0] - expected[-1]) > 0.01, "the loss has to move, or the comparison shows nothing"
@@ -152,10 +176,9 @@ def test_two_ranks_leave_out_the_rollouts_that_one_leaves_out(far_off, settings,
 
 @pytest.mark.multi
 @pytest.mark.parametrize("stage", STAGES)
-def test_under_fp4_two_ranks_give_the_first_loss_of_one_and_stay_close(stage, quantized_run, saved_run, two_ranks):
+def test_under_fp4_two_ranks_give_the_first_loss_of_one_and_stay_close(stage, quantized_run, saved_run, at_stage):
     """A code that flips amplifies rounding, so later steps agree to 1e-3 only."""
-    folder, _ = two_ranks
-    expected, found = losses(quantized_run), losses(folder / "mxfp4_experts" / stage)
+    expected, found = losses(quantized_run), losses(at_stage / "mxfp4_experts" / stage)
     assert len(found) == NUM_QUANTIZED_STEPS
     assert found[0] == pytest.approx(expected[0], rel=1e-5)
     assert found == pytest.approx(expected, rel=1e-3)

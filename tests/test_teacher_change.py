@@ -157,7 +157,7 @@ def domains_of(record: dict) -> set[str]:
     return {name.split("/")[1] for name in record if name.startswith("domain/") and name.endswith("/kl_per_token")}
 
 
-@pytest.mark.parametrize("name", [ADDED, REPLACED, GONE])
+@pytest.mark.parametrize("name", [pytest.param(ADDED, marks=pytest.mark.slow), REPLACED, pytest.param(GONE, marks=pytest.mark.slow)])
 def test_a_resume_with_one_domain_changed_is_refused_by_its_name(name, run_dir, run, one_override):
     with pytest.raises(ValueError, match=rf"domains\.{name}.*teachers\.allow_change=true"):
         run(run_dir, one_override[name])
@@ -184,14 +184,15 @@ def test_a_domain_that_is_gone_has_no_metrics_any_more_and_a_new_one_has(continu
     assert [domains_of(record) for record in records(continued)[1:]] == [set(twelve)] * STOPPED_AT + [set(changed)] * (NUM_STEPS - STOPPED_AT)
 
 
-def test_config_yaml_gets_the_new_domains_and_nothing_else(continued, stopped, changed):
+def test_config_yaml_gets_the_settings_of_the_run_that_went_on(continued, stopped, changed):
     now, before = (OmegaConf.to_container(OmegaConf.load(folder / "config.yaml")) for folder in (continued, stopped))
     assert {name: found["teacher"]["model"] for name, found in now.pop("domains").items()} == changed
     del before["domains"]
+    before["run_dir"], before["teachers"]["allow_change"] = now["run_dir"], True
     assert now == before
 
 
-@pytest.mark.parametrize("asked_again", [(), (ALLOWED,)])
+@pytest.mark.parametrize("asked_again", [(), pytest.param((ALLOWED,), marks=pytest.mark.slow)])
 def test_a_run_killed_after_its_change_goes_on_whether_that_stays_allowed_or_not(
     asked_again, run, killed_after_change, continued, one_override, numbers, tmp_path
 ):
@@ -234,15 +235,17 @@ def test_a_checkpoint_swapped_under_its_path_is_refused_before_anything_is_writt
     assert {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()} == before
 
 
-def test_a_checkpoint_without_a_manifest_is_taken_up_and_the_record_begins_there(run, run_dir, twelve):
+def test_a_checkpoint_of_before_there_were_manifests_is_taken_up_and_the_record_begins_there(run, run_dir, twelve):
     state = json.loads(opd_json(run_dir, STOPPED_AT).read_text())
     del state["teachers"]
-    opd_json(run_dir, STOPPED_AT).write_text(json.dumps(state))
+    opd_json(run_dir, STOPPED_AT).write_text(json.dumps(state | {"schema": 1}))
+    (opd_json(run_dir, STOPPED_AT).parent / "manifest.json").unlink()
     run(run_dir)
     [span] = spans(run_dir)
     assert (span["from_step"], models(span)) == (STOPPED_AT + 1, twelve)
 
 
+@pytest.mark.slow
 def test_a_resume_without_a_change_equals_a_run_that_nobody_disturbed(run, run_dir, numbers, tmp_path):
     run(run_dir)
     run(tmp_path / "whole")

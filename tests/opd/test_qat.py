@@ -1,6 +1,7 @@
 """Training under FP4: the forward multiplies decoded values, the gradient goes straight through, and no ZeRO stage changes either."""
 
 import copy
+import itertools
 import logging
 from collections.abc import Callable
 
@@ -140,9 +141,12 @@ def test_packed_experts_take_4_25_bits_per_weight_and_leave_the_student_as_it_wa
     assert find_packed(v4_model) == {}
 
 
-@pytest.mark.parametrize("quant", [MXFP4, QuantConfig(experts=ExpertFormat.mxfp4, indexer=True)], ids=["experts", "indexer too"])
-@pytest.mark.parametrize("dtype", list(Dtype))
-@pytest.mark.parametrize("stage", [1, 3])
+INDEXER_TOO = QuantConfig(experts=ExpertFormat.mxfp4, indexer=True)
+CASES = list(itertools.product([1, 3], list(Dtype), [MXFP4, INDEXER_TOO]))
+BY_DEFAULT = [(1, Dtype.bfloat16, MXFP4), (3, Dtype.float32, INDEXER_TOO)]
+
+
+@pytest.mark.parametrize(("stage", "dtype", "quant"), [pytest.param(*case, marks=[] if case in BY_DEFAULT else pytest.mark.slow) for case in CASES])
 def test_one_run_gives_the_same_logits_in_trainer_sampler_and_export(stage, dtype, quant, architecture, tokenizer, device, make_config, batches, tmp_path):
     student = {"architecture": architecture("deepseek_v4_tiny", index_head_dim=32), "dtype": dtype}
     cfg = make_config(stage=stage, student=student, quant=quant, optim={"lr": 1e-2})

@@ -82,7 +82,7 @@ def refused(sampler: VllmSampler, prompts, log: StepLog | None = None) -> str:
 
 
 def test_rollouts_are_those_of_the_refreshed_weights_in_order(new_vllm, new_sampler, models, prompts):
-    sampler = new_sampler(new_vllm(models[0]))
+    sampler, prompts = new_sampler(new_vllm(models[0])), prompts[:6]
     for step, model in ((3, models[1]), (4, models[0])):
         sampler.refresh(Weights(model, step))
         rollouts = sampler.sample(prompts, CFG, completions_per_prompt=2)
@@ -121,9 +121,9 @@ def test_each_completion_has_random_numbers_of_its_own_which_the_seed_alone_deci
     for server in servers:
         sampler = new_sampler(server)
         sampler.refresh(Weights(models[0]))
-        sampler.sample(prompts, CFG, completions_per_prompt=2)
+        sampler.sample(prompts[:5], CFG, completions_per_prompt=2)
     first, again = ({(tuple(body["prompt"]), body["seed"]) for body in server.drawn} for server in servers)
-    assert len({seed for _, seed in first}) == 2 * len(prompts)
+    assert len({seed for _, seed in first}) == 2 * 5
     assert first == again
 
 
