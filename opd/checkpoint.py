@@ -14,9 +14,10 @@ from typing import Protocol
 
 from opd import checkpoint_files as files
 from opd.branch import branched_at
-from opd.config import CheckpointConfig, DistillConfig
+from opd.config import DistillConfig
 from opd.distributed import Group, barrier, gather_objects, is_main, num_ranks, on_main, rank
 from opd.engine import Engine
+from opd.job_config import CheckpointConfig
 from opd.run import settle_config
 from opd.tracker import Tracker
 from rollout.files import read_json

@@ -10,9 +10,9 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from opd.alarm_config import AlarmsConfig
 from opd.bench_config import DivergenceBenchConfig, QatBenchConfig, RolloutBenchConfig, StepBenchConfig, TeachersBenchConfig
 from opd.export_config import ExportConfig, check_export
+from opd.job_config import AlarmsConfig, CheckpointConfig, LaunchConfig, LoggerConfig, ProfileConfig
 from opd.loss_config import LossConfig
 from opd.quant_config import QuantConfig
 from opd.ranges import check_evaluated, check_loss, check_profile, check_ranges, check_rollout, check_routes, check_schedules, check_start
@@ -38,12 +38,6 @@ class Schedule(Enum):
     constant = "constant"
     linear = "linear"
     cosine = "cosine"
-
-
-class LoggerKind(Enum):
-    none = "none"
-    offline = "offline"
-    wandb = "wandb"
 
 
 @dataclass(slots=True)
@@ -127,59 +121,6 @@ class EvaluationConfig:
     kl: bool = True
     max_new_tokens: int | None = None
     decode_width: int | None = None
-
-
-@dataclass(slots=True)
-class CheckpointConfig:
-    """every: steps between checkpoints; 0 saves the last step only, which is always saved. keep: newest checkpoints that stay; with one alone there
-    is nothing to go on from where it is damaged.
-    """
-
-    every: int = 50
-    keep: int = 2
-
-
-@dataclass(slots=True)
-class LaunchConfig:
-    """How a job ends before its run does (opd/stopping.py).
-
-    max_hours: hours after which a run saves and ends, to be started again; null never.
-    grace_seconds: from SIGTERM or SIGUSR1 to the end of the process at most.
-    timeout_minutes: a rank that waits longer than this for another ends with an error.
-    """
-
-    max_hours: float | None = None
-    grace_seconds: float = 120.0
-    timeout_minutes: float = 30.0
-
-
-@dataclass(slots=True)
-class LoggerConfig:
-    """Weights & Biases beside metrics.jsonl.
-
-    kind: none, offline (no account needed), or wandb (online).
-    project, entity, group, name: as in wandb.init.
-    upload_text: allow text of prompts to leave the machine: without it, system prompts are left out of the uploaded configuration.
-    """
-
-    kind: LoggerKind = LoggerKind.offline
-    project: str = "opd"
-    entity: str | None = None
-    group: str | None = None
-    name: str | None = None
-    upload_text: bool = False
-
-
-@dataclass(slots=True)
-class ProfileConfig:
-    """Trace of torch's profiler over a few steps (opd/profiling.py).
-
-    steps: the first and the last step to trace, as numbered in metrics.jsonl; empty traces none.
-    all_ranks: trace every rank, not the main one alone.
-    """
-
-    steps: list[int] = field(default_factory=list)
-    all_ranks: bool = False
 
 
 @dataclass(slots=True)

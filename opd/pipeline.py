@@ -32,9 +32,10 @@ import torch
 from omegaconf import OmegaConf
 
 from opd.comparison import print_comparison
-from opd.config import LoggerConfig, PipelineConfig, StageConfig
+from opd.config import PipelineConfig, StageConfig
 from opd.console import ProgressDisplay
 from opd.distributed import num_cores
+from opd.job_config import LoggerConfig
 from opd.metrics import headline
 from opd.run import lock, require_own_folder, write_config
 from rollout.files import read_json, replace_text

@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from opd.config import ProfileConfig
 from opd.distributed import Group, barrier, is_main, rank
+from opd.job_config import ProfileConfig
 
 
 class StepProfiler:

@@ -170,7 +170,7 @@ def _changes(folder: Path, cfg: RunConfig) -> list[Change]:
 
 def settle_config(folder: Path, cfg: RunConfig, step: int) -> list[Change]:
     """Make a config that a run was taken up with after `step` updates the run's own, and return how it differs from the one before."""
-    found = _changes(folder, cfg)
+    found = _changes(folder, cfg) if (folder / "config.yaml").is_file() else []
     if found:
         with (folder / "changes.jsonl").open("a") as file:
             file.writelines(json.dumps(change.record(step)) + "\n" for change in found if change.rule is Rule.recorded)

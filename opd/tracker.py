@@ -16,10 +16,11 @@ from typing import Any
 from torch.profiler import record_function
 
 from opd.alarms import Alarms, standard_alarms
-from opd.config import LoggerConfig, LoggerKind, RunConfig
+from opd.config import RunConfig
 from opd.console import ProgressDisplay
 from opd.distributed import is_main
 from opd.flops import measured_matmul_rate
+from opd.job_config import LoggerConfig, LoggerKind
 from opd.metrics import SCHEMA, headline
 from opd.profiling import StepProfiler
 from opd.run import config_dict

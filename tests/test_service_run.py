@@ -53,6 +53,7 @@ def ahead(settings, device, tmp_path_factory) -> Path:
     return run(tmp_path_factory.mktemp("runs") / "ahead", [*settings, *SERVICE, "rollout.staleness=1"])
 
 
+@pytest.mark.slow
 @pytest.mark.multi
 def test_a_run_with_sampler_processes_is_the_run_without(settings, device, tmp_path):
     alone = run(tmp_path / "alone", settings)

@@ -254,6 +254,7 @@ def test_a_resume_without_a_change_equals_a_run_that_nobody_disturbed(run, run_d
     assert spans(run_dir) == spans(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_without_a_dropped_domain_though_its_teacher_cannot_be_read_any_more(run, run_until, make_teacher, numbers, tmp_path):
     broken = shutil.copytree(make_teacher(7), tmp_path / "broken")
     weights = load_file(broken / "model.safetensors")

@@ -9,9 +9,10 @@ import torch
 from transformers import PreTrainedModel
 
 from opd.__main__ import load_config
-from opd.config import BatchConfig, DistillConfig, LoggerConfig, LoggerKind, OptimConfig, StudentConfig
+from opd.config import BatchConfig, DistillConfig, OptimConfig, StudentConfig
 from opd.distill import distill
 from opd.engine import Engine
+from opd.job_config import LoggerConfig, LoggerKind
 from rollout.model import save_model
 from teachers.config import DomainConfig
 

@@ -74,6 +74,7 @@ def figures(score: float, update: float, load: float, waited: float) -> StepFigu
     )
 
 
+@pytest.mark.slow
 def test_the_table_file_has_every_column_of_the_docstring_and_figures_that_fit_together(device, tmp_path, capsys):
     on_disk(tmp_path / "probe")
     folder = tmp_path / "bench"

@@ -12,8 +12,9 @@ import pytest
 
 from opd.batch import supervised_batches
 from opd.checkpoint import is_due, resume, save
-from opd.config import BatchConfig, CheckpointConfig
+from opd.config import BatchConfig
 from opd.engine import Engine
+from opd.job_config import CheckpointConfig
 from opd.tracker import Tracker
 
 

@@ -111,7 +111,8 @@ SCRIPT = """
 import json, sys
 from pathlib import Path
 
-from opd.config import BatchConfig, DistillConfig, EvaluationConfig, LoggerConfig, LoggerKind, OptimConfig, StudentConfig
+from opd.config import BatchConfig, DistillConfig, EvaluationConfig, OptimConfig, StudentConfig
+from opd.job_config import LoggerConfig, LoggerKind
 from opd.distributed import start_processes
 from opd.engine import Engine
 from opd.evaluate import Evaluator, evaluation_metrics

@@ -583,6 +583,7 @@ def test_a_dtype_that_is_not_trained_in_is_refused(changed_checkpoint, fp4_stude
 # Read by the other commands
 
 
+@pytest.mark.slow
 def test_an_export_can_be_trained_on(exported, device, tmp_path):
     settings = ["domain=[tools]", "domains.tools.prompts.rows=8", "num_steps=1", "logger=none", "examples_per_step=4", "student.dtype=bfloat16"]
     specialize(load_config("specialize", [*settings, f"student.model={exported / 'student'}", f"run_dir={tmp_path / 'run'}"]))

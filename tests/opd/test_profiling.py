@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from opd.__main__ import load_config
-from opd.config import DistillConfig, LoggerConfig, LoggerKind, ProfileConfig
+from opd.config import DistillConfig
+from opd.job_config import LoggerConfig, LoggerKind, ProfileConfig
 from opd.tracker import Tracker
 
 

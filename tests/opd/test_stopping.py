@@ -8,8 +8,9 @@ import time
 
 import pytest
 
-from opd.config import LaunchConfig, RunConfig
+from opd.config import RunConfig
 from opd.errors import PREEMPTED, Preempted
+from opd.job_config import LaunchConfig
 from opd.stopping import SIGNALS, StopRequest
 
 

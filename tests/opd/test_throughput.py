@@ -185,7 +185,8 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 from opd.batch import supervised_batches
-from opd.config import BatchConfig, DistillConfig, LoggerConfig, LoggerKind, ProfileConfig
+from opd.config import BatchConfig, DistillConfig
+from opd.job_config import LoggerConfig, LoggerKind, ProfileConfig
 from opd.distributed import Group, rank, start_processes, stop_processes
 from opd.throughput import phase_metrics, update_work
 from opd.tracker import Tracker

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from opd.config import DistillConfig, LoggerConfig, LoggerKind
+from opd.config import DistillConfig
+from opd.job_config import LoggerConfig, LoggerKind
 from opd.tracker import Tracker
 from rollout.synthetic import synthetic_rows
 

@@ -126,6 +126,7 @@ def test_a_cohort_that_takes_far_too_long_is_shared_with_an_idle_process(session
     require_same(found, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.multi
 def test_processes_that_end_one_after_the_other_without_a_token_stop_the_run_by_name(session_v4_model, prompts, tmp_path):
     service = new_service(session_v4_model, tmp_path, max_failures=2)

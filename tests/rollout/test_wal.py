@@ -205,8 +205,8 @@ def test_an_error_of_making_durable_is_raised_by_the_next_append(log, monkeypatc
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
     monkeypatch.setattr("rollout.wal.FSYNC_SECONDS", 0.01)
-    monkeypatch.setattr(os, "fsync", refuse)
     writer = SegmentWriter(log.segment(0, "a"))
+    monkeypatch.setattr(os, "fsync", refuse)
     writer.append(KEY, 7, step_records(0))
     writer.syncer.join(timeout=10)
     with pytest.raises(ValueError, match="cannot be made durable: Input/output error"):

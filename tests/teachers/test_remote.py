@@ -415,6 +415,7 @@ def test_a_rollout_longer_than_the_servers_context_is_refused_at_start_up(server
         new_pool({"law": TeacherConfig(server=server.url)}).require_context({"law": 128})
 
 
+@pytest.mark.slow
 def test_a_server_killed_while_it_scores_ends_in_a_named_failure(new_server_process, saved_qwen3_moe, new_pool, random_rollouts):
     """A real process, killed while requests run."""
     process, url = new_server_process(str(saved_qwen3_moe), 20)

@@ -258,6 +258,7 @@ def test_weights_of_a_layout_are_aligned_apart_and_exactly_as_large_as_said():
     assert all((tensor == value).all() for value, tensor in enumerate(found.values(), start=1))
 
 
+@pytest.mark.slow
 def test_a_process_that_ends_while_weights_are_read_ends_with_its_own_exit_code(tmp_path):
     """A thread that is cut off inside torch would abort it (SIGABRT)."""
     script = f"""

@@ -253,6 +253,7 @@ def records(run_dir: Path) -> list[dict]:
 
 
 @pytest.mark.multi
+@pytest.mark.slow
 def test_sharded_teachers_that_take_turns_give_the_hidden_states_of_whole_ones(two_ranks, expected, rollouts):
     _, ranks = two_ranks
     for step in range(2):
@@ -263,6 +264,7 @@ def test_sharded_teachers_that_take_turns_give_the_hidden_states_of_whole_ones(t
 
 
 @pytest.mark.multi
+@pytest.mark.slow
 def test_a_rank_reads_at_most_0_55_of_a_sharded_teacher_its_head_included(two_ranks, folders):
     _, ranks = two_ranks
     for found in ranks:
@@ -274,6 +276,7 @@ def test_a_rank_reads_at_most_0_55_of_a_sharded_teacher_its_head_included(two_ra
 
 
 @pytest.mark.multi
+@pytest.mark.slow
 def test_to_score_with_a_new_teacher_both_ranks_together_read_it_once_and_its_head_and_buffers_twice(two_ranks, folders):
     _, ranks = two_ranks
     weights = load_model(ModelConfig(model=folders["law"]), "law")
@@ -284,6 +287,7 @@ def test_to_score_with_a_new_teacher_both_ranks_together_read_it_once_and_its_he
 
 
 @pytest.mark.multi
+@pytest.mark.slow
 def test_teachers_of_one_architecture_share_a_skeleton_and_others_do_not(two_ranks):
     _, ranks = two_ranks
     for found in ranks:
@@ -292,6 +296,7 @@ def test_teachers_of_one_architecture_share_a_skeleton_and_others_do_not(two_ran
 
 
 @pytest.mark.multi
+@pytest.mark.slow
 def test_the_head_of_a_sharded_teacher_is_whole_on_every_rank(two_ranks, folders):
     _, ranks = two_ranks
     for found in ranks:
@@ -300,6 +305,7 @@ def test_the_head_of_a_sharded_teacher_is_whole_on_every_rank(two_ranks, folders
 
 
 @pytest.mark.multi
+@pytest.mark.slow
 def test_ranks_with_other_numbers_of_rollouts_or_none_score_together(two_ranks, expected, rollouts):
     _, ranks = two_ranks
     assert sorted(ranks[0]["uneven"]) == [rollout.prompt.request for rollout in rollouts if rollout.prompt.domain != "math"]
@@ -309,6 +315,7 @@ def test_ranks_with_other_numbers_of_rollouts_or_none_score_together(two_ranks, 
 
 
 @pytest.mark.multi
+@pytest.mark.slow
 def test_a_teacher_that_one_rank_cannot_read_fails_on_both_by_name(two_ranks, expected):
     _, ranks = two_ranks
     for found in ranks:
@@ -320,6 +327,7 @@ def test_a_teacher_that_one_rank_cannot_read_fails_on_both_by_name(two_ranks, ex
 
 
 @pytest.mark.multi
+@pytest.mark.slow
 def test_a_teacher_that_one_rank_cannot_read_is_dropped_on_both(two_ranks):
     _, ranks = two_ranks
     assert [sorted(found["dropped_by_one_rank"]["dropped"]) for found in ranks] == [["code", "law"]] * 2
@@ -327,6 +335,7 @@ def test_a_teacher_that_one_rank_cannot_read_is_dropped_on_both(two_ranks):
 
 
 @pytest.mark.multi
+@pytest.mark.slow
 def test_a_reading_that_fails_once_on_one_rank_is_made_again_on_both(two_ranks, expected):
     _, ranks = two_ranks
     for found in ranks:
@@ -336,6 +345,7 @@ def test_a_reading_that_fails_once_on_one_rank_is_made_again_on_both(two_ranks, 
 
 
 @pytest.mark.multi
+@pytest.mark.slow
 def test_lost_and_damaged_hidden_states_of_one_rank_are_scored_again_by_both(two_ranks, expected):
     _, ranks = two_ranks
     for found in ranks:
@@ -344,12 +354,14 @@ def test_lost_and_damaged_hidden_states_of_one_rank_are_scored_again_by_both(two
 
 
 @pytest.mark.multi
+@pytest.mark.slow
 def test_hidden_states_lost_during_the_update_stop_the_run_by_the_teachers_name(two_ranks):
     _, ranks = two_ranks
     assert all("the teacher of law" in found["lost"]["too_late"] for found in ranks)
 
 
 @pytest.mark.multi
+@pytest.mark.slow
 def test_a_forward_that_fails_on_one_rank_ends_on_both_by_the_teachers_name(two_ranks):
     _, ranks = two_ranks
     assert all(found["broken"].startswith("the teacher of law (") for found in ranks)
@@ -357,12 +369,14 @@ def test_a_forward_that_fails_on_one_rank_ends_on_both_by_the_teachers_name(two_
 
 
 @pytest.mark.multi
+@pytest.mark.slow
 def test_a_sharded_teacher_is_refused_as_a_model_to_sample_from(two_ranks):
     _, ranks = two_ranks
     assert all("is sharded over the ranks and cannot be sampled from" in found["turns"]["sampled"] for found in ranks)
 
 
 @pytest.mark.multi
+@pytest.mark.slow
 def test_a_run_on_two_ranks_with_sharded_teachers_has_the_losses_and_divergences_of_one_rank_with_whole_ones(one_rank, two_ranks):
     run_dir, _ = two_ranks
     alone, sharded = records(one_rank), records(run_dir)

@@ -1,0 +1,70 @@
+"""Typed settings of a job: what it saves, when it ends early, and what it shows (opd/checkpoint.py, stopping.py, tracker.py, profiling.py, alarms.py)."""
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+
+class LoggerKind(Enum):
+    none = "none"
+    offline = "offline"
+    wandb = "wandb"
+
+
+@dataclass(slots=True)
+class CheckpointConfig:
+    """every: steps between checkpoints; 0 saves the last step only, which is always saved. keep: newest checkpoints that stay; with one alone there
+    is nothing to go on from where it is damaged.
+    """
+
+    every: int = 50
+    keep: int = 2
+
+
+@dataclass(slots=True)
+class LaunchConfig:
+    """How a job ends before its run does (opd/stopping.py).
+
+    max_hours: hours after which a run saves and ends, to be started again; null never.
+    grace_seconds: from SIGTERM or SIGUSR1 to the end of the process at most.
+    timeout_minutes: a rank that waits longer than this for another ends with an error.
+    """
+
+    max_hours: float | None = None
+    grace_seconds: float = 120.0
+    timeout_minutes: float = 30.0
+
+
+@dataclass(slots=True)
+class LoggerConfig:
+    """Weights & Biases beside metrics.jsonl.
+
+    kind: none, offline (no account needed), or wandb (online).
+    project, entity, group, name: as in wandb.init.
+    upload_text: allow text of prompts to leave the machine: without it, system prompts are left out of the uploaded configuration.
+    """
+
+    kind: LoggerKind = LoggerKind.offline
+    project: str = "opd"
+    entity: str | None = None
+    group: str | None = None
+    name: str | None = None
+    upload_text: bool = False
+
+
+@dataclass(slots=True)
+class ProfileConfig:
+    """Trace of torch's profiler over a few steps (opd/profiling.py).
+
+    steps: the first and the last step to trace, as numbered in metrics.jsonl; empty traces none.
+    all_ranks: trace every rank, not the main one alone.
+    """
+
+    steps: list[int] = field(default_factory=list)
+    all_ranks: bool = False
+
+
+@dataclass(slots=True)
+class AlarmsConfig:
+    """enabled: judge the metrics of each step, and log one line when one of them begins to look like a known failure."""
+
+    enabled: bool = True
