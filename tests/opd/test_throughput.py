@@ -226,13 +226,13 @@ def two_ranks(tmp_path_factory) -> Path:
 @pytest.mark.slow
 @pytest.mark.multi
 def test_two_ranks_add_up_their_work_and_the_slowest_sets_the_pace(two_ranks):
-    """Sequences of 4 and 6 are one micro-batch of 12 positions, those of 3 and 10 one of 20, that of 12 another: the first rank repeats its only one."""
+    """Sequences of 4 and 6 are one micro-batch of 12 positions, those of 10 and 12 one of 24, that of 3 another: the first rank repeats its only one."""
     (work, rates), second = (json.loads((two_ranks / f"{place}.json").read_text()) for place in range(2))
     assert second == [work, rates], "every rank has the same figures"
-    real, padded = 4 + 6 + 10 + 12 + 3, 12 + 12 + 20 + 12
+    real, padded = 4 + 6 + 10 + 12 + 3, 12 + 12 + 24 + 3
     assert work["work/update_tokens"] == real
     assert work["batch/padding"] == pytest.approx(1 - real / padded)
-    assert work["balance/update_positions"] == pytest.approx(32 / ((12 + 32) / 2))
+    assert work["balance/update_positions"] == pytest.approx(27 / ((12 + 27) / 2))
     assert rates["seconds/rollout"] == 3.0
     assert rates["balance/rollout"] == pytest.approx(3.0 / ((1.0 + 3.0) / 2))
     assert rates["balance/update"] == pytest.approx(4.5 / ((4.0 + 4.5) / 2))
