@@ -95,9 +95,12 @@ def find(folder: Path) -> Candidates:
         return Candidates(tags=tags, problem=str(error).partition(":")[0])
     if record.get("schema") not in READABLE:
         raise ValueError(f"{pointer} has schema {record.get('schema')}; this version reads schema {READABLE[-1]}")
-    if record["tag"] not in tags:
-        return Candidates(tags=(record["tag"], *tags))
-    return Candidates(tags=tuple(tag for tag in tags if tag <= record["tag"]))
+    tag = record.get("tag")
+    if not isinstance(tag, str):
+        return Candidates(tags=tags, problem=f"{pointer} is damaged (it names no checkpoint)")
+    if tag not in tags:
+        return Candidates(tags=(tag, *tags))
+    return Candidates(tags=tuple(other for other in tags if other <= tag))
 
 
 def problem_of(folder: Path, index: int = 0, count: int = 1) -> str | None:

@@ -129,6 +129,8 @@ def _begin(folder: Path, cfg: RunConfig, command: str) -> str | None:
         begin_branch(folder, cfg)
     except ValueError as error:
         return str(error)
+    except OSError as error:
+        return f"branch_from={cfg.branch_from} cannot be taken up: {error.filename}: {error.strerror}"
     return None
 
 
@@ -170,7 +172,7 @@ def _changes(folder: Path, cfg: RunConfig) -> list[Change]:
 
 def settle_config(folder: Path, cfg: RunConfig, step: int) -> list[Change]:
     """Make a config that a run was taken up with after `step` updates the run's own, and return how it differs from the one before."""
-    found = _changes(folder, cfg) if (folder / "config.yaml").is_file() else []
+    found = _changes(folder, cfg)
     if found:
         with (folder / "changes.jsonl").open("a") as file:
             file.writelines(json.dumps(change.record(step)) + "\n" for change in found if change.rule is Rule.recorded)

@@ -1,6 +1,6 @@
 """What partitioned weights (ZeRO-3) cost outside of training, and how that is kept small."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -8,6 +8,8 @@ from torch import nn
 
 LINEAR = nn.functional.linear
 """torch's own: at ZeRO-3 DeepSpeed replaces it, in the whole process and for good."""
+
+_BY_DEEPSPEED: list[Callable] = []
 
 GATHERED_BYTES = 1 << 28
 """Of partitioned parameters that are made whole together."""
@@ -18,15 +20,14 @@ def restrict_linear_to_training() -> None:
 
     Elsewhere (samplers, teachers, evaluation) it brings nothing, and takes longer to be called than a small product does.
     """
-    replaced = nn.functional.linear
-    if replaced is LINEAR or getattr(replaced, "is_restricted", False):
-        return
+    if nn.functional.linear not in (LINEAR, linear):
+        _BY_DEEPSPEED[:] = [nn.functional.linear]
+        nn.functional.linear = linear
 
-    def linear(*arguments: Any, **named: Any) -> torch.Tensor:
-        return (replaced if torch.is_grad_enabled() else LINEAR)(*arguments, **named)
 
-    linear.is_restricted = True
-    nn.functional.linear = linear
+def linear(*arguments: Any, **named: Any) -> torch.Tensor:
+    """DeepSpeed's function where there is a graph, else torch's."""
+    return (_BY_DEEPSPEED[0] if torch.is_grad_enabled() else LINEAR)(*arguments, **named)
 
 
 def parts_of(named: Iterable[tuple[str, nn.Parameter]]) -> Iterator[list[tuple[str, nn.Parameter]]]:

@@ -8,7 +8,8 @@ import torch
 from rollout.types import Rollout
 
 FORWARD_COST = 1024
-"""Positions that a model computes in the time which one more forward takes beside its positions."""
+"""Positions that a model computes in the time which one more forward takes beside its positions. Of small students on a CPU, where 512 to 2048 make no
+difference that can be measured; the larger it is, the fewer and the more padded the forwards are."""
 
 
 def sequence_length(rollout: Rollout) -> int:

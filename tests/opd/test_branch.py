@@ -41,6 +41,7 @@ def test_a_branch_leaves_the_other_run_as_it_is(short_run, short_settings, tmp_p
         ("{run}@7", [], "holds no checkpoint of step 7; there are 1, 2"),
         ("{run}@last", [], "must be RUN@STEP or RUN"),
         ("{run}/nowhere", [], "nowhere holds no checkpoint"),
+        ("{run}/student", [], "holds no checkpoint"),
         ("{run}@2", [], "has done 2 steps and num_steps=2"),
         ("{run}@1", ["quant.experts=none"], "was shaped by quant.experts=mxfp4 and this run has none"),
         ("{run}@1", ["deepspeed=zero2"], "was shaped by deepspeed.zero_optimization.stage=1 and this run has 2"),
@@ -58,6 +59,12 @@ def test_a_branch_of_a_damaged_checkpoint_is_refused(short_run, short_settings, 
         file.write(b"damage")
     with pytest.raises(ValueError, match=r"model_states\.pt is damaged: its sha256 is another"):
         open_run(config(tmp_path / "branch", short_settings, f"branch_from={tmp_path / 'damaged'}@1"), "distill")
+
+
+def test_a_branch_of_a_run_without_its_config_is_refused(short_run, short_settings, tmp_path):
+    shutil.copytree(short_run / "checkpoints", tmp_path / "bare/checkpoints")
+    with pytest.raises(ValueError, match=r"cannot be taken up: .*bare/config\.yaml: No such file"):
+        open_run(config(tmp_path / "branch", short_settings, f"branch_from={tmp_path / 'bare'}@1"), "distill")
 
 
 def test_another_origin_is_refused_when_a_branch_is_taken_up(short_run, short_settings, tmp_path):

@@ -15,6 +15,7 @@ from opd.checkpoint import is_due, resume, save
 from opd.config import BatchConfig
 from opd.engine import Engine
 from opd.job_config import CheckpointConfig
+from opd.run import write_config
 from opd.tracker import Tracker
 
 
@@ -35,8 +36,11 @@ class Counter:
 
 
 @pytest.fixture
-def engine(new_student, make_engine, make_config) -> Engine:
-    return make_engine(new_student("qwen3_moe_tiny", num_hidden_layers=1, hidden_size=32), make_config())
+def engine(new_student, make_engine, make_config, tmp_path) -> Engine:
+    """Of a run in the test's folder."""
+    engine = make_engine(new_student("qwen3_moe_tiny", num_hidden_layers=1, hidden_size=32), make_config())
+    write_config(tmp_path, engine.cfg, "test")
+    return engine
 
 
 @pytest.fixture
@@ -112,7 +116,6 @@ def kill_at(patch: pytest.MonkeyPatch, count: int) -> None:
     """Let so many operations on the disk happen, and none after them."""
     left = iter(range(count))
     for owner, name in ((os, "fsync"), (Path, "rename"), (Path, "replace"), (Path, "write_text"), (shutil, "rmtree"), (Path, "mkdir")):
-
         patch.setattr(owner, name, or_die(getattr(owner, name), left))
 
 
@@ -120,6 +123,8 @@ def test_a_kill_at_any_operation_of_a_save_leaves_a_whole_checkpoint_in_force(en
     outcomes = []
     for count in itertools.count():
         run_dir = tmp_path / str(count)
+        run_dir.mkdir()
+        write_config(run_dir, engine.cfg, "test")
         save(run_dir, 1, engine, Counter(10), CheckpointConfig(keep=1))
         with monkeypatch.context() as patch:
             kill_at(patch, count)
@@ -178,6 +183,7 @@ SHARD = "step-000002/mp_rank_00_model_states.pt"
 DAMAGES = {
     "pointer missing": (2, "latest.json is missing", lambda folder: (folder / "latest.json").unlink()),
     "pointer empty": (2, "latest.json is damaged", lambda folder: (folder / "latest.json").write_text("")),
+    "pointer to nothing": (2, "latest.json is damaged", lambda folder: (folder / "latest.json").write_text('{"schema": 2}')),
     "pointer dangling": (1, "step-000002 is missing", lambda folder: shutil.rmtree(folder / "step-000002")),
     "shard missing": (1, "model_states.pt is missing", lambda folder: (folder / SHARD).unlink()),
     "shard truncated": (1, "model_states.pt is cut", lambda folder: os.truncate(folder / SHARD, 1000)),
