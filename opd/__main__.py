@@ -134,6 +134,10 @@ def _run(command: str, cfg) -> None:
     from opd.distributed import set_threads
 
     set_threads(cfg.threads)
+    if not command.startswith("bench"):
+        from opd.checkpoint_model import resolve_models
+
+        resolve_models(cfg)
     if command == "distill":
         from opd.distill import distill
 

@@ -7,7 +7,6 @@ that step. RUN/lineage.json, schema version 1: {"schema": 1, "from": the run's f
 A checkpoint holds pickled files, and reading them runs what they say: branch from runs of people you trust.
 """
 
-import hashlib
 import json
 import logging
 import os
@@ -21,7 +20,7 @@ from opd.config import RunConfig
 from rollout.files import read_json, replace_text
 
 SCHEMA = 1
-SHAPING = ("student.model", "student.architecture", "student.dtype", "quant.experts", "optim.kind", "deepspeed.zero_optimization.stage")
+SHAPING = ("student.model", "student.architecture", "student.dtype", "quant.experts", "optim.kind")
 """Settings that a checkpoint's files depend on."""
 
 LOG = logging.getLogger(__name__)
@@ -49,8 +48,8 @@ def begin_branch(folder: Path, cfg: RunConfig) -> None:
     for path in source.rglob("*"):
         if path.is_file():
             _link(path, checkpoints / files.PARTIAL / path.relative_to(source))
-    digest = hashlib.sha256((source / files.MANIFEST).read_bytes()).hexdigest() if (source / files.MANIFEST).is_file() else None
-    replace_text(folder / "lineage.json", json.dumps({"schema": SCHEMA, "from": str(run), "step": step, "manifest": digest}))
+    lineage = {"schema": SCHEMA, "from": str(run), "step": step, "manifest": files.digest_of(source)}
+    replace_text(folder / "lineage.json", json.dumps(lineage))
     (checkpoints / files.PARTIAL).rename(checkpoints / tag)
     files.point_to(checkpoints, step)
 

@@ -9,6 +9,7 @@ refuses: training silently from step 0 is worse than not training.
 """
 
 import json
+import logging
 from pathlib import Path
 from typing import Protocol
 
@@ -18,11 +19,14 @@ from opd.config import DistillConfig
 from opd.distributed import Group, barrier, gather_objects, is_main, num_ranks, on_main, rank
 from opd.engine import Engine
 from opd.job_config import CheckpointConfig
+from opd.resharding import converted, fits, layout_for, layout_of
 from opd.run import settle_config
 from opd.tracker import Tracker
 from rollout.files import read_json
 from teachers.manifest import describe_domains
 from teachers.pool import TeacherPool
+
+LOG = logging.getLogger(__name__)
 
 
 class Resumable(Protocol):
@@ -111,11 +115,17 @@ def dropped_domains(cfg: DistillConfig) -> dict[str, str]:
 
 def _restore(folder: Path, tag: str, engine: Engine, stream: Resumable, teachers: TeacherPool | None) -> int:
     state = read_json(folder / tag / "opd.json")
-    if state["ranks"] != num_ranks(Group.data):
-        raise ValueError(f"{folder / tag} was saved by {state['ranks']} ranks and this run has {num_ranks(Group.data)}: start as many")
+    written, wanted = layout_of(folder / tag, state["ranks"]), layout_for(engine.zero_stage, num_ranks(Group.data))
+    is_fitting = fits(written, wanted)
     if teachers is not None:
         _take_up(teachers, state.get("teachers"), state["step"], _is_branching(folder, tag))
-    engine.load(folder, tag)
+    if is_fitting:
+        engine.load(folder, tag)
+    else:
+        if is_main():
+            LOG.info("%s was saved by %s and is converted for %s", folder / tag, written, wanted)
+        with converted(folder, tag, engine.cfg.optim.kind) as universal:
+            engine.load(universal, tag, is_universal=True)
     stream.restore(state["stream"])
     return state["step"]
 

@@ -129,6 +129,11 @@ def problem_of(folder: Path, index: int = 0, count: int = 1) -> str | None:
     return None
 
 
+def digest_of(folder: Path) -> str | None:
+    """sha256 of a checkpoint's manifest, and so of all its files; None for one of schema version 1, which has none."""
+    return hashlib.sha256((folder / MANIFEST).read_bytes()).hexdigest() if (folder / MANIFEST).is_file() else None
+
+
 def _tags(folder: Path) -> tuple[str, ...]:
     return tuple(sorted(path.name for path in folder.glob("step-*") if path.is_dir()))
 

@@ -32,7 +32,7 @@ from transformers import PreTrainedModel
 
 from opd.batch import MicroBatch, require_packing
 from opd.config import DistillConfig, OptimConfig, OptimizerKind, Router, RunConfig
-from opd.distributed import Group, num_ranks, rank, reduce_sum
+from opd.distributed import Group, is_main, num_ranks, rank, reduce_sum
 from opd.divergence import full_divergence, with_temperature
 from opd.divergence_passes import require_backend
 from opd.estimators import cross_entropy
@@ -214,8 +214,13 @@ class Engine:
         ranks = {path.name: re.search(r"pp_rank_(\d+)_", path.name) for path in (folder / tag).iterdir()}  # a file of all ranks is the main one's
         return sorted(name for name, found in ranks.items() if rank(Group.data) == (int(found[1]) if found else 0))
 
-    def load(self, folder: Path, tag: str) -> None:
-        """Restore what `save` wrote. Raises ValueError where there is nothing to load."""
+    def load(self, folder: Path, tag: str, is_universal: bool = False) -> None:
+        """Restore what `save` wrote, or what opd/resharding.py made of it; the optimizer's settings stay this run's.
+
+        Raises ValueError where there is nothing to load.
+        """
+        settings = [{name: value for name, value in group.items() if name != "params"} for group in self.engine.optimizer.param_groups]
+        self.engine._config.load_universal_checkpoint = is_universal  # of a checkpoint, but DeepSpeed takes it from the config it began with
         is_there = any((folder / tag).glob("*model_states.pt"))
         try:
             path, client_state = self.engine.load_checkpoint(str(folder), tag=tag) if is_there else (None, None)
@@ -223,13 +228,24 @@ class Engine:
             raise ValueError(f"the checkpoint {folder / tag} is damaged ({first_sentence(error)}): begin anew with fresh=true") from error
         if path is None:
             raise ValueError(f"the checkpoint {folder / tag} cannot be loaded: it is missing or incomplete")
+        for group, own in zip(self.engine.optimizer.param_groups, settings, strict=True):
+            group.update(own)
+        for moments in self.engine.optimizer.state.values() if is_universal else ():
+            moments["step"] = moments["step"].clone()  # at ZeRO-3 DeepSpeed gives all of them one tensor, which each then counts up
         state = client_state["opd"]
         self.policy_step = state["policy_step"]
         self.recorder.restore(state["routing"])
         for name, buffer in self.model.named_buffers():
             buffer.copy_(state["buffers"][name])
+        for name, value in state.get("frozen", {}).items():
+            self._set_frozen(self.trained.get_parameter(name), value)
         if self.quantizer is not None:
             self.quantizer.weights_changed()
+
+    def _set_frozen(self, parameter: nn.Parameter, value: torch.Tensor) -> None:
+        with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0, enabled=self.zero_stage == 3):
+            if self.zero_stage < 3 or is_main():
+                parameter.data.copy_(value)
 
     def _gathered(self, parameters: list[nn.Parameter]) -> AbstractContextManager:
         """Context in which parameters are whole, on all ranks; those that DeepSpeed keeps whole stay so afterwards."""

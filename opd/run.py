@@ -14,6 +14,7 @@
     RUN/profile/             opd/profiling.py, with profile.steps
     RUN/student/             Hugging Face folder of the trained model, when the run is finished; experts that trained under FP4 hold its values in
                              the dtype of training (their masters are in the checkpoints)
+    RUN/students/            opd/checkpoint_model.py: models of checkpoints that were asked for as RUN@STEP
     RUN/evaluation.json      opd/comparison.py (in a folder of `opd evaluate`)
     RUN/export.json          opd/export.py (in a folder of `opd export`)
     RUN/divergence.csv       opd/bench_divergence.py (in a folder of `opd bench`)
@@ -144,7 +145,7 @@ def _clear(folder: Path, cfg: RunConfig) -> str | None:
         return f"fresh=true would delete {inside[0]}, which the run reads: choose another run_dir"
     for name in ("config.yaml", "metrics.jsonl", "wandb_id", "evaluation.json", "teachers.json", "warmup.json", "changes.jsonl", "lineage.json"):
         (folder / name).unlink(missing_ok=True)
-    for name in ("checkpoints", "rollouts", "log", "service", "weights", "student", "wandb", "profile"):
+    for name in ("checkpoints", "rollouts", "log", "service", "weights", "student", "students", "wandb", "profile"):
         shutil.rmtree(folder / name, ignore_errors=True)
     return None
 

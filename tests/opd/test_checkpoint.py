@@ -86,6 +86,20 @@ def test_the_newest_checkpoint_brings_back_engine_stream_and_step(engine, tracke
     assert all(bool((tensor == expected[name]).all()) for name, tensor in engine.full_weights().items())
 
 
+@pytest.mark.parametrize("stage", [0, 1])
+def test_the_optimizer_keeps_the_settings_of_the_run_that_goes_on(stage, new_student, make_engine, make_config, tracker, tmp_path):
+    """As branch_from may have others."""
+    student = {"num_hidden_layers": 1, "hidden_size": 32}
+    before = make_engine(new_student("qwen3_moe_tiny", **student), make_config(stage=stage, optim={"weight_decay": 0.1}))
+    write_config(tmp_path, before.cfg, "test")
+    save(tmp_path, 1, before, Counter(10), CheckpointConfig())
+    after = make_engine(new_student("qwen3_moe_tiny", **student), make_config(stage=stage, optim={"weight_decay": 0.3, "eps": 1e-6}))
+    resume(tmp_path, after, Counter(0), tracker)
+    groups = after.engine.optimizer.param_groups
+    assert sorted({group["weight_decay"] for group in groups}) == [0.0, 0.3]
+    assert {group["eps"] for group in groups} == {1e-6}
+
+
 def test_a_new_run_begins_at_step_zero_and_keeps_its_stream(engine, tracker, tmp_path):
     stream = Counter(3)
     assert resume(tmp_path, engine, stream, tracker) == 0

@@ -1,0 +1,144 @@
+"""Checkpoints taken up on other numbers of ranks and at other ZeRO stages go on as if nothing had changed."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from opd.__main__ import load_config
+from opd.config import OptimizerKind
+from opd.distill import distill
+from opd.resharding import converted, fits, layout_for, layout_of
+
+STEPS = ["num_steps=14", "checkpoint.every=2", "checkpoint.keep=9", "optim.weight_decay=0.1", "optim.lr=1e-3", "quant=none", "evaluation.every=0"]
+
+def on_ranks(count: int, settings: list[str]) -> str:
+    """Make a run on so many ranks; returns what it wrote to stderr."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count), "-m", "opd", "distill", *settings]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=900, env=environment, check=False)
+    assert ended.returncode == 0, ended.stderr[-4000:]
+    return ended.stderr
+
+
+def losses(run_dir: Path) -> dict[int, float]:
+    records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return {record["step"]: record["step/loss"] for record in records if "step/loss" in record}
+
+
+@pytest.fixture(scope="module")
+def whole_run(short_settings, device, tmp_path_factory) -> Path:
+    """14 steps on one rank at ZeRO-1, with a checkpoint after every second."""
+    run_dir = tmp_path_factory.mktemp("runs") / "whole"
+    distill(load_config("distill", [*short_settings, *STEPS, f"run_dir={run_dir}", "rollout.save=true"]))
+    return run_dir
+
+
+@pytest.fixture(scope="module")
+def replay(short_settings, whole_run) -> list[str]:
+    """Settings of a run on the saved rollouts."""
+    return [*short_settings, *STEPS, f"rollout.replay={whole_run}"]
+
+
+@pytest.fixture(scope="module")
+def require_same(whole_run):
+    def require(run_dir: Path, first: int) -> None:
+        """Its steps from `first` on have the losses of the whole run, ten or more of them, to 1e-3."""
+        found, expected = losses(run_dir), losses(whole_run)
+        assert sorted(found)[-1] == 14
+        assert {step: loss for step, loss in found.items() if step >= first} == pytest.approx(
+            {step: loss for step, loss in expected.items() if step >= first}, rel=1e-3
+        )
+        assert 14 - first >= 9
+
+    return require
+
+
+def cut_after(run_dir: Path, step: int, target: Path) -> Path:
+    """A copy of a run as a kill after its checkpoint of a step would leave it."""
+    shutil.copytree(run_dir, target)
+    for path in target.glob("checkpoints/step-*"):
+        if int(path.name.removeprefix("step-")) > step:
+            shutil.rmtree(path)
+    (target / "checkpoints/latest.json").unlink()
+    shutil.rmtree(target / "student")
+    return target
+
+
+@pytest.mark.multi
+def test_a_run_is_widened_to_two_ranks_and_narrowed_again(whole_run, replay, require_same, tmp_path):
+    wide = tmp_path / "wide"
+    words = on_ranks(2, [*replay, f"run_dir={wide}", f"branch_from={whole_run}@2"])
+    assert "was saved by ZeRO 1 or 2 on 1 rank and is converted for ZeRO 1 or 2 on 2 ranks" in words
+    require_same(wide, 3)
+    narrow = cut_after(wide, 4, tmp_path / "narrow")
+    distill(load_config("distill", [*replay, f"run_dir={narrow}", f"branch_from={whole_run}@2"]))
+    require_same(narrow, 5)
+
+
+@pytest.mark.multi
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["zero1", "zero2", "zero3"])
+def test_a_run_is_widened_to_four_ranks(stage, whole_run, replay, require_same, tmp_path):
+    on_ranks(4, [*replay, f"run_dir={tmp_path / 'run'}", f"branch_from={whole_run}@2", f"deepspeed={stage}"])
+    require_same(tmp_path / "run", 3)
+
+
+def test_a_run_goes_from_zero_1_to_zero_3_and_back(whole_run, replay, require_same, tmp_path):
+    third, back = tmp_path / "third", tmp_path / "back"
+    distill(load_config("distill", [*replay, f"run_dir={third}", f"branch_from={whole_run}@2", "deepspeed=zero3"]))
+    require_same(third, 3)
+    distill(load_config("distill", [*replay, f"run_dir={back}", f"branch_from={third}@4", "deepspeed=zero1"]))
+    require_same(back, 5)
+    assert list(back.glob("checkpoints/partial*")) == []
+
+
+@pytest.mark.parametrize(("before", "after"), [("zero1", "zero3"), ("zero3", "zero1")])
+def test_weights_that_do_not_train_come_from_the_checkpoint(before, after, short_settings, replay, tmp_path):
+    """Here the student's folder has other values in them by the time that the run is taken up."""
+    student = tmp_path / "student"
+    shutil.copytree(next(setting.partition("=")[2] for setting in short_settings if setting.startswith("student.model=")), student)
+    settings = [*replay, f"student.model={student}", "num_steps=3"]
+    distill(load_config("distill", [*settings, f"run_dir={tmp_path / 'run'}", "num_steps=2", f"deepspeed={before}"]))
+    weights = load_file(student / "model.safetensors")
+    frozen = next(name for name in weights if name.endswith("gate.weight"))
+    save_file(weights | {frozen: weights[frozen] + 1}, student / "model.safetensors", {"format": "pt"})
+    distill(load_config("distill", [*settings, f"run_dir={tmp_path / 'branch'}", f"branch_from={tmp_path / 'run'}@2", f"deepspeed={after}"]))
+    assert torch.equal(load_file(tmp_path / "branch/student/model.safetensors")[frozen], weights[frozen])
+
+
+def test_zero_0_and_the_other_stages_are_not_converted_into_each_other():
+    for written, wanted in ((0, 1), (3, 0)):
+        with pytest.raises(ValueError, match="ZeRO 0 is not converted; keep deepspeed"):
+            fits(layout_for(written, 1), layout_for(wanted, 1))
+
+
+def test_what_any_number_of_ranks_reads_is_not_converted():
+    assert fits(layout_for(0, 1), layout_for(0, 4))
+    assert fits(layout_for(1, 2), layout_for(2, 2))
+    assert not fits(layout_for(1, 2), layout_for(1, 4))
+    assert not fits(layout_for(1, 2), layout_for(3, 2))
+
+
+def test_the_layout_is_read_off_the_files(whole_run):
+    assert layout_of(whole_run / "checkpoints/step-000002", 1) == layout_for(1, 1)
+
+
+def test_what_muon_trained_is_refused(whole_run):
+    refused = pytest.raises(ValueError, match=r"optim\.kind=muon cannot be converted")
+    with refused, converted(whole_run / "checkpoints", "step-000002", OptimizerKind.muon):
+        pass
+
+
+def test_a_checkpoint_that_cannot_be_converted_is_refused(whole_run, tmp_path):
+    shutil.copytree(whole_run / "checkpoints/step-000002", tmp_path / "step-000002")
+    (tmp_path / "step-000002/zero_pp_rank_0_mp_rank_00_optim_states.pt").write_bytes(b"")
+    refused = pytest.raises(ValueError, match=r"step-000002 cannot be converted for other ranks or another ZeRO stage \(.+\)")
+    with refused, converted(tmp_path, "step-000002", OptimizerKind.adamw):
+        pass
