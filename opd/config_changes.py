@@ -26,7 +26,7 @@ FREE = (
 
 RECORDED = (
     "num_steps", "evaluation", "rollout.save", "rollout.compare", "rollout.decode_width", "rollout.fixed_width", "teachers.max_tokens_per_forward",
-    "batch.max_tokens_per_micro_batch", "student.gradient_checkpointing", "student.router_probe_every", "optim.update_ratio_every",
+    "batch.max_tokens_per_micro_batch", "student.gradient_checkpointing", "student.router_probe_every", "optim.update_ratio_every", "optim.max_skipped_steps",
     "quant.measure_every", "quant.measure_rollouts",
 )  # fmt: skip
 """num_steps stretches the learning-rate schedule from the next step on."""
