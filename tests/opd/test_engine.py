@@ -257,6 +257,16 @@ def test_a_step_that_was_skipped_leaves_nothing_behind_in_weights_and_optimizer(
     assert largest_difference(found[0], qwen3_moe_model.state_dict()) > 0
 
 
+def test_a_checkpoint_brings_back_how_many_steps_were_skipped(qwen3_moe_model, make_engine, make_config, examples, tmp_path):
+    engine, other = (make_engine(qwen3_moe_model, make_config(optim={"max_skipped_steps": 1})) for _ in range(2))
+    loss, _ = engine.loss(micro_batches(examples, 1)[0], None, True)
+    engine.backward(loss * math.nan)
+    engine.step()
+    engine.save(tmp_path, "one")
+    other.load(tmp_path, "one")
+    assert (other.policy_step, other.num_skipped, other.skipped_in_a_row) == (1, 1, 1)
+
+
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_weights_are_every_parameter_and_persistent_buffer_in_full(stage, v4_model, make_engine, make_config):
     engine = make_engine(v4_model, make_config(stage=stage))
