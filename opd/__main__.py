@@ -18,7 +18,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from opd.errors import PREEMPTED, Preempted, explain, nearest
+from opd.errors import INTERRUPTED, PREEMPTED, USER_ERROR, Preempted, RankLost, explain, nearest
 
 for name, value in {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "TRANSFORMERS_VERBOSITY": "error"}.items():
     os.environ.setdefault(name, value)  # the libraries read them when they are imported
@@ -36,7 +36,8 @@ COMMANDS = {
     "export": "write the folder to serve, its experts packed in FP4, and verify it",
     "bench": "time and memory beside other ways and libraries; the word after it says of what: divergence, qat, teachers, rollout, step",
 }
-USER_ERROR, INTERRUPTED = 2, 130
+ON_RANKS = ("distill", "specialize", "evaluate", "check")
+"""The commands that divide their work among processes."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -47,11 +48,16 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     try:
         command, overrides = split_command(arguments)
-        _run(command, load_config(command, overrides))
+        cfg = load_config(command, overrides)
+        if command in ON_RANKS:
+            return _run_on_ranks(command, cfg, arguments)
+        _run(command, cfg)
     except ValueError as error:
         return _fail(f"opd: {' '.join(str(error).split())}", USER_ERROR)
     except Preempted as end:
         return _fail(f"opd: {end}", PREEMPTED)
+    except RankLost as loss:
+        return _fail(f"opd: {loss}", loss.code)
     except KeyboardInterrupt:
         return _fail("opd: interrupted; a training command, given again without fresh=true, continues from its last checkpoint", INTERRUPTED)
     finally:
@@ -122,6 +128,18 @@ def _join_domains(overrides: list[str]) -> list[str]:
         return overrides
     names = [name for name in [chosen[-1].removeprefix("domain=").strip("[]"), *added] if name]
     return [override for override in overrides if not override.startswith(("domain=", "+domain="))] + [f"domain=[{','.join(names)}]"]
+
+
+def _run_on_ranks(command: str, cfg, arguments: list[str]) -> int:
+    """Start the ranks of a command, or be one of them, or all there is; returns the exit code."""
+    from opd.heartbeat import Heartbeat
+    from opd.supervisor import Supervisor, needs_supervisor
+
+    if needs_supervisor(cfg.launch):
+        return Supervisor([sys.executable, "-m", "opd", *arguments], cfg).run()
+    with Heartbeat(cfg.launch.heartbeat_seconds):
+        _run(command, cfg)
+    return 0
 
 
 def _run(command: str, cfg) -> None:

@@ -27,7 +27,7 @@ HASH_DIGITS = 8
 
 def check(cfg: CheckCommandConfig) -> None:
     """Check what `opd distill` would begin with. Raises ValueError as it would."""
-    device = start_processes()
+    device = start_processes(cfg.launch.timeout_minutes)
     seed_everything(cfg.seed)
     tokenizer = load_student_tokenizer(cfg.student)
     student = build_student(cfg.student, tokenizer, cfg.quant)

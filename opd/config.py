@@ -12,7 +12,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from opd.bench_config import DivergenceBenchConfig, QatBenchConfig, RolloutBenchConfig, StepBenchConfig, TeachersBenchConfig
 from opd.export_config import ExportConfig, check_export
-from opd.job_config import AlarmsConfig, CheckpointConfig, LaunchConfig, LoggerConfig, ProfileConfig
+from opd.job_config import AlarmsConfig, CheckpointConfig, LaunchConfig, LoggerConfig, ProfileConfig, RanksConfig
 from opd.loss_config import LossConfig
 from opd.quant_config import QuantConfig
 from opd.ranges import check_evaluated, check_loss, check_profile, check_ranges, check_rollout, check_routes, check_schedules, check_start
@@ -89,6 +89,7 @@ class OptimConfig:
     clip_norm: global gradient norm at most; null does not clip. Must be null with muon.
     update_ratio_every: steps between two measurements of the update-to-weight ratio, each of which holds a copy of the
         rank's float32 weights for the length of the update; 0 never.
+    max_skipped_steps: steps in a row whose update is left out, because a loss or the gradient is not finite, before the run stops; 0 stops at the first.
     """
 
     kind: OptimizerKind = OptimizerKind.adamw
@@ -103,6 +104,7 @@ class OptimConfig:
     final_lr_fraction: float = 0.1
     clip_norm: float | None = 1.0
     update_ratio_every: int = 10
+    max_skipped_steps: int = 0
 
 
 @dataclass(slots=True)
@@ -213,6 +215,7 @@ class EvaluateConfig:
     student, base: models to compare; base may be left out.
     domains, teachers: as for `opd distill`.
     evaluation: how; all held-out prompts unless it says otherwise.
+    launch: its processes.
     """
 
     run_dir: str = "runs/evaluate"
@@ -223,6 +226,7 @@ class EvaluateConfig:
     domains: dict[str, DomainConfig] = field(default_factory=dict)
     teachers: TeachersConfig = field(default_factory=TeachersConfig)
     evaluation: EvaluationConfig = field(default_factory=lambda: EvaluationConfig(prompts=None))
+    launch: RanksConfig = field(default_factory=RanksConfig)
 
 
 @dataclass(slots=True)

@@ -39,6 +39,53 @@ def stop_processes() -> None:
         dist.destroy_process_group()
 
 
+def is_launched() -> bool:
+    """Whether a launcher started this process as one of its ranks."""
+    return "RANK" in os.environ or "WORLD_SIZE" in os.environ
+
+
+def launched_as() -> tuple[int, int]:
+    """(number of this rank, number of ranks) as its launcher gave them, before they have joined."""
+    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def open_store() -> dist.TCPStore:
+    """A store of this process, on a free port, at which ranks on this machine can meet."""
+    return dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+
+
+def rank_environment(number: int, count: int, store: dist.TCPStore) -> dict[str, str]:
+    """What makes a process rank `number` of `count` on this machine, as torchrun would; a single one is no rank."""
+    if count == 1:
+        return {}
+    places = {"RANK": number, "LOCAL_RANK": number, "GROUP_RANK": 0, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_PORT": store.port}
+    return {name: str(value) for name, value in places.items()} | {"MASTER_ADDR": "127.0.0.1", "TORCHELASTIC_USE_AGENT_STORE": "True"}
+
+
+def connect_store(seconds: float) -> dist.TCPStore:
+    """A connection to the store at which this job's ranks meet. One waits for its answer, so a thread needs its own. Raises RuntimeError."""
+    timeout = timedelta(seconds=seconds)
+    return dist.TCPStore(os.environ.get("MASTER_ADDR", ""), int(os.environ.get("MASTER_PORT", "0")), None, False, timeout, wait_for_workers=False)
+
+
+def start_number() -> str:
+    """How often torchrun has started these ranks again."""
+    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+
+
+def is_store_of_rank_0() -> bool:
+    """Whether the store at which the ranks meet ends with rank 0; else it is their launcher's."""
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+
+
+def is_broken_connection(error: BaseException | None) -> bool:
+    """Whether an error, or what it was raised from, is that of a collective whose other end is gone; gloo's are plain RuntimeErrors."""
+    if error is None:
+        return False
+    is_own = isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
+    return is_own or is_broken_connection(error.__cause__)
+
+
 def set_threads(threads: int | None) -> int:
     """Threads of this process: the number asked for, else the machine's cores shared among its processes, less one.
 

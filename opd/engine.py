@@ -90,6 +90,7 @@ class Engine:
             restrict_linear_to_training()
             deepspeed.zero.register_external_parameter(self.trained, head_of(self.model).weight)
         self.policy_step, self.num_steps = 0, cfg.num_steps
+        self.num_skipped, self.skipped_in_a_row = 0, 0
 
     def begin_schedule(self, num_steps: int) -> None:
         """Forget all updates but for what they did to the weights: optimizer state 0, policy_step 0, a learning-rate schedule of `num_steps` that
@@ -99,6 +100,7 @@ class Engine:
             for name, value in state.items():
                 state[name] = value.zero_() if isinstance(value, torch.Tensor) else 0
         self.policy_step, self.num_steps = 0, num_steps
+        self.num_skipped, self.skipped_in_a_row = 0, 0
         self.recorder.forget()
 
     def loss(self, batch: MicroBatch, teacher_head: OutputHead | None, is_last: bool, balance_scale: float = 0.0) -> tuple[torch.Tensor, TokenLosses]:
@@ -116,7 +118,8 @@ class Engine:
     def step(self) -> dict[str, float]:
         """One optimizer update; returns learning rate, gradient norm before clipping, whether it was clipped, and update-to-weight ratio.
 
-        Raises ValueError where the gradient is not finite; the weights are then unchanged.
+        Where the gradient is not finite, on any rank, all of them skip the update, which counts as a step: weights and optimizer state stay as they are, and
+        `skipped_in_a_row` is above 0.
         """
         factor = learning_rate_factor(self.policy_step, self.num_steps, self.cfg.optim)
         for group, peak in zip(self.engine.optimizer.param_groups, self.peak_rates, strict=True):
@@ -125,10 +128,12 @@ class Engine:
         before = [tensor.clone() for tensor in self._master_weights()] if every and self.policy_step % every == 0 else None
         packed = self.quantizer.pack_share(self._gathered) if self.quantizer is not None and self.is_quantization_due() else None
         norm = self._update()
-        if not math.isfinite(norm):
-            raise ValueError(f"the gradient of step {self.policy_step + 1} is not finite: lower optim.lr, or look at the step's rollouts")
+        is_skipped = not math.isfinite(norm)
         self.policy_step += 1
-        metrics = {"optim/lr": self.cfg.optim.lr * factor}
+        self.num_skipped, self.skipped_in_a_row = self.num_skipped + is_skipped, self.skipped_in_a_row + 1 if is_skipped else 0
+        metrics = {"optim/lr": self.cfg.optim.lr * factor} | ({"optim/skipped_steps": self.num_skipped} if self.cfg.optim.max_skipped_steps else {})
+        if is_skipped:
+            return metrics
         if self.quantizer is not None:
             self.quantizer.weights_changed()
         if packed is not None:
@@ -209,7 +214,7 @@ class Engine:
     def save(self, folder: Path, tag: str) -> list[str]:
         """DeepSpeed's checkpoint of weights, optimizer and routing under `folder/tag`; every rank has to call it. Returns the names of this rank's files."""
         buffers = {name: tensor.clone() for name, tensor in self.model.named_buffers()}
-        state = {"policy_step": self.policy_step, "routing": self.recorder.state(), "buffers": buffers}
+        state = {"policy_step": self.policy_step, "skipped": (self.num_skipped, self.skipped_in_a_row), "routing": self.recorder.state(), "buffers": buffers}
         self.engine.save_checkpoint(str(folder), tag=tag, client_state={"opd": state}, save_latest=False)
         ranks = {path.name: re.search(r"pp_rank_(\d+)_", path.name) for path in (folder / tag).iterdir()}  # a file of all ranks is the main one's
         return sorted(name for name, found in ranks.items() if rank(Group.data) == (int(found[1]) if found else 0))
@@ -234,6 +239,7 @@ class Engine:
             moments["step"] = moments["step"].clone()  # at ZeRO-3 DeepSpeed gives all of them one tensor, which each then counts up
         state = client_state["opd"]
         self.policy_step = state["policy_step"]
+        self.num_skipped, self.skipped_in_a_row = state.get("skipped", (0, 0))
         self.recorder.restore(state["routing"])
         for name, buffer in self.model.named_buffers():
             buffer.copy_(state["buffers"][name])
@@ -270,6 +276,8 @@ class Engine:
 
     def _update(self) -> float:
         """Update the weights unless the gradient's norm is not finite, and return that norm (with muon: of the orthogonalised update)."""
+        if self.zero_stage == 3 and self.cfg.optim.kind is OptimizerKind.muon:
+            self._spoil_unless_finite()
         if self.zero_stage > 0:
             self.engine.step()  # skips the update by itself
             return float(self.engine.get_global_grad_norm())
@@ -277,7 +285,17 @@ class Engine:
         norm = float(torch.stack([gradient.double().norm() for gradient in gradients]).norm())
         if math.isfinite(norm):
             self.engine.step()
+        else:
+            self.engine.zero_grad()
         return norm
+
+    def _spoil_unless_finite(self) -> None:
+        """Make a gradient NaN all over where it is so anywhere: Muon at ZeRO-3 adds what is finite to its momentum before the step is skipped."""
+        parts = [gradient for group in self.engine.optimizer.averaged_gradients.values() for gradient in group]
+        is_bad = torch.tensor(float(any(not bool(gradient.isfinite().all()) for gradient in parts)))
+        if float(reduce_max(is_bad, Group.data)):
+            for gradient in parts:
+                gradient.fill_(math.nan)
 
 
 def deepspeed_settings(cfg: RunConfig, dtype: torch.dtype) -> dict[str, Any]:

@@ -16,8 +16,19 @@ PREEMPTED = 75
 """Exit code of a run that is to be started again as it was (EX_TEMPFAIL of sysexits.h)."""
 
 
+USER_ERROR, INTERRUPTED = 2, 130
+
+
 class Preempted(Exception):  # noqa: N818 - it is no error
     """A run has ended before its last step, with a checkpoint (opd/stopping.py)."""
+
+
+class RankLost(Exception):  # noqa: N818 - the sentence is for users
+    """Another rank is gone, and this one ends with it (opd/heartbeat.py). code: its exit code."""
+
+    def __init__(self, sentence: str, code: int):
+        super().__init__(sentence)
+        self.code = code
 
 
 def explain(error: Exception, command: str, schema: type, folders: Iterable[Path]) -> str:

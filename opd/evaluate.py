@@ -152,7 +152,7 @@ def _ratio_of_sums(count: float, tokens: float, kl: float, tokens_squared: float
 
 def evaluate(cfg: EvaluateConfig) -> None:
     """`opd evaluate`: base, teachers and student on every domain's held-out prompts; writes RUN/evaluation.json and prints the table."""
-    device = start_processes()
+    device = start_processes(cfg.launch.timeout_minutes)
     folder = Path(cfg.run_dir)
     require_own_folder(folder, "evaluate")
     if cfg.student.model is None:

@@ -21,17 +21,31 @@ class CheckpointConfig:
 
 
 @dataclass(slots=True)
-class LaunchConfig:
-    """How a job ends before its run does (opd/stopping.py).
+class RanksConfig:
+    """The processes of a job (opd/supervisor.py, heartbeat.py).
+
+    processes: ranks that the command starts on this machine; 1 is the command's own process, unless max_restarts asks for a supervisor.
+    max_restarts: how often ranks that died are started again.
+    heartbeat_seconds: a rank that is not heard of for this long ends the job.
+    timeout_minutes: a rank that waits longer than this for another ends with an error.
+    """
+
+    processes: int = 1
+    max_restarts: int = 0
+    heartbeat_seconds: float = 60.0
+    timeout_minutes: float = 30.0
+
+
+@dataclass(slots=True)
+class LaunchConfig(RanksConfig):
+    """And how a job ends before its run does (opd/stopping.py).
 
     max_hours: hours after which a run saves and ends, to be started again; null never.
     grace_seconds: from SIGTERM or SIGUSR1 to the end of the process at most.
-    timeout_minutes: a rank that waits longer than this for another ends with an error.
     """
 
     max_hours: float | None = None
     grace_seconds: float = 120.0
-    timeout_minutes: float = 30.0
 
 
 @dataclass(slots=True)

@@ -33,6 +33,7 @@ Step 0 holds what was measured before training. Names:
     warmup/D/truncated, accuracy, teacher_length, first_loss, last_loss       of the teacher's answers; loss per token at the first and last update (the same)
     alarms/active                             episodes of alarms that are not over (opd/alarms.py), over all alarms and domains
     optim/lr, grad_norm, clipped, update_to_weight (muon: muon_lr in place of grad_norm and clipped)
+    optim/skipped_steps                       of the run so far, with optim.max_skipped_steps; what is not finite in such a step is not there
     router/agreement                          share of the recorded choices (token of the loss, layer, expert) that the trainer's router makes too, where
                       routes are recorded (rollout.record_routes); hash-routed layers count and always agree
     router/layer_LL/load_entropy, load_entropy_change, dead_experts, routed_as_at_start

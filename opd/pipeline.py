@@ -10,9 +10,11 @@
 A stage's hash covers its resolved configuration and the hashes of the stages before it. A stage that is done under the same hash is skipped; one
 that was interrupted under the same hash resumes; any other starts anew. Progress is read from the metrics the stages write, so they
 need no channel back.
+
+SIGTERM or SIGUSR1 reaches the stages under way, which end early, those that train with a checkpoint; and so does the pipeline, with exit code
+PREEMPTED of opd/errors.py, as it does when a stage has ended early by itself. The same command goes on.
 """
 
-import ctypes
 import hashlib
 import importlib.metadata
 import json
@@ -25,7 +27,9 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
+from types import FrameType
 
 import psutil
 import torch
@@ -35,14 +39,18 @@ from opd.comparison import print_comparison
 from opd.config import PipelineConfig, StageConfig
 from opd.console import ProgressDisplay
 from opd.distributed import num_cores
+from opd.errors import PREEMPTED, Preempted
 from opd.job_config import LoggerConfig
 from opd.metrics import headline
 from opd.run import lock, require_own_folder, write_config
+from opd.stopping import SIGNALS
+from opd.supervisor import end_with_parent
 from rollout.files import read_json, replace_text
 
 SCHEMA = 1
 POLL_SECONDS = 0.5
-LIBC = ctypes.CDLL(None)
+STOP_SECONDS = 30.0
+"""What a stage has to end beyond the grace of its own."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,6 +87,7 @@ class Stage:
     hash: str
     num_steps: int
     record: dict
+    grace_seconds: float = 0.0
     process: subprocess.Popen | None = None
     begun: float = 0.0
     slots: tuple[int, ...] = ()
@@ -94,7 +103,7 @@ class Stage:
 
 
 def run_pipeline(cfg: PipelineConfig) -> None:
-    """Run what is not done yet, then write the summary and print its table. Raises ValueError where a stage fails."""
+    """Run what is not done yet, then write the summary and print its table. Raises ValueError where a stage fails, Preempted where one ends early."""
     run_dir = Path(cfg.run_dir)
     require_own_folder(run_dir, "pipeline")
     stages, free = plan(cfg), _slots(cfg)
@@ -110,7 +119,8 @@ def run_pipeline(cfg: PipelineConfig) -> None:
             shutil.rmtree(stage.folder, ignore_errors=True)
             stage.record = {}
     peak_memory = _Peak()
-    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))  # end the stages too
+    for number in SIGNALS:
+        signal.signal(number, _heed)
     with ProgressDisplay() as display:
         for stage in stages.values():
             if stage.is_done:
@@ -123,8 +133,11 @@ def run_pipeline(cfg: PipelineConfig) -> None:
                 for stage in stages.values():
                     if stage.process is not None:
                         _follow(stage, free, run_dir, display)
+        except Preempted:
+            _stop(stages, run_dir, signal.SIGTERM)
+            raise
         finally:
-            _stop(stages, run_dir)
+            _stop(stages, run_dir, signal.SIGINT)
     write_summary(cfg, stages, peak_memory.bytes)
 
 
@@ -155,6 +168,7 @@ def plan(cfg: PipelineConfig) -> dict[str, Stage]:
             arguments=[stage.command, *overrides],
             hash=hashlib.sha256(identity.encode()).hexdigest(),
             num_steps=config.num_steps if COMMANDS[stage.command].trains else 1,
+            grace_seconds=config.launch.grace_seconds if COMMANDS[stage.command].trains else 0.0,
             record=read_json(state_file) if state_file.is_file() else {},
         )
     return stages
@@ -196,21 +210,21 @@ def _start(stage: Stage, run_dir: Path, threads: int) -> None:
         shutil.rmtree(stage.folder, ignore_errors=True)
     stage.record = {"schema": SCHEMA, "hash": stage.hash, "state": "running", "seconds": stage.record.get("seconds", 0.0) if is_same else 0.0}
     _write_state(run_dir, stage)
-    launcher = [sys.executable, "-m"]
     if len(stage.slots) > 1:
-        launcher += ["torch.distributed.run", "--standalone", "--nproc_per_node", str(len(stage.slots)), "-m"]
+        arguments.append(f"launch.processes={len(stage.slots)}")
     environment = os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"}
     if torch.cuda.is_available():
         environment["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, stage.slots))
     log = (run_dir / "stages" / f"{stage.name}.log").open("w")
     stage.begun = time.monotonic()
-    stage.process = subprocess.Popen([*launcher, "opd", *arguments], stdout=log, stderr=subprocess.STDOUT, env=environment, preexec_fn=_end_with_parent)
+    command, end_too = [sys.executable, "-m", "opd", *arguments], partial(end_with_parent, signal.SIGINT)
+    stage.process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment, preexec_fn=end_too)
 
 
-def _end_with_parent() -> None:
-    """Have Linux interrupt this process when the pipeline is gone, however it went; a shell that started it in the background has it ignore that."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-    LIBC.prctl(1, signal.SIGINT)  # PR_SET_PDEATHSIG
+def _heed(number: int, _frame: FrameType | None) -> None:
+    for other in SIGNALS:  # once is enough: what follows ends the stages
+        signal.signal(other, signal.SIG_IGN)
+    raise Preempted(f"ended by {signal.Signals(number).name}: the same command goes on with the stages where they were")
 
 
 def _follow(stage: Stage, free: list[int], run_dir: Path, display: ProgressDisplay) -> None:
@@ -225,6 +239,8 @@ def _follow(stage: Stage, free: list[int], run_dir: Path, display: ProgressDispl
     free += stage.slots
     if code != 0:
         _write_state(run_dir, stage)
+        if code == PREEMPTED:
+            raise Preempted(f"stage {stage.name} has ended early: the same command goes on with it where it was")
         log = run_dir / "stages" / f"{stage.name}.log"
         raise ValueError(f"stage {stage.name} failed with exit code {code}; {log} ends: {_last_error(log)}")
     stage.record["state"] = "done"
@@ -249,16 +265,17 @@ def _progress(stage: Stage) -> tuple[int, str]:
     return 0, ""
 
 
-def _stop(stages: dict[str, Stage], run_dir: Path) -> None:
-    """End what still runs (after an interruption or a failure of another stage), so that it can resume."""
+def _stop(stages: dict[str, Stage], run_dir: Path, number: int) -> None:
+    """End what still runs (after a signal, or a failure of another stage) by a signal, so that it can resume."""
     running = [stage for stage in stages.values() if stage.process is not None]
     for stage in running:
-        stage.process.send_signal(signal.SIGINT)
+        stage.process.send_signal(number)
     for stage in running:
         try:
-            stage.process.wait(timeout=30)
+            stage.process.wait(timeout=STOP_SECONDS + (stage.grace_seconds if number == signal.SIGTERM else 0.0))
         except subprocess.TimeoutExpired:
             stage.process.kill()
+        stage.process = None
         stage.record["seconds"] += time.monotonic() - stage.begun
         _write_state(run_dir, stage)
 
@@ -314,7 +331,7 @@ def _write_state(run_dir: Path, stage: Stage) -> None:
 
 def _last_error(log: Path) -> str:
     """Why a stage failed: the last line that opd itself wrote as an error, else the last exception in the log, else the log's last line."""
-    lines = [re.sub(r"^\[rank\d+\]: ", "", line).strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    lines = [re.sub(r"^\[rank ?\d+\]:? ", "", line).strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
     own = [line.removeprefix("opd: ") for line in lines if line.startswith("opd: ")]
     exceptions = [line for line in lines if re.match(r"[\w.]*(Error|Exception|Interrupt)\b", line)]
     return (own[-1:] or exceptions[-1:] or lines[-1:] or ["nothing"])[0]

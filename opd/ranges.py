@@ -24,10 +24,12 @@ AT_LEAST_ONE = (
 NOT_NEGATIVE = (
     "num_steps", "temperature", "lr", "muon_lr", "eps", "weight_decay", "warmup_steps", "every", "router_probe_every", "update_ratio_every",
     "measure_every", "steps", "memory_gb", "hidden_memory_gb", "gradient_share_every", "retries", "show", "stop_tokens", "num_end_tokens",
-    "teacher_answers",
+    "teacher_answers", "max_restarts", "max_skipped_steps",
 )  # fmt: skip
 
-ABOVE_ZERO = ("timeout_seconds", "load_timeout_seconds", "probe_tolerance", "lease_seconds", "max_mismatch", "tolerance")
+ABOVE_ZERO = (
+    "timeout_seconds", "load_timeout_seconds", "probe_tolerance", "lease_seconds", "max_mismatch", "tolerance", "heartbeat_seconds", "timeout_minutes",
+)  # fmt: skip
 """Finite numbers above 0, or none at all."""
 
 MOST_COMPLETIONS = 1 << 16

@@ -19,6 +19,7 @@ from opd.alarms import Alarms, standard_alarms
 from opd.config import RunConfig
 from opd.console import ProgressDisplay
 from opd.distributed import is_main
+from opd.errors import PREEMPTED, Preempted
 from opd.flops import measured_matmul_rate
 from opd.job_config import LoggerConfig, LoggerKind
 from opd.metrics import SCHEMA, headline
@@ -53,7 +54,9 @@ class Tracker:
         self.profiler.close()
         self.display.__exit__(*exception)
         if self.wandb_run is not None:
-            self.wandb_run.finish(exit_code=int(exception[0] is not None))
+            if exception[0] is Preempted:
+                self.wandb_run.mark_preempting()  # the run is to go on, and is shown as such
+            self.wandb_run.finish(exit_code=PREEMPTED if exception[0] is Preempted else int(exception[0] is not None))
 
     def resume(self, step: int) -> None:
         """Forget the records of steps that will be done again: those after `step`, and with 0 all."""

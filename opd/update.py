@@ -6,14 +6,20 @@ N_d counts the tokens of domain d in the whole step over all ranks, and the weig
 their sum, so that neither micro-batching nor grouping by teacher nor the number of ranks changes the loss. Token-share weights are a
 different normalisation (a domain's length would enter its weight) and are never mixed with this one.
 
+A step with a loss or gradient that is not finite is skipped as a whole, on all ranks together, since the gradient that they sum is then not finite: a
+loss that is not finite spoils the last backward even where its own gradient is finite. optim.max_skipped_steps says how many may be in a row.
+
 N: completion tokens of a micro-batch.
 """
+
+import logging
+import math
 
 import torch
 
 from opd.batch import MicroBatch, distillation_batches, supervised_batches, with_hidden
 from opd.config import DistillConfig, RunConfig
-from opd.distributed import Group, num_ranks, reduce_sum
+from opd.distributed import Group, gather_objects, is_main, num_ranks, reduce_sum
 from opd.engine import Engine
 from opd.gradient_share import gradient_shares
 from opd.metrics import DomainTotals, add_losses, loss_metrics, teacher_loss_metrics
@@ -27,6 +33,11 @@ from rollout.types import Rollout
 from teachers.config import SignalKind
 from teachers.pool import TeacherPool
 from teachers.types import ScoredRollout
+
+MOST_NAMED = 3
+"""Rollouts that a message names."""
+
+LOG = logging.getLogger(__name__)
 
 
 def update(engine: Engine, teachers: TeacherPool, scored: list[ScoredRollout], cfg: DistillConfig) -> dict[str, float]:
@@ -86,20 +97,23 @@ def _train(engine: Engine, batches: list[MicroBatch], cfg: RunConfig, teachers: 
             head = teachers.head(batch.teacher, _next_teacher(batches, number))
         batch = batch.to(engine.device)
         scale = 0.0 if batch.is_filler else balance_scale
-        loss, losses = engine.loss(batch, head, number == len(batches) - 1, scale)
-        engine.backward(loss)
+        is_last = number == len(batches) - 1
+        loss, losses = engine.loss(batch, head, is_last, scale)
         finite.append(losses.loss_N.isfinite())
+        engine.backward(_spoiled_unless_finite(loss, finite) if is_last else loss)
         add_losses(totals, batch, losses)
-    _require_finite(batches, finite)
     metrics |= engine.step()
+    is_skipped = engine.skipped_in_a_row > 0
+    if is_skipped:
+        _judge_skipped(engine, batches, finite, cfg.optim.max_skipped_steps)
     engine.recorder.sum_ranks()
-    if cfg.student.router_bias_speed:
+    if cfg.student.router_bias_speed and not is_skipped:
         engine.recorder.update_bias(cfg.student.router_bias_speed)
     metrics |= engine.recorder.metrics() | loss_metrics(totals, is_distillation=teachers is not None)
     metrics |= update_work(batches, engine.model, cfg, teachers)
     if teachers is not None:
         metrics |= teacher_loss_metrics(totals, {teachers.label(name): teachers.domains_of(name) for name in teachers.configs})
-    return metrics
+    return {name: value for name, value in metrics.items() if math.isfinite(value)} if is_skipped else metrics
 
 
 def _next_teacher(batches: list[MicroBatch], number: int) -> str | None:
@@ -133,11 +147,28 @@ def _add_kl(totals: DomainTotals, batch: MicroBatch, kl_N: torch.Tensor) -> None
         totals.add(rollout.prompt.domain, kl=float(kl_N[mask_N].double().sum()), tokens=int(mask_N.sum()))
 
 
-def _require_finite(batches: list[MicroBatch], finite: list[torch.Tensor]) -> None:
-    """Raises ValueError with domain and request of the step's first loss that is not finite; one look at the losses a step."""
-    if torch.stack([finite_N.all() for finite_N in finite]).all():
-        return
-    number = next(number for number, finite_N in enumerate(finite) if not finite_N.all())
-    token = int((~finite[number]).nonzero()[0, 0])
-    prompt = batches[number].rollouts[int(batches[number].rollout_N[token])].prompt
-    raise ValueError(f"the loss is not finite on request {prompt.request} of domain {prompt.domain} (row {prompt.row})")
+def _spoiled_unless_finite(loss: torch.Tensor, finite: list[torch.Tensor]) -> torch.Tensor:
+    """The last micro-batch's loss, NaN where a loss of this rank's step is not finite: so is then the gradient of all ranks, whatever it was before."""
+    is_finite = torch.stack([finite_N.all() for finite_N in finite]).all()
+    return loss * torch.where(is_finite, 1.0, math.nan)
+
+
+def _judge_skipped(engine: Engine, batches: list[MicroBatch], finite: list[torch.Tensor], most: int) -> None:
+    """Say whose loss was not finite in the step that was just skipped; every rank calls it. Raises ValueError after more than `most` in a row."""
+    own = []
+    for batch, finite_N in zip(batches, finite, strict=True):
+        numbers = batch.rollout_N[~finite_N].unique().tolist() if not batch.is_filler else []
+        own += [(prompt.request, prompt.domain, prompt.row) for prompt in (batch.rollouts[number].prompt for number in numbers)]
+    found = sorted({place for places in gather_objects(own, Group.data) for place in places})
+    step = engine.policy_step
+    if found:
+        places = ", ".join(f"request {request} of domain {domain} (row {row})" for request, domain, row in found[:MOST_NAMED])
+        more = f" and {len(found) - MOST_NAMED} more" if len(found) > MOST_NAMED else ""
+        problem = f"the loss of step {step} is not finite on {places}{more}"
+    else:
+        problem = f"the gradient of step {step} is not finite, though every loss is"
+    if engine.skipped_in_a_row > most:
+        before = f", after {engine.skipped_in_a_row - 1} before it that were skipped" if most else ""
+        raise ValueError(f"{problem}{before}: lower optim.lr, look at these rollouts, or let optim.max_skipped_steps pass more such steps")
+    if is_main():
+        LOG.warning("%s: its update is skipped (%d of at most %d in a row)", problem, engine.skipped_in_a_row, most)

@@ -11,6 +11,7 @@ import torch
 
 from opd.__main__ import load_config
 from opd.pipeline import _last_error, run_pipeline
+from opd.stopping import SIGNALS
 from rollout.config import ModelConfig
 from rollout.model import load_model
 
@@ -83,9 +84,10 @@ def opd(finished, monkeypatch, capsys):
         return capsys.readouterr().out
 
     monkeypatch.chdir(finished[0])
-    before = signal.getsignal(signal.SIGTERM)
+    before = {number: signal.getsignal(number) for number in SIGNALS}
     yield run
-    signal.signal(signal.SIGTERM, before)
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.mark.multi
@@ -142,6 +144,7 @@ def test_a_student_trained_under_fp4_is_exported_without_changing_a_weight(finis
     [
         ("MXFP4 attached to 3 layers\nopd: the student is not at ./no/student\n[rank1]: ChildFailedError: \n", "the student is not at ./no/student"),
         ("MXFP4 attached to 3 layers\n[rank1]: RuntimeError: out of memory\nat exit\n", "RuntimeError: out of memory"),
+        ("opd: start 2\n[rank 1] opd: rank 0 is gone\n", "rank 0 is gone"),
         ("MXFP4 attached to 3 layers\nKilled\n\n", "Killed"),
         ("", "nothing"),
     ],

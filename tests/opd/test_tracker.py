@@ -5,8 +5,10 @@ import os
 from pathlib import Path
 
 import pytest
+from wandb.proto.wandb_internal_pb2 import Record
 
 from opd.config import DistillConfig
+from opd.errors import Preempted
 from opd.job_config import LoggerConfig, LoggerKind
 from opd.tracker import Tracker
 from rollout.synthetic import synthetic_rows
@@ -163,6 +165,24 @@ def test_a_run_that_fails_ends_its_w_and_b_run(no_account, tmp_path):
     with pytest.raises(KeyError), tracker:
         raise KeyError("something")
     assert tracker.wandb_run._is_finished
+
+
+def written_kinds(run_dir: Path) -> list[str]:
+    """The kinds of records in W&B's log of a short run: after a header of 7 bytes, each record behind its checksum, length and type."""
+    [log] = (run_dir / "wandb").glob("offline-run-*/run-*.wandb")
+    content, position, kinds = log.read_bytes(), 7, []
+    while position + 7 < len(content):
+        end = position + 7 + int.from_bytes(content[position + 4 : position + 6], "little")
+        kinds.append(Record.FromString(content[position + 7 : end]).WhichOneof("record_type"))
+        position = end
+    return kinds
+
+
+@pytest.mark.parametrize(("end", "is_marked"), [(Preempted, True), (KeyError, False)])
+def test_a_run_that_ended_early_and_is_to_go_on_is_marked_so_in_w_and_b(end, is_marked, no_account, tmp_path):
+    with pytest.raises(end), Tracker(tmp_path, "test", config(LoggerKind.offline)):
+        raise end("ended")
+    assert ("preempting" in written_kinds(tmp_path)) == is_marked
 
 
 def test_nothing_of_prompts_and_answers_is_in_the_records_or_in_w_and_bs_files(short_run):

@@ -1,5 +1,6 @@
 """One step from scored rollouts: the objective's formula, and what must not change it (DESIGN section 5, properties 1 to 3)."""
 
+import math
 from collections.abc import Callable
 
 import pytest
@@ -192,13 +193,49 @@ def test_a_loss_that_is_not_finite_in_a_later_micro_batch_leaves_weights_and_opt
     before, moments_before = engine.full_weights(), moments(engine)
     bad = [make_rollout("law", [5, 6, 8], [8], request=3), make_rollout("law", [5, 6], [8, 9, 9], request=4)]
     bad += [make_rollout("code", [5, 7, 8], [8, 9, 8], request=5), make_rollout("law", [5, 7], [8, 9, 9, 8, 9], request=6)]
-    with pytest.raises(ValueError, match=r"not finite on request 5 of domain code \(row prompts:5\)"):
+    with pytest.raises(ValueError, match=r"loss of step 2 is not finite on request 5 of domain code \(row prompts:5\), request 6 of domain law"):
         update(engine, pool, pool.score(bad), cfg)
     after = engine.full_weights()
     assert all(torch.equal(after[name].nan_to_num(), before[name].nan_to_num()) for name in before)
     assert len(moments_before) > 2
     assert all(torch.equal(one, other) for one, other in zip(moments(engine), moments_before, strict=True))
-    assert engine.policy_step == 1
+
+
+@pytest.fixture
+def skipping(v4_model, make_pool, make_engine, make_config, make_rollout) -> Callable[[bool], dict[str, float]]:
+    """skipping(is_bad): one update of a run that may skip two steps in a row, whose loss is not finite on request 4 where it is bad."""
+    pool, cfg = make_pool({"law": "v4"}), make_config({"law": DomainConfig()}, optim={"max_skipped_steps": 2})
+    with torch.no_grad():
+        v4_model.get_input_embeddings().weight[7] = float("nan")
+    engine = make_engine(v4_model, cfg)
+
+    def step(is_bad: bool) -> dict[str, float]:
+        rollouts = [make_rollout("law", [5, 6], [8, 9], request=3), make_rollout("law", [5, 7 if is_bad else 8], [8, 9], request=4)]
+        return update(engine, pool, pool.score(rollouts), cfg)
+
+    return step
+
+
+def test_as_many_skipped_steps_as_allowed_are_counted_and_named_and_one_more_stops(skipping, caplog):
+    assert [skipping(is_bad)["optim/skipped_steps"] for is_bad in (True, True, False, True, True)] == [1, 2, 2, 3, 4]
+    assert caplog.messages[-1].startswith("the loss of step 5 is not finite on request 4 of domain law (row prompts:4): its update is skipped (2 of at most 2")
+    with pytest.raises(ValueError, match=r"the loss of step 6 is not finite on request 4 .* after 2 before it that were skipped"):
+        skipping(True)
+
+
+def test_a_skipped_step_has_no_metric_that_is_not_finite(skipping):
+    metrics = skipping(True)
+    assert all(math.isfinite(value) for value in metrics.values())
+    assert "step/loss" not in metrics
+    assert "step/loss" in skipping(False)
+
+
+def test_a_gradient_that_is_not_finite_under_finite_losses_is_said_to_be_alone(v4_model, make_pool, make_engine, make_config, make_rollout):
+    pool, cfg = make_pool({"law": "v4"}), weighted(make_config, {"law": 1.0})
+    engine = make_engine(v4_model, cfg)
+    engine.model.get_input_embeddings().weight.register_hook(lambda gradient: gradient * math.inf)
+    with pytest.raises(ValueError, match="the gradient of step 1 is not finite, though every loss is: lower"):
+        update(engine, pool, pool.score([make_rollout("law", [5, 6], [8, 9], request=3)]), cfg)
 
 
 def moments(engine: Engine) -> list[torch.Tensor]:
