@@ -11,8 +11,8 @@ from transformers import PreTrainedTokenizerBase
 
 from opd.config import CheckCommandConfig
 from opd.console import print_table
+from opd.deepspeed_settings import deepspeed_settings
 from opd.distributed import is_main, start_processes
-from opd.engine import deepspeed_settings
 from opd.evaluate import Evaluator
 from opd.rollouts import build_stream, data_ranks
 from opd.signal_check import CheckReport, run_checks

@@ -4,8 +4,6 @@ The loss is part of the wrapped module (opd/trained_model.py). Micro-batches car
 DeepSpeed's own divisions are undone: no scaling by accumulation steps, and the loss is multiplied by the number of ranks over which DeepSpeed averages
 gradients.
 
-The `deepspeed` section of the config is DeepSpeed's JSON schema, passed through, without the keys that other settings own.
-
 B: rows. L: positions. N: completion tokens of the micro-batch, flattened. D: hidden size. V: vocabulary.
 """
 
@@ -17,7 +15,6 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -31,8 +28,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from opd.batch import MicroBatch, require_packing
-from opd.config import DistillConfig, OptimConfig, OptimizerKind, Router, RunConfig
-from opd.distributed import Group, is_main, num_ranks, rank, reduce_sum
+from opd.config import DistillConfig, OptimConfig, OptimizerKind, RunConfig
+from opd.deepspeed_settings import deepspeed_settings
+from opd.distributed import Group, is_main, num_ranks, rank, reduce_max, reduce_sum
 from opd.divergence import full_divergence, with_temperature
 from opd.divergence_passes import require_backend
 from opd.estimators import cross_entropy
@@ -44,22 +42,10 @@ from opd.quant_config import ExpertFormat
 from opd.tiles import TokenLosses
 from opd.trained_model import TrainedModel
 from opd.zero3 import parts_of, restrict_linear_to_training
-from rollout.compiler import has_compiler
 from rollout.errors import first_sentence
 from rollout.indexer import indexer_recall
 from rollout.model import backbone_of, head_of
 from teachers.types import OutputHead
-
-OWNED_KEYS = {
-    "train_batch_size": "rollout.prompts_per_step",
-    "train_micro_batch_size_per_gpu": "batch.max_tokens_per_micro_batch",
-    "gradient_accumulation_steps": "batch.max_tokens_per_micro_batch",
-    "gradient_clipping": "optim.clip_norm",
-    "optimizer": "optim",
-    "scheduler": "optim.schedule",
-    "bf16": "student.dtype",
-    "fp16": "student.dtype",
-}
 
 
 class Engine:
@@ -296,40 +282,6 @@ class Engine:
         if float(reduce_max(is_bad, Group.data)):
             for gradient in parts:
                 gradient.fill_(math.nan)
-
-
-def deepspeed_settings(cfg: RunConfig, dtype: torch.dtype) -> dict[str, Any]:
-    """DeepSpeed's config from ours. Raises ValueError for a key that another setting owns, and for combinations that degrade silently."""
-    owned = [key for key in cfg.deepspeed if key in OWNED_KEYS]
-    if owned:
-        raise ValueError(f"deepspeed.{owned[0]} is owned by {OWNED_KEYS[owned[0]]}: set that instead")
-    stage = cfg.deepspeed.get("zero_optimization", {}).get("stage", 0)
-    bf16 = dtype is torch.bfloat16
-    if cfg.optim.kind is OptimizerKind.muon:
-        if cfg.optim.clip_norm is not None:
-            raise ValueError("optim.clip_norm must be null with optim.kind=muon: DeepSpeed would clip the orthogonalised update, not the gradient")
-        if not has_compiler():
-            raise ValueError("optim.kind=muon needs a C++ compiler for torch.compile: install g++ (or set CXX), or use optim=adamw")
-        if bf16 and stage < 2:
-            raise ValueError("optim.kind=muon in bfloat16 needs ZeRO 2 or 3 (deepspeed=zero2): DeepSpeed does not orthogonalise at lower stages")
-    if bf16 and stage == 0:
-        raise ValueError("student.dtype=bfloat16 needs ZeRO 1, 2 or 3 (deepspeed=zero1), which keep float32 master weights")
-    if cfg.student.router is Router.train and cfg.student.router_balance_loss and cfg.student.gradient_checkpointing:
-        raise ValueError("student.router_balance_loss does not work with student.gradient_checkpointing: set one of them off")
-    if cfg.student.router_balance_loss and cfg.batch.packing:
-        raise ValueError("student.router_balance_loss is per sequence and does not work with batch.packing=true: set one of them off")
-    settings = {
-        "train_micro_batch_size_per_gpu": 1,
-        "gradient_accumulation_steps": 1,
-        "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,
-        "gradient_clipping": cfg.optim.clip_norm or 0.0,  # left out, DeepSpeed would clip to 1
-        **({"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}, "communication_data_type": "fp32"} if bf16 else {}),
-        **cfg.deepspeed,
-    }
-    if stage == 3 and cfg.optim.kind is OptimizerKind.muon:
-        settings["zero_optimization"] = {"reduce_scatter": False, **settings["zero_optimization"]}
-    return settings
 
 
 def _optimizer(groups: list, cfg: OptimConfig) -> torch.optim.Optimizer:

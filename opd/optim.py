@@ -3,7 +3,7 @@
 Muon (arXiv:2606.19348, 2.4) takes matrices that map hidden states to hidden states. Embeddings, head, norms, routers, biases
 and gating vectors stay with AdamW; of those the matrices (embeddings, head, routers) are decayed. DeepSpeed's Muon is used as it
 is, with two consequences: it orthogonalises before it clips, so a clip norm would shrink the update rather than the gradient,
-and under ZeRO-1 in bfloat16 it would not orthogonalise at all; both are refused in opd/engine.py.
+and under ZeRO-1 in bfloat16 it would not orthogonalise at all; both are refused in opd/deepspeed_settings.py.
 Its Newton-Schulz iteration runs in bfloat16; measured in float32 models, ZeRO-3 agrees with ZeRO 0 to 2 to 1e-4 in the loss, not to 1e-5.
 """
 

@@ -10,7 +10,8 @@ from torch.nn import functional
 
 from opd.batch import MicroBatch, supervised_batches
 from opd.config import BatchConfig, OptimConfig, OptimizerKind, Router, RunConfig, StudentConfig
-from opd.engine import OWNED_KEYS, Engine, deepspeed_settings
+from opd.deepspeed_settings import OWNED_KEYS, deepspeed_settings
+from opd.engine import Engine
 from opd.optim import parameter_groups
 from opd.student import build_student, seed_everything
 from rollout.config import Dtype
