@@ -1,0 +1,120 @@
+"""A run of two ranks whose ranks are killed at twenty moments, in every phase of a step and of a save, ends bit for bit like one that nobody disturbed."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+NUM_KILLS = 20
+PHASES = {
+    "sampling": ("rollout.sampler:LocalSampler", "sample"),
+    "scoring": ("teachers.pool:TeacherPool", "score"),
+    "update": ("opd.engine:Engine", "backward"),
+    "optimizer step": ("opd.engine:Engine", "step"),
+    "save: begin": ("opd.checkpoint_files:", "begin_partial"),
+    "save: files": ("opd.engine:Engine", "save"),
+    "save: hashes": ("opd.checkpoint_files:", "seal"),
+    "save: rename": ("opd.checkpoint_files:", "commit"),
+    "save: verify": ("opd.checkpoint_files:", "problem_of"),
+    "save: pointer": ("opd.checkpoint_files:", "point_to"),
+    "save: older ones go": ("opd.checkpoint_files:", "forget_older"),
+}
+OF_RANK_0 = ("save: begin", "save: rename", "save: pointer", "save: older ones go")
+
+SCRIPT = """
+import importlib, json, os, signal, sys, threading
+from pathlib import Path
+
+from opd.__main__ import main
+
+plan, kills, phases = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[1]).with_name("kills"), json.loads(sys.argv[2])
+done = len(kills.read_text().splitlines()) if kills.exists() else 0
+
+
+def die(phase):
+    with kills.open("a") as file:
+        file.write(phase + chr(10))
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def doom(phase, calls, delay):
+    module, _, owner = phases[phase][0].partition(":")
+    owner = getattr(importlib.import_module(module), owner) if owner else importlib.import_module(module)
+    whole = getattr(owner, phases[phase][1])
+
+    def doomed(*arguments, **named):
+        nonlocal calls
+        calls -= 1
+        if calls == 0 and delay == 0:
+            die(phase)
+        if calls == 0:
+            timer = threading.Timer(delay, die, [phase])
+            timer.daemon = True
+            timer.start()
+        return whole(*arguments, **named)
+
+    setattr(owner, phases[phase][1], doomed)
+
+
+if "RANK" in os.environ and done < len(plan) and int(os.environ["RANK"]) == plan[done]["rank"]:
+    doom(plan[done]["phase"], plan[done]["calls"], plan[done]["delay"])
+sys.exit(main(sys.argv[3:]))
+"""
+
+SUPERVISED = """
+import json, sys
+from opd.__main__ import load_config
+from opd.supervisor import Supervisor
+sys.exit(Supervisor([sys.executable, *json.loads(sys.argv[1])], load_config("distill", json.loads(sys.argv[2]))).run())
+"""
+
+
+@pytest.fixture(scope="module")
+def settings(saved_v4, teacher_folders) -> list[str]:
+    """Of the quickstart's sizes, but for the number of steps and prompts."""
+    return [
+        "experiment=quickstart", "domain=[arithmetic,tools]", "num_steps=40", "rollout.prompts_per_step=16", "checkpoint.every=1", "evaluation.every=0",
+        "evaluation.prompts=8", "check.signal=off", "check.teacher_answers=0", "logger=none", "threads=1", f"student.model={saved_v4}",
+        "launch.processes=2", "launch.heartbeat_seconds=20", f"launch.max_restarts={NUM_KILLS}",
+        *(f"domains.{name}.teacher.model={teacher_folders['v4']}" for name in ("arithmetic", "tools")),
+    ]  # fmt: skip
+
+
+def plan_of(seed: int) -> list[dict]:
+    """Every phase once, then some drawn; in the second call at most, at its begin or while it lasts."""
+    draws = random.Random(seed)
+    phases = [*PHASES, *draws.choices(list(PHASES), k=NUM_KILLS - len(PHASES))]
+    draws.shuffle(phases)
+    return [
+        {"phase": phase, "rank": 0 if phase in OF_RANK_0 else draws.randrange(2), "calls": draws.randint(1, 2), "delay": draws.choice([0, 0, 0.02, 0.2])}
+        for phase in phases
+    ]  # fmt: skip
+
+
+def run(folder: Path, plan: list[dict], settings: list[str]) -> Path:
+    """A supervised run whose ranks die as planned; returns its folder."""
+    folder.mkdir()
+    (folder / "plan.json").write_text(json.dumps(plan))
+    (folder / "script.py").write_text(SCRIPT)
+    settings = [*settings, f"run_dir={folder / 'run'}"]
+    rank = [str(folder / "script.py"), str(folder / "plan.json"), json.dumps(PHASES), "distill", *settings]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", SUPERVISED, json.dumps(rank), json.dumps(settings)]
+    ended = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=3000, check=False)
+    assert ended.returncode == 0, ended.stderr[-4000:]
+    return folder / "run"
+
+
+@pytest.mark.slow
+@pytest.mark.multi
+def test_twenty_kills_change_nothing(settings, numbers, tmp_path):
+    whole = run(tmp_path / "whole", [], settings)
+    plan = plan_of(seed=0)
+    killed = run(tmp_path / "killed", plan, settings)
+    assert (tmp_path / "killed/kills").read_text().splitlines() == [kill["phase"] for kill in plan]
+    assert numbers(killed) == numbers(whole)
+    assert (killed / "student/model.safetensors").read_bytes() == (whole / "student/model.safetensors").read_bytes()
