@@ -92,12 +92,12 @@ def require_packing(family: str) -> None:
         )
 
 
-def distillation_batches(scored: list[ScoredRollout], token_weight: dict[str, float], cfg: BatchConfig) -> list[MicroBatch]:
-    """Micro-batches of one rank, each with one teacher; `token_weight` is w_d / N_d per domain. Every rank calls it."""
-    return _same_number_on_every_rank(teacher_batches(scored, token_weight, cfg))
+def distillation_batches(scored: list[ScoredRollout], token_weight: dict[str, float], cfg: BatchConfig, least: int = 0) -> list[MicroBatch]:
+    """Micro-batches of one rank, each with one teacher and `least` positions or more in a row; `token_weight` is w_d / N_d per domain. Every rank calls it."""
+    return _same_number_on_every_rank(teacher_batches(scored, token_weight, cfg, least))
 
 
-def teacher_batches(scored: list[ScoredRollout], token_weight: dict[str, float], cfg: BatchConfig) -> list[MicroBatch]:
+def teacher_batches(scored: list[ScoredRollout], token_weight: dict[str, float], cfg: BatchConfig, least: int = 0) -> list[MicroBatch]:
     """As `distillation_batches`, for this rank alone: the number of micro-batches may differ between ranks."""
     by_teacher: dict[str, list[ScoredRollout]] = {}
     for item in scored:
@@ -105,7 +105,7 @@ def teacher_batches(scored: list[ScoredRollout], token_weight: dict[str, float],
     batches = []
     for teacher, items in by_teacher.items():
         for group in _groups([item.rollout for item in items], cfg):
-            batch = _micro_batch([items[i].rollout for i in group], token_weight, cfg.packing)
+            batch = _micro_batch([items[i].rollout for i in group], token_weight, cfg.packing, least)
             batches.append(replace(batch, teacher=teacher, **_signals([items[i].signal for i in group])))
     return batches
 
@@ -142,10 +142,10 @@ def forward_batches(scored: list[ScoredRollout], teachers: TeacherPool, device: 
         yield with_hidden(batch, teachers).to(device)
 
 
-def supervised_batches(examples: list[Rollout], token_weight: dict[str, float], cfg: BatchConfig) -> list[MicroBatch]:
-    """Micro-batches of one rank for training on the examples' completion tokens. Every rank calls it."""
+def supervised_batches(examples: list[Rollout], token_weight: dict[str, float], cfg: BatchConfig, least: int = 0) -> list[MicroBatch]:
+    """Micro-batches of one rank for training on the examples' completion tokens, with `least` positions or more in a row. Every rank calls it."""
     groups = _groups(examples, cfg)
-    return _same_number_on_every_rank([_micro_batch([examples[i] for i in group], token_weight, cfg.packing) for group in groups])
+    return _same_number_on_every_rank([_micro_batch([examples[i] for i in group], token_weight, cfg.packing, least) for group in groups])
 
 
 def _groups(rollouts: list[Rollout], cfg: BatchConfig) -> list[list[int]]:
@@ -161,7 +161,7 @@ def _groups(rollouts: list[Rollout], cfg: BatchConfig) -> list[list[int]]:
     return groups
 
 
-def _micro_batch(rollouts: list[Rollout], token_weight: dict[str, float], packing: bool) -> MicroBatch:
+def _micro_batch(rollouts: list[Rollout], token_weight: dict[str, float], packing: bool, least: int) -> MicroBatch:
     lengths = [sequence_length(rollout) for rollout in rollouts]
     if packing:
         tokens_BL = torch.cat([pad_right([rollout])[0] for rollout in rollouts])[None]
@@ -169,7 +169,7 @@ def _micro_batch(rollouts: list[Rollout], token_weight: dict[str, float], packin
         real_BL = torch.ones_like(tokens_BL, dtype=torch.bool)
         starts = [sum(lengths[:row]) for row in range(len(rollouts))]
     else:
-        tokens_BL, position_ids_BL = pad_right(rollouts), None
+        tokens_BL, position_ids_BL = pad_right(rollouts, least), None
         real_BL = torch.arange(tokens_BL.shape[1])[None, :] < torch.tensor(lengths)[:, None]
         starts = [row * tokens_BL.shape[1] for row in range(len(rollouts))]
     mask_N = torch.cat([rollout.completion_mask_T for rollout in rollouts])

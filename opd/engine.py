@@ -39,6 +39,7 @@ from opd.loss_config import LossConfig
 from opd.optim import learning_rate_factor, parameter_groups
 from opd.qat import ExpertQuantizer, code_metrics
 from opd.quant_config import ExpertFormat
+from opd.student import least_length
 from opd.tiles import TokenLosses
 from opd.trained_model import TrainedModel
 from opd.zero3 import parts_of, restrict_linear_to_training
@@ -59,6 +60,7 @@ class Engine:
         require_backend(loss.backend, device)
         self.trained = TrainedModel(self.model, vocab_size, cfg.student, loss, temperature)
         self.recorder = self.trained.recorder
+        self.least_length = least_length(student.config)
         if cfg.batch.packing:
             require_packing(student.config.model_type)
         settings = deepspeed_settings(cfg, next(student.parameters()).dtype)

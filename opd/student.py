@@ -11,7 +11,7 @@ import random
 import numpy as np
 import torch
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from opd.config import Router, StudentConfig
@@ -98,6 +98,16 @@ def fill_hash_tables(model: nn.Module) -> None:
             router = model.get_submodule(name.rsplit(".", 1)[0])
             scores = torch.rand(table.shape[0], router.num_experts)
             table.copy_(scores.argsort(dim=1)[:, : table.shape[1]])
+
+
+def least_length(config: PretrainedConfig) -> int:
+    """Positions that a row needs for every parameter to have a gradient, 0 where one will do.
+
+    DeepSeek-V4's compressed attention passes its compressors over while a row is shorter than their window. ZeRO reduces what has a gradient, so that
+    ranks of which only some have long rows would add up the gradients of different parameters.
+    """
+    rates = config.to_dict().get("compress_rates")
+    return max(rates.values()) if rates else 0
 
 
 def _require_experts_for_fp4(model: PreTrainedModel, cfg: StudentConfig) -> None:

@@ -4,7 +4,8 @@ torchrun does the same and knows no exit codes: it starts a run again that was r
 they still save, and says 1 whatever they said. So here each rank is a process of the same command, with the environment that torchrun would give it:
 
     0, 2, 75, 130       all ranks are done, refused, ended early with a checkpoint, interrupted: so ends the supervisor
-    anything else       a rank has died: the others are ended, and all begin again from the last checkpoint, launch.max_restarts times at most; then 1
+    anything else       a rank has died: the others are ended, and all begin again from the last checkpoint, launch.max_restarts times at most; then 1;
+                        after a signal not at all, and it is 75 (130): a rank whose grace ran out is killed
 
 Signals to the supervisor go on to the ranks, which decide; it ends after them. Each is a process group of its own, so that a terminal's Ctrl-C reaches it
 once, and Linux kills it when the supervisor is gone, however it went: a checkpoint is whole or not there. The store at which the ranks meet is the
@@ -98,7 +99,10 @@ class Supervisor:
                 break
             _say(f"{ending.sentence}; start {restart + 2} of {self.cfg.max_restarts + 1} goes on from the last checkpoint")
             time.sleep(PAUSE_SECONDS)
-        used = f", and launch.max_restarts={self.cfg.max_restarts} are used up" if self.cfg.max_restarts and not self.signals else ""
+        if self.signals:  # a grace that ran out, perhaps
+            _say(f"{ending.sentence}; {AGAIN}")
+            return INTERRUPTED if signal.SIGINT in self.signals else PREEMPTED
+        used = f", and launch.max_restarts={self.cfg.max_restarts} are used up" if self.cfg.max_restarts else ""
         _say(f"{ending.sentence}{used}; {AGAIN}")
         return 1
 

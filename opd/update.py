@@ -45,7 +45,7 @@ def update(engine: Engine, teachers: TeacherPool, scored: list[ScoredRollout], c
     require_routes([item.rollout for item in scored], cfg.student.replay_routes, len(engine.recorder.routers))
     scored, masked = mask_mismatched(engine, teachers.recovered(scored), cfg)
     weights, metrics = domain_weights([item.rollout for item in scored], cfg, engine.policy_step)
-    batches = distillation_batches(scored, weights, cfg.batch)
+    batches = distillation_batches(scored, weights, cfg.batch, engine.least_length)
     metrics |= _train(engine, batches, cfg, teachers)
     return metrics | masked | score_work(scored, teachers) | teachers.metrics()
 
@@ -53,7 +53,7 @@ def update(engine: Engine, teachers: TeacherPool, scored: list[ScoredRollout], c
 def supervised_update(engine: Engine, examples: list[Rollout], cfg: RunConfig) -> dict[str, float]:
     """Train on the examples' completions (this rank's); returns the step's metrics."""
     weights, metrics = domain_weights(examples, cfg, engine.policy_step)
-    batches = supervised_batches(examples, weights, cfg.batch)
+    batches = supervised_batches(examples, weights, cfg.batch, engine.least_length)
     return metrics | _train(engine, batches, cfg, None)
 
 

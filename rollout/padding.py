@@ -22,9 +22,9 @@ def completion_span(rollout: Rollout) -> tuple[int, int]:
     return start, start + len(rollout.completion_T)
 
 
-def pad_right(rollouts: list[Rollout]) -> torch.Tensor:
-    """Token ids [B, L], padded on the right with 0. A causal model never looks at what follows, so the value does not matter."""
-    longest = max(sequence_length(rollout) for rollout in rollouts)
+def pad_right(rollouts: list[Rollout], least: int = 0) -> torch.Tensor:
+    """Token ids [B, L], L at least `least`, padded on the right with 0. A causal model never looks at what follows, so the value does not matter."""
+    longest = max(least, *(sequence_length(rollout) for rollout in rollouts))
     tokens_BL = torch.zeros(len(rollouts), longest, dtype=torch.int64)
     for row, rollout in enumerate(rollouts):
         prompt = torch.tensor(rollout.prompt.tokens)

@@ -105,7 +105,7 @@ def disturbed_run(folder: Path, run_dir: Path, draws: random.Random, deadline: f
                 next_fault = now + draws.expovariate(1 / MEAN_PAUSE)
         if process.returncode == 0:
             return True
-        if process.returncode not in (75, -signal.SIGKILL):
+        if process.returncode not in (75, -signal.SIGKILL, -signal.SIGTERM):  # the last: before it heeds signals
             counts[f"exit code {process.returncode}"] += 1
             if process.returncode == 2:
                 return False

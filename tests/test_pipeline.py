@@ -70,7 +70,7 @@ def finished(tmp_path_factory):
     (workspace / "conf" / "pipeline").mkdir(parents=True)
     (workspace / "conf" / "pipeline" / "small.yaml").write_text(PIPELINE)
     command = [sys.executable, "-m", "opd", *ARGUMENTS]
-    result = subprocess.run(command, cwd=workspace, capture_output=True, text=True, timeout=400, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    result = subprocess.run(command, cwd=workspace, capture_output=True, text=True, timeout=1200, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert result.returncode == 0, result.stdout + result.stderr
     return workspace, result.stdout
 

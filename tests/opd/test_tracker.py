@@ -2,6 +2,7 @@
 
 import json
 import os
+import time
 from pathlib import Path
 
 import pytest
@@ -182,6 +183,9 @@ def written_kinds(run_dir: Path) -> list[str]:
 def test_a_run_that_ended_early_and_is_to_go_on_is_marked_so_in_w_and_b(end, is_marked, no_account, tmp_path):
     with pytest.raises(end), Tracker(tmp_path, "test", config(LoggerKind.offline)):
         raise end("ended")
+    deadline = time.monotonic() + 60
+    while "exit" not in written_kinds(tmp_path) and time.monotonic() < deadline:
+        time.sleep(0.1)  # W&B's own process writes
     assert ("preempting" in written_kinds(tmp_path)) == is_marked
 
 

@@ -263,8 +263,8 @@ def test_nan_that_vllm_cannot_write_as_json_is_called_by_its_name(server, new_re
 
 
 def test_a_server_that_does_not_answer_in_time_is_a_failure(server, new_remote, rollouts):
-    remote = new_remote(server, retries=0, timeout_seconds=0.3)
-    server.delay = 3.0
+    remote = new_remote(server, retries=0, timeout_seconds=3)
+    server.delay = 6.0
     with pytest.raises(TeacherFailure, match="did not answer /v1/completions in 1 attempts: "):
         score(remote, rollouts[:1])
 

@@ -230,7 +230,7 @@ def two_ranks(tmp_path_factory, folders, rollouts, settings, one_rank) -> tuple[
     torch.save({"folders": folders, "rollouts": rollouts, "run": run}, folder / "inputs.pt")
     (folder / "script.py").write_text(SCRIPT)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "script.py", str(folder), "inputs.pt"]
-    result = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, cwd=folder, timeout=400)
+    result = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, cwd=folder, timeout=1200)
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-6000:]
     found = [torch.load(folder / f"found_{rank}.pt") for rank in range(2)]
     return folder / "run", [own | {"broken": torch.load(folder / f"broken_{rank}.pt")} for rank, own in enumerate(found)]
