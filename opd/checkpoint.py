@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Protocol
 
 from opd import checkpoint_files as files
+from opd import checkpoint_writer as writer
 from opd.branch import branched_at
 from opd.config import DistillConfig
 from opd.distributed import Group, barrier, gather_objects, is_main, num_ranks, on_main, rank
@@ -51,17 +52,40 @@ def is_due(step: int, every: int, num_steps: int | None = None) -> bool:
 
 
 def save(run_dir: Path, step: int, engine: Engine, stream: Resumable, cfg: CheckpointConfig, teachers: TeacherPool | None = None) -> None:
-    """Save after update number `step`; every rank calls it. Raises ValueError where the disk refuses, or what was written reads otherwise."""
+    """Save after update number `step`; every rank calls it. Raises ValueError where the disk refuses, or what was written reads otherwise.
+
+    With checkpoint.asynchronous such an error is raised by what follows: the next save, or `settle` of opd/checkpoint_writer.py.
+    """
+    writer.settle()
     folder = run_dir / "checkpoints"
     if is_main():
         files.begin_partial(folder)
     barrier()
-    names = engine.save(folder, files.PARTIAL)
+    target = writer.memory_folder(run_dir, rank(Group.data)) if cfg.asynchronous else folder
+    names = engine.save(target, files.PARTIAL)
     if is_main():
         state = {"schema": files.SCHEMA, "step": step, "ranks": num_ranks(Group.data), "stream": stream.state()}
         state |= {} if teachers is None else {"teachers": teachers.manifest.record()}
-        (folder / files.PARTIAL / "opd.json").write_text(json.dumps(state))
+        (target / files.PARTIAL / "opd.json").write_text(json.dumps(state))
         names.append("opd.json")
+
+    def forget() -> None:
+        stream.forget_before(step)
+        if teachers is not None:
+            teachers.manifest.write(run_dir)
+
+    if cfg.asynchronous:
+        on_main(lambda: writer.begin_parts(folder))
+        place = {"source": str(target / files.PARTIAL), "names": names, "folder": str(folder)}
+        return writer.start(writer.Task(**place, step=step, rank=rank(Group.data), ranks=num_ranks(Group.data), keep=cfg.keep), forget)
+    _put_in_force(folder, step, names, cfg.keep)
+    if is_main():
+        forget()
+    barrier()
+
+
+def _put_in_force(folder: Path, step: int, names: list[str], keep: int) -> None:
+    """names: of this rank's files, which are in `partial`."""
     sealed = gather_objects(files.seal(folder / files.PARTIAL, names), Group.data)
     on_main(lambda: files.commit(folder, step, dict(item for part in sealed for item in part.items())))
     problem = _problem_of(folder / files.tag_of(step))
@@ -69,11 +93,7 @@ def save(run_dir: Path, step: int, engine: Engine, stream: Resumable, cfg: Check
         raise ValueError(f"the checkpoint of step {step} is not what was written ({problem}): the older one stays in force")
     if is_main():
         files.point_to(folder, step)
-        files.forget_older(folder, step, cfg.keep)
-        stream.forget_before(step)
-        if teachers is not None:
-            teachers.manifest.write(run_dir)
-    barrier()
+        files.forget_older(folder, step, keep)
 
 
 def resume(run_dir: Path, engine: Engine, stream: Resumable, tracker: Tracker, teachers: TeacherPool | None = None) -> int:
@@ -84,6 +104,7 @@ def resume(run_dir: Path, engine: Engine, stream: Resumable, tracker: Tracker, t
     Raises ValueError where checkpoints are there but none can be taken up, and where teachers differ without teachers.allow_change.
     """
     folder = run_dir / "checkpoints"
+    writer.memory_folder(run_dir, rank(Group.data))
     tag, problems = _choose(folder)
     for problem in problems if is_main() else ():
         tracker.display.say(f"{problem}; going on from {tag}")

@@ -6,6 +6,7 @@ Tree (schema version 2):
     RUN/checkpoints/step-SSSSSS/    files of opd/checkpoint.py and manifest.json, {"schema": 2, "files": {NAME: {"bytes": N, "sha256": HEX}}}, which
                                     names every other file of the folder
     RUN/checkpoints/partial/        one that is being written, or that a kill left
+    RUN/checkpoints/parts/          opd/checkpoint_writer.py
 
 Order of writing: every rank writes its files under `partial`, has them on disk (fsync) and hashes them; the main rank writes the manifest, renames the
 folder and replaces the pointer, each durable before the next; the ranks read the new folder again before an older one goes. A kill between any two

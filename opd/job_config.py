@@ -13,11 +13,13 @@ class LoggerKind(Enum):
 @dataclass(slots=True)
 class CheckpointConfig:
     """every: steps between checkpoints; 0 saves the last step only, which is always saved. keep: newest checkpoints that stay; with one alone there
-    is nothing to go on from where it is damaged.
+    is nothing to go on from where it is damaged. asynchronous: train on while a process of each rank writes its share (opd/checkpoint_writer.py); until
+    then that stands in the host's shared memory, which has to have room for it.
     """
 
     every: int = 50
     keep: int = 2
+    asynchronous: bool = False
 
 
 @dataclass(slots=True)

@@ -40,6 +40,7 @@ from omegaconf import OmegaConf
 from transformers import PreTrainedTokenizerBase
 
 from opd.branch import begin_branch
+from opd.checkpoint_writer import settle
 from opd.config import DistillConfig, RunConfig
 from opd.config_changes import Change, Rule, find_changes
 from opd.distributed import barrier, broadcast_object, is_main
@@ -189,6 +190,7 @@ def config_dict(cfg: RunConfig) -> dict:
 
 def finish_run(run_dir: Path, engine: Engine, tokenizer: PreTrainedTokenizerBase) -> None:
     """Write the trained model to RUN/student; every rank calls it."""
+    settle()
     weights = engine.full_weights()
     if is_main():
         save_model(run_dir / "student", engine.model, tokenizer, weights)

@@ -14,6 +14,7 @@ from types import FrameType
 
 import torch
 
+from opd.checkpoint_writer import settle
 from opd.config import RunConfig
 from opd.distributed import Group, reduce_max
 from opd.errors import PREEMPTED, Preempted
@@ -55,8 +56,9 @@ class StopRequest:
         return self.is_stopping
 
     def leave(self, step: int) -> None:
-        """Raises Preempted where the run ends here; to be called when the checkpoint after update number `step` is saved."""
+        """Raises Preempted where the run ends here; every rank calls it when the checkpoint after update number `step` is saved."""
         if self.is_stopping:
+            settle()
             reason = self.reason or "another rank was asked to end"
             raise Preempted(f"ended after step {step} ({reason}), with a checkpoint: the same command goes on from there")
 
