@@ -19,6 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from opd.errors import INTERRUPTED, PREEMPTED, USER_ERROR, Preempted, RankLost, explain, nearest
+from opd.slurm import slurm_ranks
 
 for name, value in {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "TRANSFORMERS_VERBOSITY": "error"}.items():
     os.environ.setdefault(name, value)  # the libraries read them when they are imported
@@ -47,10 +48,12 @@ def main(arguments: list[str] | None = None) -> int:
         print(_usage())
         return 0
     try:
+        os.environ.update(slurm_ranks(os.environ))
         command, overrides = split_command(arguments)
         cfg = load_config(command, overrides)
         if command in ON_RANKS:
             return _run_on_ranks(command, cfg, arguments)
+        _require_one_process(command)
         _run(command, cfg)
     except ValueError as error:
         return _fail(f"opd: {' '.join(str(error).split())}", USER_ERROR)
@@ -140,6 +143,14 @@ def _run_on_ranks(command: str, cfg, arguments: list[str]) -> int:
     with Heartbeat(cfg.launch.heartbeat_seconds):
         _run(command, cfg)
     return 0
+
+
+def _require_one_process(command: str) -> None:
+    from opd.distributed import launched_as
+
+    number, count = launched_as()
+    if count > 1:
+        raise ValueError(f"opd {command} is for one process, and this is rank {number} of {count}: start it alone, as with srun --ntasks=1")
 
 
 def _run(command: str, cfg) -> None:

@@ -6,6 +6,7 @@ code that names the right group keeps its meaning when that changes. The number 
 """
 
 import os
+import socket
 from collections.abc import Callable
 from datetime import timedelta
 from enum import Enum
@@ -13,6 +14,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+
+from opd.slurm import LOOPBACK
 
 
 class Group(Enum):
@@ -25,13 +28,34 @@ def start_processes(timeout_minutes: float = 30.0) -> torch.device:
     """Join the job's process group (one of a single process outside torchrun) and return this rank's device."""
     os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asks for it
     use_gpu = torch.cuda.is_available()
+    if use_gpu:
+        _choose_gpu()
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if use_gpu else torch.device("cpu")
     if use_gpu:
         torch.cuda.set_device(device)
     if not dist.is_initialized():
-        alone = {} if "WORLD_SIZE" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}  # no port, nothing for children to inherit
-        dist.init_process_group("cpu:gloo,cuda:nccl" if use_gpu else "gloo", timeout=timedelta(minutes=timeout_minutes), **alone)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if use_gpu else "gloo", timeout=timedelta(minutes=timeout_minutes), **_meeting(timeout_minutes))
     return device
+
+
+def _meeting(timeout_minutes: float) -> dict[str, Any]:
+    """Where the ranks meet, for torch; empty where it finds the place itself, but then rank 0 listens at every address of its host."""
+    if "WORLD_SIZE" not in os.environ:
+        return {"store": dist.HashStore(), "rank": 0, "world_size": 1}  # no port, nothing for children to inherit
+    if not is_store_of_rank_0() or os.environ.get("MASTER_ADDR") != LOOPBACK:
+        return {}
+    number, count = launched_as()
+    store = open_store(int(os.environ["MASTER_PORT"])) if number == 0 else connect_store(60 * timeout_minutes)
+    return {"store": store, "rank": number, "world_size": count}
+
+
+def _choose_gpu() -> None:
+    """Where a launcher shows each rank one GPU of its own (srun --gpus-per-task=1), this is number 0. Raises ValueError where there are too few."""
+    local, num_gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+    if num_gpus == 1 and "SLURM_LOCALID" in os.environ:
+        os.environ["LOCAL_RANK"] = "0"
+    elif local >= num_gpus:
+        raise ValueError(f"this is rank {local} of its host, where it sees {num_gpus} GPUs: start as many ranks per host, or give each one of its own")
 
 
 def stop_processes() -> None:
@@ -49,9 +73,11 @@ def launched_as() -> tuple[int, int]:
     return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def open_store() -> dist.TCPStore:
-    """A store of this process, on a free port, at which ranks on this machine can meet."""
-    return dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+def open_store(port: int = 0) -> dist.TCPStore:
+    """A store of this process, on a free port unless told, at which ranks on this machine can meet; left to itself it would listen to other machines too."""
+    listener = socket.create_server((LOOPBACK, port))
+    port = listener.getsockname()[1]
+    return dist.TCPStore(LOOPBACK, port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach())
 
 
 def rank_environment(number: int, count: int, store: dist.TCPStore) -> dict[str, str]:
@@ -59,7 +85,7 @@ def rank_environment(number: int, count: int, store: dist.TCPStore) -> dict[str,
     if count == 1:
         return {}
     places = {"RANK": number, "LOCAL_RANK": number, "GROUP_RANK": 0, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_PORT": store.port}
-    return {name: str(value) for name, value in places.items()} | {"MASTER_ADDR": "127.0.0.1", "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    return {name: str(value) for name, value in places.items()} | {"MASTER_ADDR": LOOPBACK, "GLOO_SOCKET_IFNAME": "lo", "TORCHELASTIC_USE_AGENT_STORE": "True"}
 
 
 def connect_store(seconds: float) -> dist.TCPStore:

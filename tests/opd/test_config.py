@@ -218,7 +218,8 @@ def test_a_schema_cannot_take_an_attribute_that_is_not_a_field():
 
 
 def test_data_files_only_are_in_conf():
-    assert {path.suffix for path in Path(CONF).rglob("*") if path.is_file()} == {".yaml"}
+    """And the batch script, which is SLURM's settings."""
+    assert {path.suffix for path in Path(CONF).rglob("*") if path.is_file()} == {".yaml", ".sbatch"}
     assert not [path for path in CONF.rglob("*.yaml") if "_target_" in path.read_text()]
 
 
