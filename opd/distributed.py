@@ -68,6 +68,11 @@ def is_launched() -> bool:
     return "RANK" in os.environ or "WORLD_SIZE" in os.environ
 
 
+def has_met() -> bool:
+    """Whether this rank has met all others: their connections are made when the group is."""
+    return dist.is_initialized()
+
+
 def launched_as() -> tuple[int, int]:
     """(number of this rank, number of ranks) as its launcher gave them, before they have joined."""
     return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))

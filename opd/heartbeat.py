@@ -9,7 +9,8 @@ so that the others end with this and with its exit code, rather than with the co
 A call to a store whose host is gone may never return; a second thread, the watcher, talks to nobody and ends the process when the teller is
 stuck. It also ends a process that is still there LEAVE_SECONDS after another has failed, since its main thread waits for one that will not come.
 
-A rank that has not begun is waited for as long as the ranks' meeting is (launch.timeout_minutes). Compute without the interpreter's lock stops no thread.
+A rank that has not begun is waited for as long as the ranks' meeting is (launch.timeout_minutes); once they have met, one that has written nothing is silent
+too. Compute without the interpreter's lock stops no thread.
 
     opd/STARTS/RANK     {"host", "pid", "beats", "ended"} of a rank; STARTS: how often torchrun has started the ranks again
     opd/STARTS/failure  {"rank", "code", "sentence"}: the first failure
@@ -25,7 +26,7 @@ from dataclasses import asdict, dataclass
 from types import TracebackType
 from typing import Any
 
-from opd.distributed import connect_store, is_broken_connection, is_store_of_rank_0, launched_as, start_number
+from opd.distributed import connect_store, has_met, is_broken_connection, is_store_of_rank_0, launched_as, start_number
 from opd.errors import INTERRUPTED, USER_ERROR, Preempted, RankLost
 from rollout.errors import first_sentence
 
@@ -119,7 +120,7 @@ class Heartbeat:
 
     def _silence(self, number: int, what: str = "") -> Failure:
         peer = self.peers[number]
-        where = f"rank {number} ({peer.where}) {what}".rstrip()
+        where = f"rank {number} ({peer.where or 'it is not known where'}) {what}".rstrip()
         return Failure(rank=number, code=1, sentence=f"{where} has not been heard of for {peer.silent:.1f} s; {AGAIN}")
 
     def _no_store(self) -> Failure:
@@ -174,6 +175,9 @@ class Heartbeat:
         passed, self.read_at = min(now - self.read_at, 2 * self.pause), now
         for number, text in zip(known, texts, strict=True):
             self.peers[number].hear(json.loads(text), passed)
+        if has_met():
+            for number in self.peers.keys() - known:
+                self.peers[number].silent += passed
         silent = [number for number, peer in self.peers.items() if peer.silent > self.seconds]
         if silent and self.own is None:
             self.own = self._silence(silent[0])

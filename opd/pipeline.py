@@ -147,6 +147,8 @@ def plan(cfg: PipelineConfig) -> dict[str, Stage]:
 
     stages: dict[str, Stage] = {}
     for name, stage in cfg.stages.items():
+        if not re.fullmatch(r"\w[\w.-]*", name):
+            raise ValueError(f"stage {name!r} cannot name a folder of the run: use letters, digits, '_', '-' and '.'")
         unknown = [before for before in stage.after if before not in stages]
         if stage.command not in COMMANDS:
             raise ValueError(f"stage {name} runs {stage.command!r}, which is no command of a pipeline")

@@ -37,9 +37,11 @@ def slurm_ranks(environment: Mapping[str, str]) -> dict[str, str]:
     if sum(tasks) != count or node >= len(tasks):
         raise ValueError(f"SLURM_STEP_TASKS_PER_NODE={environment['SLURM_STEP_TASKS_PER_NODE']} are not {count} tasks: start opd by srun itself")
     places = {"RANK": number, "WORLD_SIZE": count, "LOCAL_RANK": int(environment["SLURM_LOCALID"]), "LOCAL_WORLD_SIZE": tasks[node], "GROUP_RANK": node}
-    address = LOOPBACK if len(tasks) == 1 else first_host(environment["SLURM_STEP_NODELIST"])
+    is_one_host = len(tasks) == 1
+    address = LOOPBACK if is_one_host else first_host(environment["SLURM_STEP_NODELIST"])
     port = FIRST_PORT + (int(environment.get("SLURM_JOB_ID", "0")) + int(environment.get("SLURM_STEP_ID", "0"))) % NUM_PORTS
-    meeting = {"MASTER_ADDR": environment.get("MASTER_ADDR", address), "MASTER_PORT": environment.get("MASTER_PORT", str(port))}
+    meeting = {"MASTER_ADDR": address, "MASTER_PORT": str(port)} | ({"GLOO_SOCKET_IFNAME": "lo"} if is_one_host else {})
+    meeting |= {name: environment[name] for name in meeting if name in environment}
     return {name: str(value) for name, value in places.items()} | meeting
 
 

@@ -46,12 +46,14 @@ class Server:
     def __init__(self, url: str, role: str, cfg: ServerConfig):
         """Raises ValueError for what is no address."""
         self.url, self.role, self.cfg = url, f"{role} ({url})", cfg
+        if "@" in url:
+            raise ValueError(f"the server of the {role} must be an address without a name or a password (or an @), which would be in logs and in config.yaml")
         try:
             parts = urlsplit(url)
             self.address, self.prefix = (parts.hostname, parts.port), parts.path.rstrip("/")
         except ValueError as error:
             raise ValueError(f"the server of the {role} cannot be {url}: {first_sentence(error)}") from error
-        if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment or "@" in parts.netloc:
+        if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
             raise ValueError(f"the server of the {role} must be an address such as http://host:8000, not {url}")
         self.is_encrypted = parts.scheme == "https"
 
