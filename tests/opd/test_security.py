@@ -78,8 +78,10 @@ def test_a_models_code_is_not_run(model_with_code, tmp_path, tokenizer, device):
 
 
 def test_a_tokenizers_code_is_not_run(model_with_code, tmp_path):
-    file = model_with_code / "tokenizer_config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["own.Own", None]}}))
+    change = {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["own.Own", None]}}
+    for name, changed in (("tokenizer_config.json", change), ("config.json", {"model_type": "deepseek_v4", "auto_map": {}})):
+        file = model_with_code / name
+        file.write_text(json.dumps(json.loads(file.read_text()) | changed))
     with pytest.raises(ValueError, match=r"custom code|trust_remote_code"):
         load_tokenizer(str(model_with_code))
     assert not (tmp_path / "mark").exists()
@@ -147,7 +149,7 @@ domains:
   {outside}:
     teacher: {{model: {teacher}}}
     prompts: {{sources: {{{outside}: {{path: {rows}}}}}}}
-    held_out: {{path: {rows}, rows: 4}}
+    held_out: {{path: {held_out}}}
     grader: exact
 """
 
@@ -160,8 +162,10 @@ def hostile_run(tmp_path_factory, saved_v4, saved_qwen3_moe) -> tuple[Path, set[
     folder = tmp_path_factory.mktemp("hostile")
     rows = [{"prompt": f"{OUTSIDE}/{number}", "answer": f"{folder}/absolute"} for number in range(16)]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "held_out.jsonl").write_text(json.dumps({"prompt": "/etc/x", "answer": "../y"}) + "\n")
     (folder / "conf" / "domain").mkdir(parents=True)
-    (folder / "conf" / "domain" / "hostile.yaml").write_text(HOSTILE.format(outside=OUTSIDE, teacher=saved_qwen3_moe, rows=folder / "rows.jsonl"))
+    files = {"rows": folder / "rows.jsonl", "held_out": folder / "held_out.jsonl"}
+    (folder / "conf" / "domain" / "hostile.yaml").write_text(HOSTILE.format(outside=OUTSIDE, teacher=saved_qwen3_moe, **files))
     settings = ["domain=[hostile]", f"student.model={saved_v4}", "run_dir=deep/run", "num_steps=1", "threads=1", "check.signal=off", "logger=offline"]
     settings += ["logger.project=a-project-of-ours", "rollout.prompts_per_step=4", "rollout.max_new_tokens=4", "rollout.decode_width=4", "rollout.save=true"]
     settings += ["evaluation.every=1", "evaluation.prompts=2", "evaluation.max_new_tokens=2", "evaluation.decode_width=2"]
