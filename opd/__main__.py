@@ -98,13 +98,20 @@ def load_config(command: str, overrides: list[str]):
     return parse(compose_config(command, overrides), SCHEMAS[command])
 
 
-def compose_config(command: str, overrides: list[str]) -> DictConfig:
-    """Compose conf/COMMAND.yaml with overrides. Raises ValueError in words of the command line."""
+def register_schemas() -> None:
+    """Make the schemas known to Hydra, under the names in conf/COMMAND.yaml."""
     from opd.config import SCHEMAS
 
     store = ConfigStore.instance()
     for name, schema in SCHEMAS.items():
         store.store(name=f"{name}_schema", node=schema)
+
+
+def compose_config(command: str, overrides: list[str]) -> DictConfig:
+    """Compose conf/COMMAND.yaml with overrides. Raises ValueError in words of the command line."""
+    from opd.config import SCHEMAS
+
+    register_schemas()
     own = Path.cwd() / "conf"
     search = [f"hydra.searchpath=[file://{own}]"] if own.is_dir() and own.resolve() != CONF else []
     for file in own.rglob("*.yaml") if search else ():
