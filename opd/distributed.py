@@ -129,8 +129,8 @@ def set_threads(threads: int | None) -> int:
 
 
 def num_local_processes() -> int:
-    """Processes of this job on this machine."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    """Processes of this job on this machine; deepspeed's launcher has a name of its own for it."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or "1")
 
 
 def num_cores() -> int:

@@ -14,7 +14,7 @@ from opd.distill import distill
 BIN = Path(sys.executable).parent
 LINES = {
     "accelerate": ["accelerate", "launch", "--cpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"],
-    "deepspeed": ["deepspeed", "--num_gpus", "2"],
+    "deepspeed": ["deepspeed", "--num_gpus", "2", "--no_local_rank"],
     "torchrun": ["torchrun", "--nnodes", "1", "--nproc_per_node", "2", "--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"],
 }
 SETTINGS = [
