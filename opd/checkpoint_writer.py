@@ -128,6 +128,7 @@ def _put_in_force(task: Task, folder: Path) -> None:
 
 
 def main() -> int:
+    """Run the writer whose task is the argument; returns the exit code."""
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)  # what is asked to end waits for this
     try:
