@@ -32,6 +32,7 @@ COMMANDS = {
     "specialize": "fine-tune a model on a domain's reference answers: makes a teacher",
     "distill": "distil all domains' teachers into one student",
     "check": "what distill with the same settings would refuse at its start, and what it would warn of; trains and writes nothing",
+    "plan": "the memory that distill with the same settings takes on each rank, from the models' configs alone, and what does not fit",
     "evaluate": "accuracy and recovery on held-out prompts",
     "export": "write the folder to serve, its experts packed in FP4, and verify it",
     "bench": "time and memory beside other ways and libraries; the word after it says of what: divergence, qat, teachers, rollout, step",
@@ -142,6 +143,10 @@ def _run(command: str, cfg) -> None:
         from opd.check import check
 
         return check(cfg)
+    if command == "plan":
+        from opd.plan import plan
+
+        return plan(cfg)
     if command == "specialize":
         from opd.specialize import specialize
 

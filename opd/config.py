@@ -14,6 +14,7 @@ from opd.bench_config import DivergenceBenchConfig, QatBenchConfig, RolloutBench
 from opd.export_config import ExportConfig, check_export
 from opd.job_config import AlarmsConfig, CheckpointConfig, LaunchConfig, LoggerConfig, ProfileConfig
 from opd.loss_config import LossConfig
+from opd.plan_config import PlanConfig
 from opd.quant_config import QuantConfig
 from opd.ranges import check_evaluated, check_loss, check_profile, check_ranges, check_rollout, check_routes, check_schedules, check_start
 from opd.start_config import CheckConfig, WarmupConfig
@@ -190,6 +191,16 @@ class CheckCommandConfig(DistillConfig):
 
 
 @dataclass(slots=True)
+class PlanCommandConfig(DistillConfig):
+    """`opd plan`: the memory that a distillation with the same settings takes on each rank; nothing is loaded, trained or written.
+
+    plan: the job.
+    """
+
+    plan: PlanConfig = field(default_factory=PlanConfig)
+
+
+@dataclass(slots=True)
 class SpecializeConfig(RunConfig):
     """`opd specialize`: supervised fine-tuning on reference answers; one domain makes a teacher, several a base model.
 
@@ -260,6 +271,7 @@ class PipelineConfig:
 SCHEMAS: dict[str, type] = {
     "distill": DistillConfig,
     "check": CheckCommandConfig,
+    "plan": PlanCommandConfig,
     "specialize": SpecializeConfig,
     "evaluate": EvaluateConfig,
     "export": ExportConfig,
