@@ -135,6 +135,10 @@ def _run(command: str, cfg) -> None:
     from opd.distributed import set_threads
 
     set_threads(cfg.threads)
+    if command == "distill" and cfg.rehearse:
+        from opd.rehearsal import rehearse
+
+        return rehearse(cfg)
     if command == "distill":
         from opd.distill import distill
 

@@ -171,6 +171,7 @@ class DistillConfig(RunConfig):
     loss: how the student's distance from a teacher is measured.
     check: what the teachers' signal is asked before the first step.
     warmup: supervised training on the teachers' own answers before the first step, where distillation from scratch would fail.
+    rehearse: do one step at the largest lengths in a temporary folder, show what it took, and leave nothing behind (opd/rehearsal.py).
     """
 
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
@@ -178,6 +179,7 @@ class DistillConfig(RunConfig):
     teachers: TeachersConfig = field(default_factory=TeachersConfig)
     check: CheckConfig = field(default_factory=CheckConfig)
     warmup: WarmupConfig = field(default_factory=WarmupConfig)
+    rehearse: bool = False
 
 
 @dataclass(slots=True)

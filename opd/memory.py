@@ -17,7 +17,8 @@ A bucket is deepspeed.zero_optimization.reduce_bucket_size numbers: on a GPU all
 the largest module, or max_live_parameters, whichever is more, and all at most.
 
 The update itself needs, besides, the gradient in one piece (stages 1 and 2) and AdamW's intermediate (a denominator for each number: two on a CPU, where
-they are made one after the other), for one of DeepSpeed's groups at a time. optim.update_ratio_every holds a copy of the masters over it.
+they are made one after the other), for one of DeepSpeed's groups at a time. optim.update_ratio_every holds a copy of the masters over it, and takes
+differences in float64: 16 bytes for each number of a group.
 
 These are DeepSpeed 0.19's allocations, read from its source; tests/opd/test_plan_measured.py holds them to what processes took.
 """
@@ -220,8 +221,9 @@ def _update(counts: StudentCounts, zero: Zero, cfg: OptimConfig) -> float:
     group = counts.largest_group / zero.share if zero.stage else counts.largest_parameter
     group = min(group, zero.number(SUB_GROUP, "sub_group_size", "stage3_sub_group_size")) if zero.stage == 3 else group
     between = 4 * group * (2 if zero.device is DeviceKind.cpu else 1)
+    measuring = 16 * group if cfg.update_ratio_every else 0
     if zero.stage == 0 or zero.is_bf16_stage1:
-        return ratio + between
+        return ratio + max(between, measuring)
     flat = 4 * group
     partition = 4 * counts.trained / zero.share if zero.stage < 3 else 0
-    return ratio + max(partition + flat, flat + between)
+    return ratio + max(partition + flat, flat + between, measuring)

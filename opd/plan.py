@@ -21,7 +21,7 @@ from opd.config import PlanCommandConfig
 from opd.console import print_table
 from opd.memory import ALL, GIB, PACKED_BYTES, RUNNING, Part, Phase, StudentCounts, Zero, checkpoint_bytes, count_student, start_part, student_parts
 from opd.plan_config import DeviceKind
-from opd.plan_models import PlannedModel, planned_student, planned_teachers
+from opd.plan_models import planned_student, planned_teachers
 from opd.quant_config import ExpertFormat
 from opd.student import prepare_training
 from opd.tiles import TILE_ELEMENTS
@@ -66,6 +66,15 @@ class Plan:
     def peak(self, on_host: bool = False) -> float:
         """Of one rank."""
         return max(self.phase_bytes(phase, on_host) for phase in ALL)
+
+    @property
+    def whole_student(self) -> int:
+        """Bytes of the student before DeepSpeed divides it."""
+        return self.zero.weight_bytes * self.counts.parameters + self.counts.buffers
+
+    def alone(self, phase: Phase) -> float:
+        """Of one rank in one phase, what is there in that phase alone."""
+        return sum(part.num_bytes for part in self.parts if part.phases == (phase,) and not part.on_host)
 
     def of(self, name: str) -> float:
         """Bytes of the parts of a name on one rank; 0 where there is none."""
@@ -137,7 +146,7 @@ def _sampler_parts(made: Plan) -> list[Part]:
         parts.append(Part(name="weights gathered for the sampler", num_bytes=gathered, phases=(Phase.rollout,)))
     if cfg.rollout.sampler is not SamplerKind.local or cfg.rollout.replay is not None:
         return parts
-    decoding = PlannedModel(made.student.config, _without_training(made)).decoding(cfg)
+    decoding = made.student.frozen().decoding(cfg)
     layers = made.student.config.get_text_config().num_hidden_layers
     decoded = width * counts.experts / layers * is_packed
     narrower = "lower rollout.decode_width or rollout.max_new_tokens"
@@ -145,13 +154,6 @@ def _sampler_parts(made: Plan) -> list[Part]:
     parts.append(Part(name="sampler cache", num_bytes=decoding.cache, phases=(Phase.rollout,), remedy=narrower))
     parts.append(Part(name="sampler forward", num_bytes=max(0.0, working), phases=(Phase.rollout,), remedy=narrower))
     return parts
-
-
-def _without_training(made: Plan):
-    from rollout.config import ModelConfig
-
-    own = made.cfg.student
-    return ModelConfig(dtype=own.dtype, attention=own.attention)
 
 
 def _teacher_parts(made: Plan) -> list[Part]:
@@ -166,23 +168,20 @@ def _teacher_parts(made: Plan) -> list[Part]:
         name="teachers", num_bytes=sum(sorted(held)[-placement.capacity :]), phases=(Phase.score, Phase.backward, Phase.update, Phase.rollout),
         remedy="set teachers.placement=sharded, teachers.max_resident=1 or teachers.prefetch=false",
     )]  # fmt: skip
-    largest = max(made.teachers.values(), key=lambda teacher: sizes_of(teacher))
+    name = max(sizes, key=sizes.get)
+    largest = made.teachers[name]
     if cfg.teachers.signal is SignalKind.hidden_states and (placement.sharded or placement.max_resident < len(sizes)):
         head = largest.vocab_size * largest.hidden_size * largest.weight_bytes
         parts.append(Part(name="teachers' heads", num_bytes=min(2, len(sizes)) * head, phases=(Phase.backward, Phase.update, Phase.rollout, Phase.score)))
     if placement.sharded:
         layers = largest.config.get_text_config().num_hidden_layers
-        parts.append(Part(name="a teacher's layer gathered", num_bytes=sizes_of(largest) / layers, phases=(Phase.score,)))
+        parts.append(Part(name="a teacher's layer gathered", num_bytes=sizes[name] / layers, phases=(Phase.score,)))
     rows = min(made.rollouts, max(1, cfg.teachers.max_tokens_per_forward // made.length))
     states = made.rollouts * cfg.rollout.max_new_tokens * largest.hidden_size * largest.weight_bytes
     fewer = "lower teachers.max_tokens_per_forward"
     parts.append(Part(name="scoring forward", num_bytes=largest.scoring(rows, made.length), phases=(Phase.score,), remedy=fewer))
     parts.append(Part(name="scored hidden states", num_bytes=states, phases=(Phase.score,), remedy="lower rollout.prompts_per_step, or raise plan.ranks"))
     return parts
-
-
-def sizes_of(teacher: PlannedModel) -> int:
-    return teacher.num_bytes
 
 
 def _placement(made: Plan, sizes: dict[str, int]) -> PlacementPlan:
@@ -210,11 +209,14 @@ def _training_parts(made: Plan) -> list[Part]:
     if not zero.several and zero.stage in (0, 1) and not zero.is_bf16_stage1:  # gradients come while activations go
         backward = max(traced.forward, traced.kept + loss, traced.backward_with_gradients) - made.of("gradients")
     made.notes.append(f"micro-batch: {made.rows} x {made.length} tokens; {made.rollouts} rollouts of a rank in a step")
-    loss_beside = 4 * 2 * tile * student.vocab_size
-    return [
-        Part(name="activations and loss", num_bytes=max(0.0, backward), phases=(Phase.backward,), remedy=smaller),
-        Part(name="of it, tiles of logits", num_bytes=loss_beside, phases=(), remedy=smaller),
-    ]
+    parts = [Part(name="activations and loss", num_bytes=max(0.0, backward), phases=(Phase.backward,), remedy=smaller)]
+    if cfg.teachers.gradient_share_every and zero.stage < 3:
+        several = made.rollouts > made.rows * max(1, len(made.teachers))
+        gradient = zero.weight_bytes * made.counts.trained
+        shares = max(traced.kept + loss, traced.backward_with_gradients) + several * gradient
+        beside = max(shares, 3 * gradient * several) - sum(part.num_bytes for part in [*made.parts, *parts] if part.phases == (Phase.backward,))
+        parts.append(Part(name="gradient shares", num_bytes=max(0.0, beside), phases=(Phase.backward,), remedy="set teachers.gradient_share_every=0"))
+    return [part for part in parts if part.num_bytes]
 
 
 def _host_parts(made: Plan) -> list[Part]:

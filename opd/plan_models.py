@@ -41,6 +41,10 @@ class PlannedModel:
         unify_dtypes(model, torch_dtype(self.settings.dtype))
         return model.eval().requires_grad_(not self.is_frozen)
 
+    def frozen(self) -> "PlannedModel":
+        """The same as a model that does not train, as the sampler's is."""
+        return PlannedModel(self.config, ModelConfig(dtype=self.settings.dtype, attention=self.settings.attention))
+
     @property
     def is_frozen(self) -> bool:
         return not isinstance(self.settings, StudentConfig)
