@@ -60,7 +60,10 @@ ALL = (Phase.start, *RUNNING)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Part:
-    """Memory with one purpose. num_bytes: on one rank. phases: when it is there. on_host: in the machine's memory, not the device's. remedy: what makes it less."""
+    """Memory with one purpose. num_bytes: on one rank. phases: when it is there. on_host: in the machine's memory, not the device's.
+
+    remedy: what makes it less.
+    """
 
     name: str
     num_bytes: float
@@ -157,7 +160,7 @@ def student_parts(counts: StudentCounts, zero: Zero, cfg: OptimConfig) -> list[P
     parts = [
         _weights(counts, zero),
         Part(name="float32 masters", num_bytes=4 * counts.trained / zero.share * has_masters, phases=ALL, on_host=is_offloaded, remedy=fewer),
-        Part(name="optimizer moments", num_bytes=moments, phases=ALL if zero.stage == 3 else RUNNING, on_host=is_offloaded, remedy=fewer),
+        Part(name="optimizer moments", num_bytes=moments, phases=RUNNING, on_host=is_offloaded, remedy=fewer),
         *_gradients(counts, zero, fewer),
         Part(name="update", num_bytes=_update(counts, zero, cfg), phases=(Phase.update,), on_host=is_offloaded, remedy="set optim.update_ratio_every=0"),
     ]

@@ -134,7 +134,7 @@ def trace_training(model: PreTrainedModel, num_rows: int, length: int) -> Traini
         hidden_BLD = backbone_of(model)(input_ids=tokens_BL, use_cache=False)[0]
         forward, kept = bytes_.peak, bytes_.live
         bytes_.restart()
-        hidden_BLD.backward(torch.empty_like(hidden_BLD))
+        torch.autograd.backward([hidden_BLD], [torch.empty_like(hidden_BLD)])  # the tensor's method would leave the function mode behind
         found = TrainingBytes(forward=forward, kept=kept, backward=bytes_.peak, backward_with_gradients=bytes_.peak_with_gradients)
     for hook in hooks:
         hook.remove()

@@ -209,6 +209,8 @@ def _training_parts(made: Plan) -> list[Part]:
     if not zero.several and zero.stage in (0, 1) and not zero.is_bf16_stage1:  # gradients come while activations go
         backward = max(traced.forward, traced.kept + loss, traced.backward_with_gradients) - made.of("gradients")
     made.notes.append(f"micro-batch: {made.rows} x {made.length} tokens; {made.rollouts} rollouts of a rank in a step")
+    if zero.stage == 1:  # gradients are reduced when the last activation is gone
+        backward -= made.of("reduction")
     parts = [Part(name="activations and loss", num_bytes=max(0.0, backward), phases=(Phase.backward,), remedy=smaller)]
     if cfg.teachers.gradient_share_every and zero.stage < 3:
         several = made.rollouts > made.rows * max(1, len(made.teachers))

@@ -94,7 +94,8 @@ def print_rehearsal(cfg: DistillConfig, found: Rehearsal) -> None:
     total = step * cfg.num_steps + found.seconds.get("evaluation", 0.0) * evaluations + found.seconds["save"] * saves
     disk = found.checkpoint * (cfg.checkpoint.keep + 1)
     caption = [f"{found.completion_tokens} completion tokens of this rank, all completions at rollout.max_new_tokens"]
-    caption += [f"the whole run at these lengths: {total / 3600:.2f} hours for {cfg.num_steps} steps, {saves} checkpoints and {evaluations} evaluations of a batch"]
+    counts = f"{cfg.num_steps} steps, {saves} checkpoints and {evaluations} evaluations of a batch"
+    caption += [f"the whole run at these lengths: {total / 3600:.2f} hours for {counts}"]
     caption += [f"disk: {found.checkpoint / GIB:.3g} GiB for a checkpoint, {disk / GIB:.3g} GiB at most"]
     print_table("seconds", ["phase", "seconds"], [[name, f"{seconds:.2f}"] for name, seconds in found.seconds.items()], "\n".join(caption))
 
@@ -154,7 +155,7 @@ def _run(cfg: DistillConfig, device: torch.device) -> Rehearsal:
 def _step(found: Rehearsal, meter: MemoryMeter, planned: Plan, parts: tuple) -> None:
     """One step and one evaluation batch, each phase with its peak over what was there before, and the plan's figure for it."""
     engine, stream, teachers, evaluator, cfg = parts
-    moments = planned.of("optimizer moments") if engine.zero_stage < 3 else 0
+    moments = planned.of("optimizer moments")  # they come with the first update
     figures = {
         "rollout": planned.alone(Phase.rollout),
         "score": planned.alone(Phase.score) + planned.of("teachers"),
@@ -176,7 +177,7 @@ def _step(found: Rehearsal, meter: MemoryMeter, planned: Plan, parts: tuple) -> 
         scored = teachers.score(rollouts)
     with phase("update"):
         update(engine, teachers, scored, cfg)
-    found.memory["peak"] = (peak, planned.peak())
+    found.memory["peak"] = (peak, max(planned.phase_bytes(of) - moments * (of in (Phase.rollout, Phase.score, Phase.backward)) for of in ALL))
     found.completion_tokens = sum(len(rollout.completion_T) for rollout in rollouts)
     if cfg.evaluation.every:
         with found.timed("evaluation"):
@@ -188,7 +189,7 @@ def _shortened(cfg: DistillConfig, folder: Path) -> DistillConfig:
     evaluation = replace(cfg.evaluation, every=min(1, cfg.evaluation.every), prompts=cfg.rollout.decode_width * num_ranks(Group.data))
     return replace(
         cfg, run_dir=str(folder), num_steps=1, fresh=False, branch_from=None, evaluation=evaluation, logger=LoggerConfig(kind=LoggerKind.none),
-        check=CheckConfig(signal=OnBadSignal.off), warmup=WarmupConfig(), optim=replace(cfg.optim),
+        check=CheckConfig(signal=OnBadSignal.off), warmup=WarmupConfig(),
     )  # fmt: skip
 
 

@@ -1,0 +1,36 @@
+"""A rehearsal: it leaves nothing behind, also when it fails; its rollouts are as long as they can be; the plan stands beside what was measured."""
+
+import pytest
+
+from opd.__main__ import load_config
+from opd.rehearsal import PREFIX, _make_folder, run_rehearsal
+from opd.run import LOCK_FILE
+
+
+@pytest.fixture
+def settings(short_settings, tmp_path) -> list[str]:
+    return [*short_settings, f"run_dir={tmp_path / 'run'}", "rehearse=true"]
+
+
+def test_a_rehearsal_leaves_nothing_behind_and_its_completions_are_as_long_as_they_can_be(device, settings, tmp_path):
+    found = run_rehearsal(load_config("distill", settings))
+    assert list(tmp_path.iterdir()) == []
+    assert found.completion_tokens == 8 * 8  # prompts_per_step, max_new_tokens
+    assert found.checkpoint > 0
+    assert set(found.memory) == {"student", "sampler", "engine", "rollout", "score", "update", "peak"}
+    assert set(found.seconds) == {"rollout", "score", "update", "evaluation", "save", "load"}
+
+
+def test_a_rehearsal_that_fails_leaves_nothing_behind(device, settings, tmp_path):
+    with pytest.raises(ValueError, match="is owned by"):
+        run_rehearsal(load_config("distill", [*settings, "+deepspeed.fp16={}"]))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_folder_of_a_killed_rehearsal_is_removed_by_the_next(tmp_path):
+    left = tmp_path / f"{PREFIX}run-dead"
+    left.mkdir()
+    (left / LOCK_FILE).touch()
+    made = _make_folder(tmp_path / "run")
+    assert not left.exists()
+    assert made.parent == tmp_path
