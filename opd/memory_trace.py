@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import DynamicCache, PreTrainedModel
@@ -27,6 +26,9 @@ from transformers import DynamicCache, PreTrainedModel
 from rollout.config import SamplingConfig
 from rollout.model import backbone_of, head_of
 from rollout.sampling import draw
+
+
+ATTENTION = nn.functional.scaled_dot_product_attention
 
 
 class LiveBytes(TorchDispatchMode):
@@ -39,15 +41,14 @@ class LiveBytes(TorchDispatchMode):
         super().__init__()
         self.live = self.peak = self.gradients = self.peak_with_gradients = 0
         self.known: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
-        self.fused = _FusedAttention()
 
     def __enter__(self) -> "LiveBytes":
-        self.fused.__enter__()
+        nn.functional.scaled_dot_product_attention = _fused_attention  # a function mode would not be there when a backward computes again
         return super().__enter__()
 
     def __exit__(self, *exception: Any) -> None:
         super().__exit__(*exception)
-        self.fused.__exit__(*exception)
+        nn.functional.scaled_dot_product_attention = ATTENTION
 
     def __torch_dispatch__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         if function is torch.ops.aten._local_scalar_dense.default:
@@ -83,14 +84,9 @@ class LiveBytes(TorchDispatchMode):
         self.live -= size
 
 
-class _FusedAttention(TorchFunctionMode):
-    """Puts an attention without a [L, L] matrix in the place of torch's, which on the meta device is made of products."""
-
-    def __torch_function__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        if function is nn.functional.scaled_dot_product_attention:
-            query, key, value = args[:3] if len(args) > 2 else (kwargs["query"], kwargs["key"], kwargs["value"])
-            return _Attention.apply(query, key, value)
-        return function(*args, **(kwargs or {}))
+def _fused_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_others: Any, **_named: Any) -> torch.Tensor:
+    """An attention without a [L, L] matrix, in the place of torch's, which on the meta device is made of products."""
+    return _Attention.apply(query, key, value)
 
 
 class _Attention(torch.autograd.Function):
@@ -134,7 +130,7 @@ def trace_training(model: PreTrainedModel, num_rows: int, length: int) -> Traini
         hidden_BLD = backbone_of(model)(input_ids=tokens_BL, use_cache=False)[0]
         forward, kept = bytes_.peak, bytes_.live
         bytes_.restart()
-        torch.autograd.backward([hidden_BLD], [torch.empty_like(hidden_BLD)])  # the tensor's method would leave the function mode behind
+        hidden_BLD.backward(torch.empty_like(hidden_BLD))
         found = TrainingBytes(forward=forward, kept=kept, backward=bytes_.peak, backward_with_gradients=bytes_.peak_with_gradients)
     for hook in hooks:
         hook.remove()
