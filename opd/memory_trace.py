@@ -27,7 +27,6 @@ from rollout.config import SamplingConfig
 from rollout.model import backbone_of, head_of
 from rollout.sampling import draw
 
-
 ATTENTION = nn.functional.scaled_dot_product_attention
 
 

@@ -104,8 +104,8 @@ def test_a_phase_is_the_sum_of_its_parts(tiny_plan):
 
 
 def test_checkpointing_takes_less_for_activations(tiny):
-    settings = [*tiny, "plan.prompt_tokens=64"]
-    plain, less = (Plan(load_config("plan", [*settings, *more])).of("activations and loss") for more in ([], ["student.gradient_checkpointing=true"]))
+    variants = ([], ["student.gradient_checkpointing=true"])
+    plain, less = (planned_student(load_config("plan", [*tiny, *more]).student).training(4, 72).kept for more in variants)
     assert less < plain
 
 
