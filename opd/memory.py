@@ -9,16 +9,22 @@ Muon 4 for the matrices that it takes.
     moments             M P         M P / N                 M P / N             M P / N
     gradients           4 P         4 P                     4 P / N, twice with 4 P / N, always there
                                                             several micro-batches
-    reduction           -           4 P + 4 P / N           a bucket            a bucket, always there
+    reduction           -           4 P + 4 P / N           a bucket            a bucket, always there, and copies of it in the backward
     gathered            -           -                       -                   b times the live parameters, where N > 1
 
 In bfloat16 at stage 1 the gradients (float32, whole) are there from the start and no copy is made for the reduction: that is another optimizer of DeepSpeed's.
 A bucket is deepspeed.zero_optimization.reduce_bucket_size numbers: on a GPU all of it, on a CPU what is written of it, P at most. Live parameters at stage 3:
 the largest module, or max_live_parameters, whichever is more, and all at most.
 
-The update itself needs, besides, the gradient in one piece (stages 1 and 2) and AdamW's intermediate (a denominator for each number: two on a CPU, where
+At stage 3 a bucket's gradients are reduced from a second piece, in the order of the parameters (DeepSpeed's reduce_scatter_coalesced), of which gloo makes a
+third; where one bucket holds them all, that is when the last activation is gone.
+
+The update itself needs, besides, the gradient in one piece (all stages but 0; at stages 1 and 2 beside the share that it is made of) and AdamW's intermediate (a denominator for each number: two on a CPU, where
 they are made one after the other), for one of DeepSpeed's groups at a time. optim.update_ratio_every holds a copy of the masters over it, and takes
-differences in float64: 16 bytes for each number of a group.
+differences in float64: 16 bytes for each of opd/optim.py's NUMBERS_AT_A_TIME.
+
+On a CPU in bfloat16 oneDNN keeps a kernel for each number of rows that a product has had (an expert's change with every step), 1024 at most:
+KERNEL_BYTES, which was measured as what goes with ONEDNN_PRIMITIVE_CACHE_CAPACITY=0. float32 products go elsewhere and keep nothing.
 
 These are DeepSpeed 0.19's allocations, read from its source; tests/opd/test_plan_measured.py holds them to what processes took.
 """
@@ -31,7 +37,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from opd.config import OptimConfig, OptimizerKind
-from opd.optim import parameter_groups
+from opd.optim import NUMBERS_AT_A_TIME, parameter_groups
 from opd.plan_config import DeviceKind
 from rollout.experts import EXPERT_WEIGHTS, find_experts
 
@@ -42,6 +48,10 @@ BUCKET, LIVE, SUB_GROUP, SMALL = 500_000_000, 1_000_000_000, 1_000_000_000, 100_
 
 PACKED_BYTES = 0.5 + 1 / 32
 """Of a weight in MXFP4: half a byte, and its share of the block's scale."""
+
+
+KERNEL_BYTES = 160 << 20
+"""Of oneDNN's kernels for bfloat16 products on a CPU."""
 
 
 class Phase(Enum):
@@ -164,6 +174,8 @@ def student_parts(counts: StudentCounts, zero: Zero, cfg: OptimConfig) -> list[P
         *_gradients(counts, zero, fewer),
         Part(name="update", num_bytes=_update(counts, zero, cfg), phases=(Phase.update,), on_host=is_offloaded, remedy="set optim.update_ratio_every=0"),
     ]
+    if zero.device is DeviceKind.cpu and zero.weight_bytes == 2:
+        parts.append(Part(name="oneDNN's kernels", num_bytes=KERNEL_BYTES, phases=(Phase.backward, Phase.update)))
     if zero.stage == 3 and zero.num_ranks > 1:
         live = min(counts.parameters, max(counts.largest_module, zero.number(LIVE, "max_live_parameters", "stage3_max_live_parameters")))
         remedy = f"lower {name}.stage3_max_live_parameters; a module is gathered whole"
@@ -215,7 +227,10 @@ def _gradients(counts: StudentCounts, zero: Zero, remedy: str) -> list[Part]:
         gradients = Part(name="gradients", num_bytes=copies * share, phases=(Phase.backward,), on_host=zero.offloads("optimizer"), remedy=remedy)
         return [gradients, Part(name="reduction", num_bytes=bucket, phases=(Phase.backward,), remedy=smaller)]
     gradients = Part(name="gradients", num_bytes=share, phases=ALL, on_host=zero.offloads("optimizer"), remedy=remedy)
-    return [gradients, Part(name="reduction", num_bytes=bucket, phases=ALL if zero.device is DeviceKind.cuda else RUNNING, remedy=smaller)]
+    is_cuda = zero.device is DeviceKind.cuda
+    copies = (1 if is_cuda else 2) * 4 * min(zero.number(BUCKET, "reduce_bucket_size"), counts.trained)
+    reduction = Part(name="reduction", num_bytes=bucket, phases=ALL if is_cuda else (Phase.backward, Phase.update), remedy=smaller)
+    return [gradients, reduction, Part(name="reduction's copies", num_bytes=copies, phases=(Phase.backward,), remedy=smaller)]
 
 
 def _update(counts: StudentCounts, zero: Zero, cfg: OptimConfig) -> float:
@@ -224,9 +239,9 @@ def _update(counts: StudentCounts, zero: Zero, cfg: OptimConfig) -> float:
     group = counts.largest_group / zero.share if zero.stage else counts.largest_parameter
     group = min(group, zero.number(SUB_GROUP, "sub_group_size", "stage3_sub_group_size")) if zero.stage == 3 else group
     between = 4 * group * (2 if zero.device is DeviceKind.cpu else 1)
-    measuring = 16 * group if cfg.update_ratio_every else 0
+    measuring = 16 * min(group, NUMBERS_AT_A_TIME) if cfg.update_ratio_every else 0
     if zero.stage == 0 or zero.is_bf16_stage1:
         return ratio + max(between, measuring)
     flat = 4 * group
     partition = 4 * counts.trained / zero.share if zero.stage < 3 else 0
-    return ratio + max(partition + flat, flat + between, measuring)
+    return ratio + max(partition + flat + between, measuring)

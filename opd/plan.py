@@ -19,7 +19,7 @@ import torch
 
 from opd.config import PlanCommandConfig
 from opd.console import print_table
-from opd.memory import ALL, GIB, PACKED_BYTES, RUNNING, Part, Phase, StudentCounts, Zero, checkpoint_bytes, count_student, start_part, student_parts
+from opd.memory import ALL, BUCKET, GIB, PACKED_BYTES, RUNNING, Part, Phase, StudentCounts, Zero, checkpoint_bytes, count_student, start_part, student_parts
 from opd.plan_config import DeviceKind
 from opd.plan_models import planned_student, planned_teachers
 from opd.quant_config import ExpertFormat
@@ -28,6 +28,7 @@ from opd.tiles import TILE_ELEMENTS
 from opd.zero3 import GATHERED_BYTES
 from rollout.config import SamplerKind
 from rollout.model import torch_dtype
+from rollout.weights import WORDS_AT_A_TIME
 from teachers.config import SignalKind
 from teachers.placement import PlacementPlan, plan_placement
 
@@ -58,6 +59,7 @@ class Plan:
         self.parts += [start_part(self.counts, self.zero), *_expert_parts(self), *_sampler_parts(self), *_teacher_parts(self), *_training_parts(self)]
         self.parts += [part for part in _host_parts(self) if part.num_bytes]
         self._judge()
+        self._judge_wholeness()
 
     def phase_bytes(self, phase: Phase, on_host: bool = False) -> float:
         """Of one rank in one phase."""
@@ -93,6 +95,15 @@ class Plan:
                     largest = max((part for part in self.parts if phase in part.phases and part.on_host is on_host), key=lambda part: part.num_bytes)
                     words = f"{phase.value} takes {_gib(total)} GiB of {where}, which has {_gib(limit)}"
                     self.problems.append(f"{words}: the most is {largest.name} with {_gib(times * largest.num_bytes)}; {largest.remedy}")
+
+
+    def _judge_wholeness(self) -> None:
+        """A sentence on a student that no number of ranks makes fit, since each rank builds it whole and samples from a whole copy."""
+        limit, copy = device_bytes(self.cfg), self.of("sampler weights")
+        if max(self.whole_student, copy) > limit:
+            words = f"no number of ranks and no ZeRO stage makes it fit in {_gib(limit)} GiB: every rank builds the student whole ({_gib(self.whole_student)} GiB)"
+            words += f" and samples from a whole copy ({_gib(copy)}), so building it divided (deepspeed.zero.Init) and a sampler that is divided or on devices"
+            self.problems.append(f"{words} of its own would have to come first")
 
 
 def plan(cfg: PlanCommandConfig) -> None:
@@ -150,7 +161,8 @@ def _sampler_parts(made: Plan) -> list[Part]:
     layers = made.student.config.get_text_config().num_hidden_layers
     decoded = width * counts.experts / layers * is_packed
     narrower = "lower rollout.decode_width or rollout.max_new_tokens"
-    working = max(decoding.prefill - decoding.cache, decoding.step) + decoded
+    hashing = 16 * WORDS_AT_A_TIME - decoding.cache  # of the weights, before the cache is there
+    working = max(decoding.prefill - decoding.cache + decoded, decoding.step + decoded, hashing)
     parts.append(Part(name="sampler cache", num_bytes=decoding.cache, phases=(Phase.rollout,), remedy=narrower))
     parts.append(Part(name="sampler forward", num_bytes=max(0.0, working), phases=(Phase.rollout,), remedy=narrower))
     return parts
@@ -211,6 +223,8 @@ def _training_parts(made: Plan) -> list[Part]:
     made.notes.append(f"micro-batch: {made.rows} x {made.length} tokens; {made.rollouts} rollouts of a rank in a step")
     if zero.stage == 1:  # gradients are reduced when the last activation is gone
         backward -= made.of("reduction")
+    if zero.stage == 3 and zero.number(BUCKET, "reduce_bucket_size") >= made.counts.trained:  # likewise
+        backward -= made.of("reduction's copies")
     parts = [Part(name="activations and loss", num_bytes=max(0.0, backward), phases=(Phase.backward,), remedy=smaller)]
     if cfg.teachers.gradient_share_every and zero.stage < 3:
         several = made.rollouts > made.rows * max(1, len(made.teachers))
