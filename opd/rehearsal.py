@@ -12,11 +12,12 @@ when they began; the plan's figures are sums of the parts of the same time.
 """
 
 import fcntl
+import os
 import shutil
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
@@ -35,7 +36,7 @@ from opd.plan import Plan
 from opd.plan_config import DeviceKind, PlanConfig
 from opd.plan_models import planned_student
 from opd.rollouts import build_stream, data_ranks
-from opd.run import LOCK_FILE, open_run
+from opd.run import open_run
 from opd.start_config import CheckConfig, OnBadSignal, WarmupConfig
 from opd.student import build_student, load_student_tokenizer, seed_everything
 from opd.tracker import Tracker
@@ -76,12 +77,13 @@ def rehearse(cfg: DistillConfig) -> None:
 def run_rehearsal(cfg: DistillConfig) -> Rehearsal:
     """Do the step in a folder of its own, which is gone afterwards; every rank calls it."""
     device = start_processes(cfg.launch.timeout_minutes)
-    folder = Path(on_main(lambda: str(_make_folder(Path(cfg.run_dir)))))
-    try:
-        return _run(_shortened(cfg, folder), device)
-    finally:
-        if is_main():
-            shutil.rmtree(folder, ignore_errors=True)
+    with ExitStack() as held:
+        folder = Path(on_main(lambda: str(_make_folder(Path(cfg.run_dir), held))))
+        try:
+            return _run(_shortened(cfg, folder), device)
+        finally:
+            if is_main():
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 def print_rehearsal(cfg: DistillConfig, found: Rehearsal) -> None:
@@ -202,24 +204,30 @@ def _plan_config(cfg: DistillConfig, device: torch.device, prompt_tokens: int) -
     return PlanCommandConfig(**{item.name: getattr(cfg, item.name) for item in fields(DistillConfig)}, plan=own)
 
 
-def _make_folder(run_dir: Path) -> Path:
-    """A new folder beside run_dir; those that rehearsals left that were killed are removed. Raises ValueError where none can be made."""
+def _make_folder(run_dir: Path, held: ExitStack) -> Path:
+    """A new folder beside run_dir, locked until `held` closes; those that killed rehearsals left are removed. Raises ValueError where none can be made."""
     try:
         run_dir.parent.mkdir(parents=True, exist_ok=True)
-        for old in run_dir.parent.glob(f"{PREFIX}{run_dir.name}-*"):
-            _remove_dead(old)
-        return Path(tempfile.mkdtemp(prefix=f"{PREFIX}{run_dir.name}-", dir=run_dir.parent))
+        with ExitStack() as meanwhile:  # a folder is made and locked before another rehearsal looks at it
+            _lock(run_dir.parent, meanwhile, waits=True)
+            for old in run_dir.parent.glob(f"{PREFIX}{run_dir.name}-*"):
+                _remove_dead(old)
+            made = Path(tempfile.mkdtemp(prefix=f"{PREFIX}{run_dir.name}-", dir=run_dir.parent))
+            _lock(made, held)
+            return made
     except OSError as error:
         raise ValueError(f"run_dir={run_dir}: a rehearsal needs a folder beside it ({error.strerror})") from error
 
 
 def _remove_dead(folder: Path) -> None:
     """Remove a folder whose lock nobody holds."""
-    if not (folder / LOCK_FILE).is_file():  # killed before it began, or beginning now
-        return
-    with (folder / LOCK_FILE).open("a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return
+    with ExitStack() as held, suppress(BlockingIOError):
+        _lock(folder, held)
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _lock(folder: Path, held: ExitStack, waits: bool = False) -> None:
+    """Lock a folder until `held` closes, or this process ends however it does. Raises BlockingIOError where another has it and this must not wait."""
+    handle = os.open(folder, os.O_RDONLY)
+    held.callback(os.close, handle)
+    fcntl.flock(handle, fcntl.LOCK_EX | (0 if waits else fcntl.LOCK_NB))

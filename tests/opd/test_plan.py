@@ -131,3 +131,10 @@ def test_the_host_is_judged_where_it_is_given(tiny):
     made = Plan(load_config("plan", [*tiny, "plan.host_memory_gib=0.000001", "plan.prompt_tokens=8"]))
     assert any("host memory" in problem for problem in made.problems)
     assert made.peak() < 80 * GIB
+
+
+def test_a_student_that_no_number_of_ranks_makes_fit_is_said_to_be_so(tiny):
+    made = Plan(load_config("plan", [*tiny, "plan.memory_gib=0.001", "plan.prompt_tokens=8"]))
+    [sentence] = [problem for problem in made.problems if "no number of ranks and no ZeRO stage" in problem]
+    assert "every rank builds the student whole" in sentence
+    assert "samples from a whole copy" in sentence

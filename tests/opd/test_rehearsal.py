@@ -1,10 +1,15 @@
 """A rehearsal: it leaves nothing behind, also when it fails; its rollouts are as long as they can be; the plan stands beside what was measured."""
 
+import signal
+import subprocess
+import sys
+import time
+from contextlib import ExitStack
+
 import pytest
 
 from opd.__main__ import load_config
 from opd.rehearsal import PREFIX, _make_folder, run_rehearsal
-from opd.run import LOCK_FILE
 
 
 @pytest.fixture
@@ -30,7 +35,22 @@ def test_a_rehearsal_that_fails_leaves_nothing_behind(device, settings, tmp_path
 def test_the_folder_of_a_killed_rehearsal_is_removed_by_the_next(tmp_path):
     left = tmp_path / f"{PREFIX}run-dead"
     left.mkdir()
-    (left / LOCK_FILE).touch()
-    made = _make_folder(tmp_path / "run")
+    with ExitStack() as held:
+        made = _make_folder(tmp_path / "run", held)
     assert not left.exists()
     assert made.parent == tmp_path
+
+
+def test_the_folder_of_a_rehearsal_that_goes_on_stays(tmp_path):
+    with ExitStack() as held:
+        first, second = (_make_folder(tmp_path / "run", held) for _ in range(2))
+        assert {first, second} == set(tmp_path.iterdir())
+
+
+def test_an_interrupted_rehearsal_leaves_nothing_behind(settings, tmp_path):
+    process = subprocess.Popen([sys.executable, "-m", "opd", "distill", *settings], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not list(tmp_path.glob(f"{PREFIX}*")) and process.poll() is None:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=60) != 0
+    assert list(tmp_path.iterdir()) == []
