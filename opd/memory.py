@@ -19,9 +19,9 @@ the largest module, or max_live_parameters, whichever is more, and all at most.
 At stage 3 a bucket's gradients are reduced from a second piece, in the order of the parameters (DeepSpeed's reduce_scatter_coalesced), of which gloo makes a
 third; where one bucket holds them all, that is when the last activation is gone.
 
-The update itself needs, besides, the gradient in one piece (all stages but 0; at stages 1 and 2 beside the share that it is made of) and
-AdamW's intermediate (a denominator for each number: two on a CPU, where they are made one after the other), for one of DeepSpeed's groups at a time. optim.update_ratio_every holds a copy of the masters over it, and takes
-differences in float64: 16 bytes for each of opd/optim.py's NUMBERS_AT_A_TIME.
+The update itself needs, besides, the gradient in one piece (all stages but 0; at stages 1 and 2 beside the share that it is made of) and AdamW's
+intermediate (a denominator for each number: two on a CPU, where they are made one after the other), for one of DeepSpeed's groups at a time.
+optim.update_ratio_every holds a copy of the masters over it, and takes differences in float64: 16 bytes for each of opd/optim.py's NUMBERS_AT_A_TIME.
 
 On a CPU in bfloat16 oneDNN keeps a kernel for each number of rows that a product has had (an expert's change with every step), 1024 at most:
 KERNEL_BYTES, which was measured as what goes with ONEDNN_PRIMITIVE_CACHE_CAPACITY=0. float32 products go elsewhere and keep nothing.

@@ -102,7 +102,8 @@ class Plan:
         limit, copy = device_bytes(self.cfg), self.of("sampler weights")
         if max(self.whole_student, copy) > limit:
             words = f"no number of ranks and no ZeRO stage makes it fit in {_gib(limit)} GiB: every rank builds the student whole "
-            words += f"({_gib(self.whole_student)} GiB) and samples from a whole copy ({_gib(copy)}), so building it divided (deepspeed.zero.Init) and a sampler that is divided or on devices"
+            words += f"({_gib(self.whole_student)} GiB) and samples from a whole copy ({_gib(copy)}), so building it divided (deepspeed.zero.Init) "
+            words += "and a sampler that is divided or on devices"
             self.problems.append(f"{words} of its own would have to come first")
 
 
