@@ -5,6 +5,7 @@ so that a domain can be added beside an installed package), checked against the 
 is anything heavy imported. A mistake in them is one sentence and exit code 2.
 """
 
+import importlib
 import logging
 import os
 import sys
@@ -33,10 +34,14 @@ COMMANDS = {
     "specialize": "fine-tune a model on a domain's reference answers: makes a teacher",
     "distill": "distil all domains' teachers into one student",
     "check": "what distill with the same settings would refuse at its start, and what it would warn of; trains and writes nothing",
+    "plan": "the memory that distill with the same settings takes on each rank, from the models' configs alone, and what does not fit",
     "evaluate": "accuracy and recovery on held-out prompts",
     "export": "write the folder to serve, its experts packed in FP4, and verify it",
     "bench": "time and memory beside other ways and libraries; the word after it says of what: divergence, qat, teachers, rollout, step",
 }
+FUNCTIONS = {"pipeline": "run_pipeline", "rehearsal": "rehearse"}
+"""What a module's function is called where it is not called as the module."""
+
 ON_RANKS = ("distill", "specialize", "evaluate", "check")
 """The commands that divide their work among processes."""
 
@@ -161,58 +166,20 @@ def _require_one_process(command: str) -> None:
 
 
 def _run(command: str, cfg) -> None:
+    """Call the function that has the command's name, in the module of that name (but for FUNCTIONS)."""
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     _show_messages()
-    if command == "pipeline":
-        from opd.pipeline import run_pipeline
+    if command != "pipeline":
+        from opd.distributed import set_threads
 
-        return run_pipeline(cfg)
-    from opd.distributed import set_threads
-
-    set_threads(cfg.threads)
-    if not command.startswith("bench"):
+        set_threads(cfg.threads)
+    if command != "pipeline" and not command.startswith("bench"):
         from opd.checkpoint_model import resolve_models
 
         resolve_models(cfg)
-    if command == "distill":
-        from opd.distill import distill
-
-        return distill(cfg)
-    if command == "check":
-        from opd.check import check
-
-        return check(cfg)
-    if command == "specialize":
-        from opd.specialize import specialize
-
-        return specialize(cfg)
-    if command == "export":
-        from opd.export import export
-
-        return export(cfg)
-    if command == "bench_divergence":
-        from opd.bench_divergence import bench_divergence
-
-        return bench_divergence(cfg)
-    if command == "bench_qat":
-        from opd.bench_qat import bench_qat
-
-        return bench_qat(cfg)
-    if command == "bench_teachers":
-        from opd.bench_teachers import bench_teachers
-
-        return bench_teachers(cfg)
-    if command == "bench_rollout":
-        from opd.bench_rollout import bench_rollout
-
-        return bench_rollout(cfg)
-    if command == "bench_step":
-        from opd.bench_step import bench_step
-
-        return bench_step(cfg)
-    from opd.evaluate import evaluate
-
-    return evaluate(cfg)
+    name = "rehearsal" if command == "distill" and cfg.rehearse else command
+    module = importlib.import_module(f"opd.{name}")
+    getattr(module, FUNCTIONS.get(name, name))(cfg)
 
 
 def _show_messages() -> None:

@@ -14,6 +14,7 @@ from opd.bench_config import DivergenceBenchConfig, QatBenchConfig, RolloutBench
 from opd.export_config import ExportConfig, check_export
 from opd.job_config import AlarmsConfig, CheckpointConfig, LaunchConfig, LoggerConfig, ProfileConfig, RanksConfig
 from opd.loss_config import LossConfig
+from opd.plan_config import PlanConfig
 from opd.quant_config import QuantConfig
 from opd.ranges import check_evaluated, check_loss, check_profile, check_ranges, check_rollout, check_routes, check_schedules, check_start
 from opd.start_config import CheckConfig, WarmupConfig
@@ -172,6 +173,7 @@ class DistillConfig(RunConfig):
     loss: how the student's distance from a teacher is measured.
     check: what the teachers' signal is asked before the first step.
     warmup: supervised training on the teachers' own answers before the first step, where distillation from scratch would fail.
+    rehearse: do one step at the largest lengths in a temporary folder, show what it took, and leave nothing behind (opd/rehearsal.py).
     """
 
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
@@ -179,6 +181,7 @@ class DistillConfig(RunConfig):
     teachers: TeachersConfig = field(default_factory=TeachersConfig)
     check: CheckConfig = field(default_factory=CheckConfig)
     warmup: WarmupConfig = field(default_factory=WarmupConfig)
+    rehearse: bool = False
 
 
 @dataclass(slots=True)
@@ -189,6 +192,16 @@ class CheckCommandConfig(DistillConfig):
     """
 
     show: int = 0
+
+
+@dataclass(slots=True)
+class PlanCommandConfig(DistillConfig):
+    """`opd plan`: the memory that a distillation with the same settings takes on each rank; nothing is loaded, trained or written.
+
+    plan: the job.
+    """
+
+    plan: PlanConfig = field(default_factory=PlanConfig)
 
 
 @dataclass(slots=True)
@@ -264,6 +277,7 @@ class PipelineConfig:
 SCHEMAS: dict[str, type] = {
     "distill": DistillConfig,
     "check": CheckCommandConfig,
+    "plan": PlanCommandConfig,
     "specialize": SpecializeConfig,
     "evaluate": EvaluateConfig,
     "export": ExportConfig,

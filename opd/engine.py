@@ -36,7 +36,7 @@ from opd.divergence_passes import require_backend
 from opd.estimators import cross_entropy
 from opd.flops import model_flops
 from opd.loss_config import LossConfig
-from opd.optim import learning_rate_factor, parameter_groups
+from opd.optim import learning_rate_factor, parameter_groups, squared_norms
 from opd.qat import ExpertQuantizer, code_metrics
 from opd.quant_config import ExpertFormat
 from opd.student import least_length
@@ -249,15 +249,12 @@ class Engine:
     def _master_weights(self) -> list[torch.Tensor]:
         """This rank's share of the float32 weights that the optimizer moves."""
         if self.zero_stage == 3:  # between two steps the optimizer's own groups are empty
-            return list(self.engine.optimizer.fp32_partitioned_groups_flat)
+            return [weights.data for weights in self.engine.optimizer.fp32_partitioned_groups_flat]  # they ask for gradients: no graph over them
         return [parameter.data for group in self.engine.optimizer.param_groups for parameter in group["params"]]
 
     def _update_to_weight(self, before: list[torch.Tensor]) -> float:
         """Norm of the update over norm of the weights, over all ranks' shares."""
-        after = self._master_weights()
-        update = sum((new - old).double().square().sum() for new, old in zip(after, before, strict=True))
-        weight = sum(old.double().square().sum() for old in before)
-        sums = torch.stack([update, weight])
+        sums = squared_norms(self._master_weights(), before)
         if self.zero_stage > 0:
             sums = reduce_sum(sums, Group.data)
         return float((sums[0] / sums[1]).sqrt())

@@ -17,7 +17,7 @@ AT_LEAST_ONE = (
     "max_tokens_per_micro_batch", "max_tokens_per_forward", "max_resident", "keep", "threads", "processes",
     "top_k", "num_tokens", "vocab_sizes", "hidden", "teacher_hidden", "repeats", "measure_rollouts", "kl_prompts",
     "shape", "tokens_per_expert", "max_connections", "num_teachers", "tokens_per_step", "rollouts_per_teacher", "vocab_size",
-    "max_failures", "requests", "prompt_tokens",
+    "max_failures", "requests", "prompt_tokens", "ranks", "ranks_per_node",
 )  # fmt: skip
 """Whole numbers from 1; of a list, each of its members, and there is one."""
 
@@ -29,6 +29,7 @@ NOT_NEGATIVE = (
 
 ABOVE_ZERO = (
     "timeout_seconds", "load_timeout_seconds", "probe_tolerance", "lease_seconds", "max_mismatch", "tolerance", "heartbeat_seconds", "timeout_minutes",
+    "memory_gib", "host_memory_gib",
 )  # fmt: skip
 """Finite numbers above 0, or none at all."""
 

@@ -63,14 +63,7 @@ def build_student(cfg: StudentConfig, tokenizer: PreTrainedTokenizerBase, quant:
         fill_hash_tables(model)
     if model.config.get_text_config().vocab_size < len(tokenizer):
         raise ValueError(f"the student has {model.config.get_text_config().vocab_size} vocabulary rows, fewer than the tokenizer's {len(tokenizer)}")
-    if cfg.gradient_checkpointing:
-        if not model.supports_gradient_checkpointing:
-            raise ValueError(f"{model.config.model_type} does not support gradient checkpointing: set student.gradient_checkpointing=false")
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-        for layer in model.modules():
-            if isinstance(layer, GradientCheckpointingLayer):
-                layer.training = True  # the model is in evaluation mode, in which transformers would not checkpoint
-    _freeze(model, cfg)
+    prepare_training(model, cfg)
     quant = quant or QuantConfig()
     if has_quantized_indexer(model.config) and not quant.indexer:
         raise ValueError(f"the student at {cfg.model} has its indexer in FP4: set quant.indexer=true")
@@ -79,6 +72,21 @@ def build_student(cfg: StudentConfig, tokenizer: PreTrainedTokenizerBase, quant:
     if quant.experts is ExpertFormat.mxfp4:
         _require_experts_for_fp4(model, cfg)
     return model
+
+
+def prepare_training(model: PreTrainedModel, cfg: StudentConfig) -> None:
+    """Have a model recompute its activations where it is asked to, and freeze what must not train; its weights need not be there.
+
+    Raises ValueError for a setting that the family would ignore.
+    """
+    if cfg.gradient_checkpointing:
+        if not model.supports_gradient_checkpointing:
+            raise ValueError(f"{model.config.model_type} does not support gradient checkpointing: set student.gradient_checkpointing=false")
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        for layer in model.modules():
+            if isinstance(layer, GradientCheckpointingLayer):
+                layer.training = True  # the model is in evaluation mode, in which transformers would not checkpoint
+    _freeze(model, cfg)
 
 
 def copy_for_sampling(model: PreTrainedModel, device: torch.device, quant: QuantConfig | None = None) -> PreTrainedModel:

@@ -91,17 +91,25 @@ def load_model(cfg: ModelConfig, role: str, device: torch.device | str = "cpu") 
 
 def build_model(architecture: dict[str, Any], vocab_size: int, cfg: ModelConfig, role: str) -> PreTrainedModel:
     """A new model from a transformers config: `architecture` holds `model_type` and what differs from its defaults."""
-    settings = dict(architecture)
-    family = settings.pop("model_type", None)
-    if family is None:
-        raise ValueError(f"the {role}'s architecture needs a model_type, as in conf/student/deepseek_v4_tiny.yaml")
+    config = architecture_config(architecture, vocab_size, role)
     try:
-        config = AutoConfig.for_model(family, vocab_size=vocab_size, **settings)
         attention = {} if cfg.attention is None else {"attn_implementation": cfg.attention.value}
         model = AutoModelForCausalLM.from_config(config, dtype=torch_dtype(cfg.dtype), **attention)
     except (ValueError, TypeError, ImportError) as error:
         raise ValueError(f"the {role} cannot be built from its architecture: {first_sentence(error)}") from error
     return prepare_model(model, cfg, role)
+
+
+def architecture_config(architecture: dict[str, Any], vocab_size: int, role: str) -> PretrainedConfig:
+    """The transformers config of an architecture, with `vocab_size` rows in embedding and head unless it says how many itself."""
+    settings = {"vocab_size": vocab_size, **architecture}
+    family = settings.pop("model_type", None)
+    if family is None:
+        raise ValueError(f"the {role}'s architecture needs a model_type, as in conf/student/deepseek_v4_tiny.yaml")
+    try:
+        return AutoConfig.for_model(family, **settings)
+    except (ValueError, TypeError, ImportError) as error:
+        raise ValueError(f"the {role} cannot be built from its architecture: {first_sentence(error)}") from error
 
 
 def prepare_model(model: PreTrainedModel, cfg: ModelConfig, role: str) -> PreTrainedModel:

@@ -9,6 +9,7 @@ from omegaconf import OmegaConf
 
 import opd.bench_config
 import opd.config
+import opd.plan_config
 import opd.start_config
 import rollout.config
 import teachers.config
@@ -17,7 +18,7 @@ from opd.config import SCHEMAS, DistillConfig, OptimizerKind, RunConfig, parse
 from rollout.config import GraderKind
 
 GROUPS = sorted((path.parent.name, path.stem) for path in CONF.glob("*/*.yaml"))
-MODULES = (opd.bench_config, opd.config, opd.start_config, rollout.config, teachers.config)
+MODULES = (opd.bench_config, opd.config, opd.plan_config, opd.start_config, rollout.config, teachers.config)
 SELECT = {"domain": "domain=[{}]", "pipeline": "pipeline={}"}
 
 
