@@ -148,8 +148,9 @@ def _join_domains(overrides: list[str]) -> list[str]:
 def _run_on_ranks(command: str, cfg, arguments: list[str]) -> int:
     """Start the ranks of a command, or be one of them, or all there is; returns the exit code."""
     from opd.heartbeat import Heartbeat
-    from opd.supervisor import Supervisor, needs_supervisor
+    from opd.supervisor import Supervisor, needs_supervisor, require_no_fresh_requeue
 
+    require_no_fresh_requeue(cfg)
     if needs_supervisor(cfg.launch):
         return Supervisor([sys.executable, "-m", "opd", *arguments], cfg).run()
     with Heartbeat(cfg.launch.heartbeat_seconds):

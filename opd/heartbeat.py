@@ -1,4 +1,4 @@
-"""Heartbeats: a rank that is dead, stopped or out of reach ends the whole job within launch.heartbeat_seconds, by name, whoever launched the ranks.
+"""Heartbeats: a rank that is dead, stopped or out of reach ends the whole job, by name, within launch.heartbeat_seconds and LEAVE_SECONDS, whoever launched it.
 
 A collective alone would not: gloo sees a closed connection, but not a stopped process or a cut cable, NCCL not even the first, and none of them says whose.
 So a thread of each rank, the teller, writes every heartbeat_seconds / BEATS to the store at which the ranks met (the launcher's, or rank 0's) where it

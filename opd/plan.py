@@ -19,6 +19,7 @@ import torch
 
 from opd.config import PlanCommandConfig
 from opd.console import print_table
+from opd.deepspeed_settings import deepspeed_settings
 from opd.memory import ALL, BUCKET, GIB, PACKED_BYTES, RUNNING, Part, Phase, StudentCounts, Zero, checkpoint_bytes, count_student, start_part, student_parts
 from opd.plan_config import DeviceKind
 from opd.plan_models import planned_student, planned_teachers
@@ -45,6 +46,7 @@ class Plan:
         self.student = planned_student(cfg.student)
         model = self.student.build()
         prepare_training(model, cfg.student)
+        deepspeed_settings(cfg, torch_dtype(cfg.student.dtype))  # refuses what the run would refuse
         self.counts: StudentCounts = count_student(model, cfg.optim)
         zero = cfg.deepspeed.get("zero_optimization", {})
         self.length = cfg.plan.prompt_tokens + cfg.rollout.max_new_tokens
@@ -95,7 +97,6 @@ class Plan:
                     largest = max((part for part in self.parts if phase in part.phases and part.on_host is on_host), key=lambda part: part.num_bytes)
                     words = f"{phase.value} takes {_gib(total)} GiB of {where}, which has {_gib(limit)}"
                     self.problems.append(f"{words}: the most is {largest.name} with {_gib(times * largest.num_bytes)}; {largest.remedy}")
-
 
     def _judge_wholeness(self) -> None:
         """A sentence on a student that no number of ranks makes fit, since each rank builds it whole and samples from a whole copy."""
@@ -156,6 +157,8 @@ def _sampler_parts(made: Plan) -> list[Part]:
     if made.zero.stage == 3 and made.zero.num_ranks > 1:
         gathered = min(width * counts.parameters, max(GATHERED_BYTES, width * counts.largest_parameter))
         parts.append(Part(name="weights gathered for the sampler", num_bytes=gathered, phases=(Phase.rollout,)))
+    if cfg.rollout.sampler is SamplerKind.service:
+        made.notes.append("the processes of rollout.sampler=service are not counted: each holds a copy of the student, a cache and a forward of its own")
     if cfg.rollout.sampler is not SamplerKind.local or cfg.rollout.replay is not None:
         return parts
     decoding = made.student.frozen().decoding(cfg)

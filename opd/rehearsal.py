@@ -24,6 +24,7 @@ from pathlib import Path
 import torch
 
 from opd.checkpoint import resume, save
+from opd.checkpoint_writer import settle
 from opd.config import DistillConfig, PlanCommandConfig
 from opd.console import print_table
 from opd.distributed import Group, barrier, is_main, num_local_processes, num_ranks, on_main, start_processes
@@ -53,7 +54,9 @@ LOOK = 16
 
 @dataclass(slots=True)
 class Rehearsal:
-    """What a rehearsal found. memory: part -> (bytes measured, bytes planned). seconds: of each phase. checkpoint, student: bytes on disk."""
+    """What a rehearsal found. memory: part -> (bytes measured, bytes planned); evaluation, save and load are timed alone. seconds: of each phase. checkpoint:
+    bytes on disk. completion_tokens: of this rank's step.
+    """
 
     memory: dict[str, tuple[int, float]] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
@@ -91,12 +94,13 @@ def print_rehearsal(cfg: DistillConfig, found: Rehearsal) -> None:
     rows = [[name, f"{measured / GIB:.3f}", f"{planned / GIB:.3f}", f"{planned / measured - 1:+.0%}"] for name, (measured, planned) in found.memory.items()]
     print_table("memory of this rank over its baseline, in GiB", ["part", "measured", "planned", "difference"], rows)
     step = sum(found.seconds[name] for name in ("rollout", "score", "update"))
-    evaluations = cfg.num_steps // cfg.evaluation.every if cfg.evaluation.every else 0
-    saves = cfg.num_steps // cfg.checkpoint.every if cfg.checkpoint.every else 1
-    total = step * cfg.num_steps + found.seconds.get("evaluation", 0.0) * evaluations + found.seconds["save"] * saves
+    evaluations = 1 + cfg.num_steps // cfg.evaluation.every if cfg.evaluation.every else 1  # one before the first step
+    saves = -(-cfg.num_steps // cfg.checkpoint.every) if cfg.checkpoint.every else 1
+    batches = -(-cfg.evaluation.prompts // (cfg.rollout.decode_width * num_ranks(Group.data)))
+    total = step * cfg.num_steps + found.seconds.get("evaluation", 0.0) * batches * evaluations + found.seconds["save"] * saves
     disk = found.checkpoint * (cfg.checkpoint.keep + 1)
     caption = [f"{found.completion_tokens} completion tokens of this rank, all completions at rollout.max_new_tokens"]
-    counts = f"{cfg.num_steps} steps, {saves} checkpoints and {evaluations} evaluations of a batch"
+    counts = f"{cfg.num_steps} steps, {saves} checkpoints and {evaluations} evaluations of {batches} times the one here"
     caption += [f"the whole run at these lengths: {total / 3600:.2f} hours for {counts}"]
     caption += [f"disk: {found.checkpoint / GIB:.3g} GiB for a checkpoint, {disk / GIB:.3g} GiB at most"]
     print_table("seconds", ["phase", "seconds"], [[name, f"{seconds:.2f}"] for name, seconds in found.seconds.items()], "\n".join(caption))
@@ -128,7 +132,7 @@ def _run(cfg: DistillConfig, device: torch.device) -> Rehearsal:
     torch.compile(torch.nn.Identity())  # as DeepSpeed does for its Muon, with any optimizer: 40 MB of code, and nothing is compiled
     meter = MemoryMeter(device)
     student = build_student(cfg.student, tokenizer, cfg.quant)
-    meter_student = meter.resident()
+    of_student = meter.resident()
     teachers = TeacherPool(cfg.domains, cfg.teachers, tokenizer, device, data_ranks())
     stream = build_stream(cfg, student, tokenizer, device)
     teachers.require_context(stream.longest_rollouts)
@@ -137,8 +141,8 @@ def _run(cfg: DistillConfig, device: torch.device) -> Rehearsal:
     planned = Plan(_plan_config(cfg, device, max(domain.longest for domain in stream.prompts.domains.values())))
     evaluator = Evaluator(cfg, student, tokenizer, teachers)
     before = meter.resident()
-    found.memory["student"] = (meter_student, planned.whole_student)
-    found.memory["sampler"] = (before - meter_student, planned.of("sampler weights"))
+    found.memory["student"] = (max(1, of_student), planned.whole_student)
+    found.memory["sampler"] = (max(1, before - of_student), planned.of("sampler weights"))
     engine = Engine(student, len(tokenizer), cfg, device)
     made = sum(part.num_bytes for part in planned.parts if part.phases == ALL and not part.on_host) - planned.of("student weights")
     found.memory["engine"] = (max(1, meter.resident() - before), made - planned.of("sampler weights"))
@@ -148,9 +152,12 @@ def _run(cfg: DistillConfig, device: torch.device) -> Rehearsal:
         _step(found, meter, planned, (engine, stream, teachers, evaluator, cfg))
         with found.timed("save"):
             save(run_dir, 1, engine, stream, cfg.checkpoint, teachers)
+            settle()
         found.checkpoint = sum(path.stat().st_size for path in (run_dir / "checkpoints").rglob("*") if path.is_file())
         with found.timed("load"):
-            resume(run_dir, engine, stream, tracker, teachers)
+            taken_up = resume(run_dir, engine, stream, tracker, teachers)
+        if taken_up != 1:
+            raise RuntimeError(f"the checkpoint of the rehearsed step was not taken up: resumed at step {taken_up}")
     barrier()
     return found
 

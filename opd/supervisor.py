@@ -38,8 +38,8 @@ MARK = "OPD_SUPERVISED"
 ENDINGS = (0, USER_ERROR, PREEMPTED, INTERRUPTED)
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 POLL_SECONDS = 0.1
-SETTLE_SECONDS = 10.0
-"""What the other ranks have to end by themselves, with a sentence, when one has died."""
+LEAVE_SECONDS = 10.0
+"""What the other ranks have to end by themselves, with a sentence, when one has died; and a third of launch.heartbeat_seconds, in which they find out which."""
 PAUSE_SECONDS = 1.0
 LIBC = ctypes.CDLL(None)
 
@@ -50,6 +50,12 @@ class Ending:
 
     code: int
     sentence: str = ""
+
+
+def require_no_fresh_requeue(cfg: RunConfig | EvaluateConfig) -> None:
+    """Raises ValueError where a job that SLURM has queued again would begin anew."""
+    if isinstance(cfg, RunConfig) and cfg.fresh and int(os.environ.get("SLURM_RESTART_COUNT", "0")) > 0:
+        raise ValueError("this job has been queued again, and fresh=true would delete what it did before: leave fresh out")
 
 
 def needs_supervisor(cfg: RanksConfig) -> bool:
@@ -118,7 +124,7 @@ class Supervisor:
             new = {number: code for number, rank in enumerate(ranks) if number not in ended and (code := rank.poll()) is not None}
             ended |= dict(sorted(new.items(), key=lambda item: (item[1] >= 0, item[1] == 1)))  # what nobody else can cause comes first
             if deadline is None and any(code not in (0, PREEMPTED, INTERRUPTED) for code in new.values()):
-                deadline = time.monotonic() + SETTLE_SECONDS
+                deadline = time.monotonic() + LEAVE_SECONDS + self.cfg.heartbeat_seconds / 3
             if deadline is not None and time.monotonic() > deadline:
                 break
         for number, rank in enumerate(ranks):

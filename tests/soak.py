@@ -92,9 +92,9 @@ def disturbed_run(folder: Path, run_dir: Path, draws: random.Random, deadline: f
         next_fault = time.monotonic() + draws.expovariate(1 / MEAN_PAUSE)
         while process.poll() is None:
             time.sleep(0.05)
-            now, size = time.monotonic(), log.stat().st_size + sum(path.stat().st_size for path in run_dir.glob("metrics.jsonl"))
+            now, size = time.monotonic(), sum(path.stat().st_size for path in run_dir.glob("metrics.jsonl"))
             alive, seen = (now, size) if size != seen else (alive, seen)
-            if now - alive > BOUND:
+            if now - alive > BOUND or now > deadline + BOUND:
                 counts["hangs"] += 1
                 for each in [*psutil.Process(process.pid).children(recursive=True), process]:
                     each.kill()

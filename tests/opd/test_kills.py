@@ -85,13 +85,13 @@ def settings(saved_v4, teacher_folders) -> list[str]:
 
 
 def plan_of(seed: int) -> list[dict]:
-    """Every phase once, then some drawn; in the second call at most, at its begin or while it lasts."""
+    """Every phase once, at its begin, then some drawn, at their begin or while they last; in the first call or the second."""
     draws = random.Random(seed)
-    phases = [*PHASES, *draws.choices(list(PHASES), k=NUM_KILLS - len(PHASES))]
-    draws.shuffle(phases)
+    drawn = [(phase, draws.choice([0, 0.02, 0.2])) for phase in draws.choices(list(PHASES), k=NUM_KILLS - len(PHASES))]
+    kills = [*((phase, 0) for phase in PHASES), *drawn]
+    draws.shuffle(kills)
     return [
-        {"phase": phase, "rank": 0 if phase in OF_RANK_0 else draws.randrange(2), "calls": draws.randint(1, 2), "delay": draws.choice([0, 0, 0.02, 0.2])}
-        for phase in phases
+        {"phase": phase, "rank": 0 if phase in OF_RANK_0 else draws.randrange(2), "calls": draws.randint(1, 2), "delay": delay} for phase, delay in kills
     ]  # fmt: skip
 
 

@@ -51,6 +51,7 @@ def test_an_interrupted_rehearsal_leaves_nothing_behind(settings, tmp_path):
     process = subprocess.Popen([sys.executable, "-m", "opd", "distill", *settings], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while not list(tmp_path.glob(f"{PREFIX}*")) and process.poll() is None:
         time.sleep(0.02)
+    assert process.poll() is None, "it ended before it had a folder"
     process.send_signal(signal.SIGINT)
-    assert process.wait(timeout=60) != 0
+    assert process.wait(timeout=60) == 130
     assert list(tmp_path.iterdir()) == []

@@ -15,7 +15,7 @@ import pytest
 import opd.supervisor
 from opd.config import RunConfig
 from opd.job_config import LaunchConfig
-from opd.supervisor import MARK, Supervisor, needs_supervisor
+from opd.supervisor import MARK, Supervisor, needs_supervisor, require_no_fresh_requeue
 
 RANK = """
 import os, pathlib, signal, sys, time
@@ -33,7 +33,7 @@ SERVER.set_forkserver_preload([__name__])  # supervisors are forked from a proce
 
 def run_supervisor(command: list[str], cfg: RunConfig) -> None:
     os.dup2(os.open(f"{cfg.run_dir}/errors", os.O_CREAT | os.O_WRONLY), 2)
-    opd.supervisor.SETTLE_SECONDS = 1.0
+    opd.supervisor.LEAVE_SECONDS, cfg.launch.heartbeat_seconds = 1.0, 0.3
     sys.exit(Supervisor(command, cfg).run())
 
 
@@ -134,6 +134,14 @@ def test_one_process_that_is_never_started_again_needs_no_supervisor():
     assert not needs_supervisor(LaunchConfig())
     assert needs_supervisor(LaunchConfig(processes=2))
     assert needs_supervisor(LaunchConfig(max_restarts=1))
+
+
+def test_a_job_that_is_queued_again_is_not_begun_anew(monkeypatch):
+    require_no_fresh_requeue(RunConfig(fresh=True))
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    require_no_fresh_requeue(RunConfig(fresh=False))
+    with pytest.raises(ValueError, match="fresh=true would delete what it did before"):
+        require_no_fresh_requeue(RunConfig(fresh=True))
 
 
 def test_a_rank_of_another_launcher_is_refused_and_one_of_ours_is_not(monkeypatch):
