@@ -61,7 +61,7 @@ def save(run_dir: Path, step: int, engine: Engine, stream: Resumable, cfg: Check
     if is_main():
         files.begin_partial(folder)
     barrier()
-    target = writer.memory_folder(run_dir, rank(Group.data)) if cfg.asynchronous else folder
+    target = writer.begin_memory(run_dir, rank(Group.data)) if cfg.asynchronous else folder
     names = engine.save(target, files.PARTIAL)
     if is_main():
         state = {"schema": files.SCHEMA, "step": step, "ranks": num_ranks(Group.data), "stream": stream.state()}
@@ -104,7 +104,7 @@ def resume(run_dir: Path, engine: Engine, stream: Resumable, tracker: Tracker, t
     Raises ValueError where checkpoints are there but none can be taken up, and where teachers differ without teachers.allow_change.
     """
     folder = run_dir / "checkpoints"
-    writer.memory_folder(run_dir, rank(Group.data))
+    writer.forget_memory(run_dir, rank(Group.data))
     tag, problems = _choose(folder)
     for problem in problems if is_main() else ():
         tracker.display.say(f"{problem}; going on from {tag}")

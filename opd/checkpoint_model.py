@@ -11,12 +11,14 @@ A checkpoint holds pickled files, and reading them runs what they say: name runs
 import fcntl
 import json
 import re
+import signal
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,7 @@ from opd import checkpoint_files as files
 from opd.config import StudentConfig
 from opd.quant_config import ExpertFormat, QuantConfig
 from opd.student import build_student, load_student_tokenizer
+from opd.supervisor import end_with_parent
 from rollout.config import ModelConfig
 from rollout.experts import EXPERT_WEIGHTS, fake_quantized, require_quantizable
 from rollout.files import read_json, replace_text
@@ -52,10 +55,12 @@ def model_folder(name: str) -> Path:
     source = Path(run) / "checkpoints" / files.tag_of(int(step))
     if not (Path(run) / "config.yaml").is_file():
         raise ValueError(f"{name}: {run} is not a folder of a run")
+    folder = Path(run) / "students" / source.name
+    if not source.is_dir() and (folder / "checkpoint.json").is_file():
+        return folder  # made while the checkpoint was there
     if not source.is_dir():
         steps = [str(int(path.name.removeprefix("step-"))) for path in sorted(source.parent.glob("step-*"))]
         raise ValueError(f"{name}: there is no checkpoint of step {step}; there are {', '.join(steps) or 'none'}")
-    folder = Path(run) / "students" / source.name
     try:
         with _alone_in(folder.parent):
             manifest = files.digest_of(source)
@@ -96,7 +101,7 @@ def _masters(source: Path) -> dict[str, torch.Tensor]:
     if any(source.glob("*optim_states.pt")):
         with tempfile.TemporaryDirectory(dir=source.parent.parent / "students") as target:
             command = [sys.executable, "-m", "deepspeed.utils.zero_to_fp32", str(source.parent), target, "--tag", source.name, "--safe_serialization"]
-            ended = subprocess.run(command, capture_output=True, text=True, check=False)
+            ended = subprocess.run(command, capture_output=True, text=True, check=False, preexec_fn=partial(end_with_parent, signal.SIGKILL))
             if ended.returncode != 0:
                 reason = (ended.stderr.strip().splitlines() or [f"exit code {ended.returncode}"])[-1]
                 raise ValueError(f"the weights cannot be read from {source} ({reason})")

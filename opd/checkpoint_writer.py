@@ -9,6 +9,7 @@ asked to end (`settle`), and wait for them there; where one has died, that fails
     RUN/checkpoints/parts/RANK.json  what its writer has written: its part of the manifest, {NAME: {"bytes", "sha256"}}; RANK.failed: that it has died
 """
 
+import ctypes
 import hashlib
 import json
 import shutil
@@ -18,7 +19,6 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 
 from opd import checkpoint_files as files
@@ -56,10 +56,20 @@ _PENDING: list[Pending] = []
 
 
 def memory_folder(run_dir: Path, rank: int) -> Path:
-    """Where a rank saves to; what an earlier process has left there is deleted."""
-    folder = MEMORY / f"opd-{hashlib.sha256(str(run_dir.resolve()).encode()).hexdigest()[:16]}-{rank}"
-    shutil.rmtree(folder, ignore_errors=True)
-    return folder
+    """Where a rank saves to."""
+    return MEMORY / f"opd-{hashlib.sha256(str(run_dir.resolve()).encode()).hexdigest()[:16]}-{rank}"
+
+
+def begin_memory(run_dir: Path, rank: int) -> Path:
+    """The same, empty and for nobody else; what an earlier process has left there is deleted."""
+    forget_memory(run_dir, rank)
+    memory_folder(run_dir, rank).mkdir(mode=0o700)
+    return memory_folder(run_dir, rank)
+
+
+def forget_memory(run_dir: Path, rank: int) -> None:
+    """Delete what an earlier process has left there."""
+    shutil.rmtree(memory_folder(run_dir, rank), ignore_errors=True)
 
 
 def begin_parts(folder: Path) -> None:
@@ -70,17 +80,28 @@ def begin_parts(folder: Path) -> None:
 
 def start(task: Task, afterwards: Callable[[], None]) -> None:
     """Start this rank's writer."""
-    from opd.supervisor import end_with_parent
-
     command = [sys.executable, "-m", "opd.checkpoint_writer", json.dumps(asdict(task))]
-    die_too = partial(end_with_parent, signal.SIGKILL)
-    writer = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, preexec_fn=die_too)
+    quietly = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
+    writer = subprocess.Popen(command, **quietly, text=True, preexec_fn=_outlast_signals)
     _PENDING.append(Pending(task=task, writer=writer, afterwards=afterwards))
+
+
+def _outlast_signals() -> None:
+    """In a new writer: what is asked to end waits for it, and it ends with its rank alone."""
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
+
+def wait() -> None:
+    """Wait for this rank's writer alone, where the run ends by an error and ranks may not be together any more."""
+    if _PENDING:
+        _PENDING[0].writer.wait()
 
 
 def settle() -> None:
     """Wait until the checkpoint that is being written is in force; every rank calls it. Raises ValueError where a writer has died or failed."""
-    from opd.distributed import Group, gather_objects, is_main
+    from opd.distributed import Group, gather_objects, is_main  # the writer's process has no use for torch
 
     if not _PENDING:
         return
@@ -129,8 +150,6 @@ def _put_in_force(task: Task, folder: Path) -> None:
 
 def main() -> int:
     """Run the writer whose task is the argument; returns the exit code."""
-    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)  # what is asked to end waits for this
     try:
         write(Task(**json.loads(sys.argv[1])))
     except (ValueError, OSError) as error:

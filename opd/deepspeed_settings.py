@@ -27,7 +27,11 @@ def deepspeed_settings(cfg: RunConfig, dtype: torch.dtype) -> dict[str, Any]:
     owned = [key for key in cfg.deepspeed if key in OWNED_KEYS]
     if owned:
         raise ValueError(f"deepspeed.{owned[0]} is owned by {OWNED_KEYS[owned[0]]}: set that instead")
-    stage = cfg.deepspeed.get("zero_optimization", {}).get("stage", 0)
+    zero = cfg.deepspeed.get("zero_optimization", {})
+    stage = zero.get("stage", 0)
+    for name in ("offload_optimizer", "offload_param"):
+        if (zero.get(name) or {}).get("device") == "nvme":
+            raise ValueError(f"deepspeed.zero_optimization.{name}.device=nvme is not supported, since checkpoints would not hold what is there: use cpu")
     bf16 = dtype is torch.bfloat16
     if cfg.optim.kind is OptimizerKind.muon:
         if cfg.optim.clip_norm is not None:

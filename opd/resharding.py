@@ -12,11 +12,13 @@ trained: the universal checkpoint knows no optimizer state but AdamW's.
 import importlib.metadata
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -24,6 +26,7 @@ import torch
 from opd import checkpoint_files as files
 from opd.config import OptimizerKind
 from opd.distributed import barrier, is_main, on_main
+from opd.supervisor import end_with_parent
 
 STATES = ("fp32", "exp_avg", "exp_avg_sq")
 
@@ -73,19 +76,17 @@ def converted(folder: Path, tag: str, kind: OptimizerKind) -> Iterator[Path]:
         )
     universal = folder / files.PARTIAL / "universal"
     on_main(lambda: _convert(folder, tag, universal / tag))
-    try:
-        yield universal
-    finally:
-        barrier()
-        if is_main():
-            shutil.rmtree(folder / files.PARTIAL)
+    yield universal  # an error leaves it to the next save, or start: the other ranks would wait here for one that has failed
+    barrier()
+    if is_main():
+        shutil.rmtree(folder / files.PARTIAL)
 
 
 def _convert(folder: Path, tag: str, target: Path) -> None:
     files.begin_partial(folder)
     arguments = ["--input_folder", str((folder / tag).resolve()), "--output_folder", str(target.resolve()), "--inject_missing_state"]
     command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", *arguments, "--num_extract_workers", "1", "--num_merge_workers", "1"]
-    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    ended = subprocess.run(command, capture_output=True, text=True, check=False, preexec_fn=partial(end_with_parent, signal.SIGKILL))
     if ended.returncode != 0:
         reason = (ended.stderr.strip().splitlines() or [f"exit code {ended.returncode}"])[-1]
         raise ValueError(f"{folder / tag} cannot be converted for other ranks or another ZeRO stage ({reason})")
@@ -127,8 +128,8 @@ def _write_model_states(source: Path, target: Path) -> None:
     parts = sorted(source.glob("*model_states.pt"), key=lambda path: [int(number) for number in re.findall(r"\d+", path.name)])
     states = [torch.load(path, map_location="cpu", mmap=True, weights_only=False) for path in parts]
     shared = states[0]
-    buffers = {f"model.{name}" for name in shared["opd"]["buffers"]}
-    frozen = {name for name in shared["module"] if name not in buffers and not (target / "zero" / name / "exp_avg.pt").is_file()}
+    others = {f"model.{name}" for name in shared["opd"]["buffers"]} | set(shared["shared_params"])  # the latter are second names of tied weights
+    frozen = {name for name in shared["module"] if name not in others and not (target / "zero" / name / "exp_avg.pt").is_file()}
     shared["opd"]["frozen"] = {name: _frozen(name, states).clone() for name in sorted(frozen)}
     shared["module"] = {}
     for path in target.glob("*model_states.pt"):

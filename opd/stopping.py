@@ -14,10 +14,10 @@ from types import FrameType
 
 import torch
 
-from opd.checkpoint_writer import settle
+from opd.checkpoint_writer import settle, wait
 from opd.config import RunConfig
 from opd.distributed import Group, reduce_max
-from opd.errors import PREEMPTED, Preempted
+from opd.errors import PREEMPTED, Preempted, RankLost
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 LOG = logging.getLogger(__name__)
@@ -39,7 +39,9 @@ class StopRequest:
         self.step_begun = time.monotonic()
         return self
 
-    def __exit__(self, *_exception) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_exception) -> None:
+        if kind is not None and not issubclass(kind, RankLost):
+            wait()
         if self.deadline is not None:
             self.deadline.cancel()
         for number, handler in self.handlers.items():

@@ -53,9 +53,10 @@ class Ending:
 
 
 def require_no_fresh_requeue(cfg: RunConfig | EvaluateConfig) -> None:
-    """Raises ValueError where a job that SLURM has queued again would begin anew."""
-    if isinstance(cfg, RunConfig) and cfg.fresh and int(os.environ.get("SLURM_RESTART_COUNT", "0")) > 0:
-        raise ValueError("this job has been queued again, and fresh=true would delete what it did before: leave fresh out")
+    """Raises ValueError where a job that SLURM has queued again, or torchrun has started again, would begin anew."""
+    restarts = max(int(os.environ.get(name, "0")) for name in ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT"))
+    if isinstance(cfg, RunConfig) and cfg.fresh and restarts > 0:
+        raise ValueError("this job has been started again, and fresh=true would delete what it did before: leave fresh out")
 
 
 def needs_supervisor(cfg: RanksConfig) -> bool:

@@ -169,6 +169,7 @@ def _judge_skipped(engine: Engine, batches: list[MicroBatch], finite: list[torch
         problem = f"the gradient of step {step} is not finite, though every loss is"
     if engine.skipped_in_a_row > most:
         before = f", after {engine.skipped_in_a_row - 1} before it that were skipped" if most else ""
-        raise ValueError(f"{problem}{before}: lower optim.lr, look at these rollouts, or let optim.max_skipped_steps pass more such steps")
+        ways = "look at these rollouts, let optim.max_skipped_steps pass more such steps, or branch_from a checkpoint before with a lower optim.lr"
+        raise ValueError(f"{problem}{before}: {ways}")
     if is_main():
         LOG.warning("%s: its update is skipped (%d of at most %d in a row)", problem, engine.skipped_in_a_row, most)

@@ -78,3 +78,9 @@ def test_a_damaged_checkpoint_is_refused(run):
     os.truncate(path, 1000)
     with pytest.raises(ValueError, match=r"@1 cannot be read: .*model_states\.pt is cut"):
         model_folder(f"{run}@1")
+
+
+def test_a_folder_that_was_made_stays_when_its_checkpoint_goes(run):
+    folder = model_folder(f"{run}@1")
+    shutil.rmtree(run / "checkpoints/step-000001")
+    assert model_folder(f"{run}@1") == folder

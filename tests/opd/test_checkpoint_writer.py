@@ -12,7 +12,7 @@ from opd import checkpoint_writer
 from opd.__main__ import load_config
 from opd.checkpoint import resume, save
 from opd.checkpoint_files import find, problem_of
-from opd.checkpoint_writer import MEMORY, memory_folder, settle
+from opd.checkpoint_writer import MEMORY, forget_memory, memory_folder, settle
 from opd.config import RunConfig
 from opd.distill import distill
 from opd.errors import Preempted
@@ -103,9 +103,21 @@ def test_a_writer_that_was_killed_fails_the_next_save_and_the_older_checkpoint_s
 
 def test_a_writer_that_fails_says_why(engine, tmp_path):
     save(tmp_path, 1, engine, Nothing(), BESIDE)
-    (memory_folder(tmp_path, 0) / "partial").mkdir(parents=True, exist_ok=True)  # emptied under the writer's hands
+    forget_memory(tmp_path, 0)  # under the writer's hands
     with pytest.raises(ValueError, match=r"the checkpoint of step 1 has not been written \(rank 0: .*No such file"):
         settle()
+
+
+def test_a_run_that_ends_by_an_error_still_has_its_checkpoint_written(engine, tmp_path):
+    def fail_after_a_save() -> None:
+        with StopRequest(RunConfig()):
+            save(tmp_path, 3, engine, Nothing(), BESIDE)
+            raise KeyError("something")
+
+    with pytest.raises(KeyError):
+        fail_after_a_save()
+    assert newest(tmp_path) == "step-000003"
+    settle()
 
 
 def test_a_run_that_is_asked_to_end_waits_for_its_checkpoint(engine, tmp_path):
