@@ -11,14 +11,11 @@ A checkpoint holds pickled files, and reading them runs what they say: name runs
 import fcntl
 import json
 import re
-import signal
 import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +24,10 @@ from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
 from opd import checkpoint_files as files
+from opd.child import child_command
 from opd.config import StudentConfig
 from opd.quant_config import ExpertFormat, QuantConfig
 from opd.student import build_student, load_student_tokenizer
-from opd.supervisor import end_with_parent
 from rollout.config import ModelConfig
 from rollout.experts import EXPERT_WEIGHTS, fake_quantized, require_quantizable
 from rollout.files import read_json, replace_text
@@ -100,8 +97,8 @@ def _masters(source: Path) -> dict[str, torch.Tensor]:
     found = dict(state["module"])  # at ZeRO-3 names alone
     if any(source.glob("*optim_states.pt")):
         with tempfile.TemporaryDirectory(dir=source.parent.parent / "students") as target:
-            command = [sys.executable, "-m", "deepspeed.utils.zero_to_fp32", str(source.parent), target, "--tag", source.name, "--safe_serialization"]
-            ended = subprocess.run(command, capture_output=True, text=True, check=False, preexec_fn=partial(end_with_parent, signal.SIGKILL))
+            command = child_command("deepspeed.utils.zero_to_fp32", str(source.parent), target, "--tag", source.name, "--safe_serialization")
+            ended = subprocess.run(command, capture_output=True, text=True, check=False)
             if ended.returncode != 0:
                 reason = (ended.stderr.strip().splitlines() or [f"exit code {ended.returncode}"])[-1]
                 raise ValueError(f"the weights cannot be read from {source} ({reason})")

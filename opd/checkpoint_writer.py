@@ -9,7 +9,6 @@ asked to end (`settle`), and wait for them there; where one has died, that fails
     RUN/checkpoints/parts/RANK.json  what its writer has written: its part of the manifest, {NAME: {"bytes", "sha256"}}; RANK.failed: that it has died
 """
 
-import ctypes
 import hashlib
 import json
 import shutil
@@ -22,11 +21,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from opd import checkpoint_files as files
+from opd.child import child_command
 from rollout.files import read_json, replace_text
 
 MEMORY = Path("/dev/shm")
 PARTS = "parts"
 POLL_SECONDS = 0.2
+OUTLASTED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+"""Signals that a writer does not get."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,17 +82,11 @@ def begin_parts(folder: Path) -> None:
 
 def start(task: Task, afterwards: Callable[[], None]) -> None:
     """Start this rank's writer."""
-    command = [sys.executable, "-m", "opd.checkpoint_writer", json.dumps(asdict(task))]
-    quietly = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
-    writer = subprocess.Popen(command, **quietly, text=True, preexec_fn=_outlast_signals)
+    command = child_command("opd.checkpoint_writer", json.dumps(asdict(task)))
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, OUTLASTED)  # which the writer inherits: what is asked to end waits for it
+    writer = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    signal.pthread_sigmask(signal.SIG_SETMASK, mask)
     _PENDING.append(Pending(task=task, writer=writer, afterwards=afterwards))
-
-
-def _outlast_signals() -> None:
-    """In a new writer: what is asked to end waits for it, and it ends with its rank alone."""
-    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
 def wait() -> None:

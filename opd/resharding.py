@@ -12,21 +12,18 @@ trained: the universal checkpoint knows no optimizer state but AdamW's.
 import importlib.metadata
 import re
 import shutil
-import signal
 import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
 
 from opd import checkpoint_files as files
+from opd.child import child_command
 from opd.config import OptimizerKind
 from opd.distributed import barrier, is_main, on_main
-from opd.supervisor import end_with_parent
 
 STATES = ("fp32", "exp_avg", "exp_avg_sq")
 
@@ -85,8 +82,8 @@ def converted(folder: Path, tag: str, kind: OptimizerKind) -> Iterator[Path]:
 def _convert(folder: Path, tag: str, target: Path) -> None:
     files.begin_partial(folder)
     arguments = ["--input_folder", str((folder / tag).resolve()), "--output_folder", str(target.resolve()), "--inject_missing_state"]
-    command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", *arguments, "--num_extract_workers", "1", "--num_merge_workers", "1"]
-    ended = subprocess.run(command, capture_output=True, text=True, check=False, preexec_fn=partial(end_with_parent, signal.SIGKILL))
+    command = child_command("deepspeed.checkpoint.ds_to_universal", *arguments, "--num_extract_workers", "1", "--num_merge_workers", "1")
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
     if ended.returncode != 0:
         reason = (ended.stderr.strip().splitlines() or [f"exit code {ended.returncode}"])[-1]
         raise ValueError(f"{folder / tag} cannot be converted for other ranks or another ZeRO stage ({reason})")
