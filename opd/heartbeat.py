@@ -192,7 +192,8 @@ class Heartbeat:
         while not self.closed.wait(self.pause):
             now = time.monotonic()
             passed, before = min(now - before, 2 * self.pause), now  # stopped, it did not wait
-            self.unheard, self.is_told = 0.0 if self.is_told or not self.beats else self.unheard + passed, False
+            is_begun = self.beats > 0 or has_met()
+            self.unheard, self.is_told = 0.0 if self.is_told or not is_begun else self.unheard + passed, False
             failed = failed + passed if self.failure is not None else 0.0
             if self.is_ending or self.is_explaining:
                 continue

@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import signal
 import socket
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -184,3 +185,22 @@ def test_a_rank_is_silent_for_as_long_as_its_number_stays_the_same_until_it_says
         peer.hear({"host": "a", "pid": 7, "beats": beats, "ended": ended}, 2.0)
         assert peer.silent == silent
     assert (peer.where, peer.has_ended) == ("pid 7 on a", True)
+
+
+LOST = """
+import os, time, torch.distributed as dist
+from opd.heartbeat import Heartbeat
+with Heartbeat(1.0):
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    time.sleep(100)
+"""
+
+
+def test_a_rank_that_loses_the_store_before_its_first_word_there_ends():
+    """As it is when the link is cut between the ranks' meeting and the first heartbeat."""
+    with socket.socket() as unheard:  # bound, and nobody listens
+        unheard.bind(("127.0.0.1", 0))
+        place = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(unheard.getsockname()[1])}
+        ended = subprocess.run([sys.executable, "-c", LOST], env=os.environ | place, capture_output=True, text=True, timeout=60, check=False)
+    assert ended.returncode == 1
+    assert "whose store the ranks meet at, has not been heard of" in ended.stderr
