@@ -17,6 +17,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -89,10 +90,11 @@ def start(task: Task, afterwards: Callable[[], None]) -> None:
     _PENDING.append(Pending(task=task, writer=writer, afterwards=afterwards))
 
 
-def wait() -> None:
-    """Wait for this rank's writer alone, where the run ends by an error and ranks may not be together any more."""
+def wait(seconds: float) -> None:
+    """Wait for this rank's writer alone, so long at most, where the run ends by an error: the main rank's may wait for a part that does not come."""
     if _PENDING:
-        _PENDING[0].writer.wait()
+        with suppress(subprocess.TimeoutExpired):
+            _PENDING[0].writer.wait(seconds)
 
 
 def settle() -> None:

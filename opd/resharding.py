@@ -93,7 +93,7 @@ def _convert(folder: Path, tag: str, target: Path) -> None:
 
 
 def _wrap_states(folder: Path) -> torch.Tensor:
-    """Bring every state into the form that all stages read, with the optimizer's steps beside it; returns those. Zero where nothing was trained yet."""
+    """Bring every state into the form that all stages read, with the optimizer's steps beside it; returns those. Raises ValueError where there are none."""
     shared = torch.load(folder / "optimizer_state.pt", weights_only=False)
     steps = shared["optimizer_state_dict"]["state"][0]["step"] if "optimizer_state_dict" in shared else None
     for path in folder.glob("*/*.pt"):

@@ -41,7 +41,7 @@ class StopRequest:
 
     def __exit__(self, kind: type[BaseException] | None, *_exception) -> None:
         if kind is not None and not issubclass(kind, RankLost):
-            wait()
+            wait(self.cfg.grace_seconds)
         if self.deadline is not None:
             self.deadline.cancel()
         for number, handler in self.handlers.items():
