@@ -34,8 +34,8 @@ def begin_branch(folder: Path, cfg: RunConfig) -> None:
     checkpoints = folder / "checkpoints"
     if cfg.branch_from is None or any(checkpoints.glob("step-*")):
         return
-    run, tag = _source(cfg.branch_from)
-    source = run / "checkpoints" / tag
+    source = branch_source(cfg.branch_from)
+    run, tag = source.parents[1], source.name
     problem = files.problem_of(source)
     if problem is not None:
         raise ValueError(f"branch_from={cfg.branch_from} cannot be taken up: {problem}")
@@ -54,12 +54,8 @@ def begin_branch(folder: Path, cfg: RunConfig) -> None:
     files.point_to(checkpoints, step)
 
 
-def branched_at(folder: Path) -> int | None:
-    """The step from which a run folder's run was branched off; None where it was not."""
-    return read_json(folder / "lineage.json")["step"] if (folder / "lineage.json").is_file() else None
-
-
-def _source(name: str) -> tuple[Path, str]:
+def branch_source(name: str) -> Path:
+    """The folder of the checkpoint that branch_from names. Raises ValueError where it is not there."""
     run, _, step = name.rpartition("@") if "@" in name else (name, "", "")
     if step and not step.isdecimal():
         raise ValueError(f"branch_from must be RUN@STEP or RUN, not {name!r}")
@@ -70,7 +66,12 @@ def _source(name: str) -> tuple[Path, str]:
     if not (Path(run) / "checkpoints" / tag).is_dir():
         steps = ", ".join(str(int(other.removeprefix("step-"))) for other in sorted(found))
         raise ValueError(f"branch_from={name}: {run} holds no checkpoint of step {step}; there are {steps}")
-    return Path(run), tag
+    return Path(run) / "checkpoints" / tag
+
+
+def branched_at(folder: Path) -> int | None:
+    """The step from which a run folder's run was branched off; None where it was not."""
+    return read_json(folder / "lineage.json")["step"] if (folder / "lineage.json").is_file() else None
 
 
 def _require_same_shape(run: Path, cfg: RunConfig) -> None:

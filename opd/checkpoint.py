@@ -15,13 +15,14 @@ from typing import Protocol
 
 from opd import checkpoint_files as files
 from opd import checkpoint_writer as writer
-from opd.branch import branched_at
+from opd.branch import branch_source, branched_at
 from opd.config import DistillConfig
+from opd.deepspeed_settings import zero_stage
 from opd.distributed import Group, barrier, gather_objects, is_main, num_ranks, on_main, rank
 from opd.engine import Engine
 from opd.job_config import CheckpointConfig
 from opd.resharding import converted, fits, layout_for, layout_of
-from opd.run import settle_config
+from opd.run import record_changes
 from opd.tracker import Tracker
 from rollout.files import read_json
 from teachers.manifest import describe_domains
@@ -78,13 +79,13 @@ def save(run_dir: Path, step: int, engine: Engine, stream: Resumable, cfg: Check
         on_main(lambda: writer.begin_parts(folder))
         place = {"source": str(target / files.PARTIAL), "names": names, "folder": str(folder)}
         return writer.start(writer.Task(**place, step=step, rank=rank(Group.data), ranks=num_ranks(Group.data), keep=cfg.keep), forget)
-    _put_in_force(folder, step, names, cfg.keep)
+    _commit(folder, step, names, cfg.keep)
     if is_main():
         forget()
     barrier()
 
 
-def _put_in_force(folder: Path, step: int, names: list[str], keep: int) -> None:
+def _commit(folder: Path, step: int, names: list[str], keep: int) -> None:
     """names: of this rank's files, which are in `partial`."""
     sealed = gather_objects(files.seal(folder / files.PARTIAL, names), Group.data)
     on_main(lambda: files.commit(folder, step, dict(item for part in sealed for item in part.items())))
@@ -101,10 +102,14 @@ def resume(run_dir: Path, engine: Engine, stream: Resumable, tracker: Tracker, t
 
     The run's teachers are held to the checkpoint's manifest, and one of the present ones begins where there is none.
 
-    Raises ValueError where checkpoints are there but none can be taken up, and where teachers differ without teachers.allow_change.
+    Raises ValueError where checkpoints are there but none can be taken up, where teachers differ without teachers.allow_change, and where
+    checkpoint.asynchronous has no room to save in.
     """
     folder = run_dir / "checkpoints"
     writer.forget_memory(run_dir, rank(Group.data))
+    if engine.cfg.checkpoint.asynchronous:
+        barrier()  # what other ranks have left is gone, too
+        writer.require_room(engine.checkpoint_bytes())
     tag, problems = _choose(folder)
     for problem in problems if is_main() else ():
         tracker.display.say(f"{problem}; going on from {tag}")
@@ -112,7 +117,7 @@ def resume(run_dir: Path, engine: Engine, stream: Resumable, tracker: Tracker, t
     if tag is None and teachers is not None:
         _take_up(teachers, None, 0)
     tracker.resume(step)
-    for change in settle_config(run_dir, engine.cfg, step) if is_main() else ():
+    for change in record_changes(run_dir, engine.cfg, step) if is_main() else ():
         tracker.display.say(f"{change} ({change.rule.value})")
     if teachers is not None and is_main():
         teachers.manifest.write(run_dir)
@@ -124,20 +129,31 @@ def resume(run_dir: Path, engine: Engine, stream: Resumable, tracker: Tracker, t
 def dropped_domains(cfg: DistillConfig) -> dict[str, str]:
     """The domains that a run goes on without when it is taken up, with the reasons; every rank calls it. Looks only.
 
-    None of a run that begins, and with teachers.allow_change, which tries their teachers again. Raises ValueError as `resume` does.
+    None of a run that begins, and with teachers.allow_change, which tries their teachers again. Raises ValueError as `resume` does, before teachers and
+    engine take their time.
     """
     folder = Path(cfg.run_dir) / "checkpoints"
-    tag = None if cfg.fresh or cfg.teachers.allow_change else _choose(folder)[0]
-    if tag is None or _is_branching(folder, tag):
+    tag = None if cfg.fresh else _choose(folder)[0]
+    if tag is not None:
+        _require_readable(folder / tag, cfg)
+    elif cfg.branch_from is not None:
+        _require_readable(on_main(lambda: branch_source(cfg.branch_from)), cfg)
+    if tag is None or cfg.teachers.allow_change or _is_branching(folder, tag):
         return {}
     record = on_main(lambda: read_json(folder / tag / "opd.json")).get("teachers")
     return {} if record is None else {name: drop["reason"] for name, drop in record["spans"][-1]["dropped"].items() if name in cfg.domains}
 
 
+def _require_readable(checkpoint: Path, cfg: DistillConfig) -> None:
+    """Raises ValueError for a checkpoint that as many ranks at this run's stage can neither read nor have converted."""
+    written = on_main(lambda: layout_of(checkpoint, read_json(checkpoint / "opd.json")["ranks"]))
+    fits(written, layout_for(zero_stage(cfg), num_ranks(Group.data)), cfg.optim.kind)
+
+
 def _restore(folder: Path, tag: str, engine: Engine, stream: Resumable, teachers: TeacherPool | None) -> int:
     state = read_json(folder / tag / "opd.json")
     written, wanted = layout_of(folder / tag, state["ranks"]), layout_for(engine.zero_stage, num_ranks(Group.data))
-    is_fitting = fits(written, wanted)
+    is_fitting = fits(written, wanted, engine.cfg.optim.kind)
     if teachers is not None:
         _take_up(teachers, state.get("teachers"), state["step"], _is_branching(folder, tag))
     if is_fitting:
@@ -145,7 +161,7 @@ def _restore(folder: Path, tag: str, engine: Engine, stream: Resumable, teachers
     else:
         if is_main():
             LOG.info("%s was saved by %s and is converted for %s", folder / tag, written, wanted)
-        with converted(folder, tag, engine.cfg.optim.kind) as universal:
+        with converted(folder, tag) as universal:
             engine.load(universal, tag, is_universal=True)
     stream.restore(state["stream"])
     return state["step"]

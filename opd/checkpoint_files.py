@@ -16,6 +16,7 @@ leaves the older checkpoint in force. Order of reading: the pointer's checkpoint
 import hashlib
 import json
 import os
+import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,7 @@ SCHEMA = 2
 READABLE = (1, 2)
 """Schema versions that are read; version 1 has no manifest, and its files are taken as they are."""
 
+TAG = re.compile(r"step-\d{6,}")
 MANIFEST = "manifest.json"
 PARTIAL = "partial"
 PIECE = 1 << 22
@@ -97,7 +99,7 @@ def find(folder: Path) -> Candidates:
     if record.get("schema") not in READABLE:
         raise ValueError(f"{pointer} has schema {record.get('schema')}; this version reads schema {READABLE[-1]}")
     tag = record.get("tag")
-    if not isinstance(tag, str):
+    if not isinstance(tag, str) or not TAG.fullmatch(tag):
         return Candidates(tags=tags, problem=f"{pointer} is damaged (it names no checkpoint)")
     if tag not in tags:
         return Candidates(tags=(tag, *tags))
@@ -114,6 +116,8 @@ def problem_of(folder: Path, index: int = 0, count: int = 1) -> str | None:
         if not (folder / MANIFEST).is_file():
             return None if read_json(folder / "opd.json").get("schema") == 1 else f"{folder} has no {MANIFEST}"
         files = read_json(folder / MANIFEST)["files"]
+        if any(Path(name).is_absolute() or ".." in Path(name).parts for name in files):
+            return f"{folder / MANIFEST} is damaged: it names files outside of its folder"
         for name in sorted(files)[index::count]:
             if not (folder / name).is_file():
                 return f"{folder / name} is missing"
@@ -136,7 +140,7 @@ def digest_of(folder: Path) -> str | None:
 
 
 def _tags(folder: Path) -> tuple[str, ...]:
-    return tuple(sorted(path.name for path in folder.glob("step-*") if path.is_dir()))
+    return tuple(sorted(path.name for path in folder.glob("step-*") if path.is_dir() and TAG.fullmatch(path.name)))
 
 
 def _names(folder: Path) -> list[str]:

@@ -11,7 +11,6 @@ A checkpoint holds pickled files, and reading them runs what they say: name runs
 import fcntl
 import json
 import re
-import subprocess
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,7 +23,7 @@ from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
 from opd import checkpoint_files as files
-from opd.child import child_command
+from opd.child import run_child
 from opd.config import StudentConfig
 from opd.quant_config import ExpertFormat, QuantConfig
 from opd.student import build_student, load_student_tokenizer
@@ -97,10 +96,8 @@ def _masters(source: Path) -> dict[str, torch.Tensor]:
     found = dict(state["module"])  # at ZeRO-3 names alone
     if any(source.glob("*optim_states.pt")):
         with tempfile.TemporaryDirectory(dir=source.parent.parent / "students") as target:
-            command = child_command("deepspeed.utils.zero_to_fp32", str(source.parent), target, "--tag", source.name, "--safe_serialization")
-            ended = subprocess.run(command, capture_output=True, text=True, check=False)
-            if ended.returncode != 0:
-                reason = (ended.stderr.strip().splitlines() or [f"exit code {ended.returncode}"])[-1]
+            reason = run_child("deepspeed.utils.zero_to_fp32", str(source.parent), target, "--tag", source.name, "--safe_serialization")
+            if reason is not None:
                 raise ValueError(f"the weights cannot be read from {source} ({reason})")
             for path in Path(target).glob("*.safetensors"):
                 found |= load_file(path)

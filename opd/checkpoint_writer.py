@@ -13,6 +13,7 @@ import hashlib
 import json
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -22,7 +23,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from opd import checkpoint_files as files
-from opd.child import child_command
+from opd.child import child_command, last_words
 from rollout.files import read_json, replace_text
 
 MEMORY = Path("/dev/shm")
@@ -75,6 +76,23 @@ def forget_memory(run_dir: Path, rank: int) -> None:
     shutil.rmtree(memory_folder(run_dir, rank), ignore_errors=True)
 
 
+def require_room(num_bytes: int) -> None:
+    """Raises ValueError where shared memory has no room for what the ranks of this machine save; every rank calls it.
+
+    num_bytes: of this rank.
+    """
+    from opd.distributed import Group, gather_objects
+
+    here = socket.gethostname()
+    total = sum(part for host, part in gather_objects((here, num_bytes), Group.data) if host == here)
+    free = shutil.disk_usage(MEMORY).free
+    words = f"checkpoint.asynchronous=true keeps {total / 2**30:.2f} GiB in {MEMORY} of {here} while they are written, where {free / 2**30:.2f} are free"
+    found = gather_objects(None if total <= free else f"{words}: make it larger, or set checkpoint.asynchronous=false", Group.data)
+    problem = next((problem for problem in found if problem is not None), None)
+    if problem is not None:
+        raise ValueError(problem)
+
+
 def begin_parts(folder: Path) -> None:
     """An empty RUN/checkpoints/parts; the main rank calls it before any writer starts."""
     shutil.rmtree(folder / PARTS, ignore_errors=True)
@@ -106,10 +124,9 @@ def settle() -> None:
     pending = _PENDING.pop()
     task, (_, words) = pending.task, pending.writer.communicate()
     code = pending.writer.returncode
-    reason = f"it was killed by {signal.Signals(-code).name}" if code < 0 else (words.strip().splitlines() or [f"exit code {code}"])[-1]
     if code != 0:
         (Path(task.folder) / PARTS / f"{task.rank}.failed").touch()
-    found = gather_objects(None if code == 0 else f"rank {task.rank}: {reason}", Group.data)
+    found = gather_objects(None if code == 0 else f"rank {task.rank}: {last_words(code, words)}", Group.data)
     problems = [problem for problem in found if problem is not None]
     if problems:
         raise ValueError(f"the checkpoint of step {task.step} has not been written ({problems[-1]}): the older one stays in force")
@@ -128,10 +145,10 @@ def write(task: Task) -> None:
     shutil.rmtree(source.parent)
     replace_text(folder / PARTS / f"{task.rank}.json", json.dumps(sealed))
     if task.rank == 0:
-        _put_in_force(task, folder)
+        _commit_parts(task, folder)
 
 
-def _put_in_force(task: Task, folder: Path) -> None:
+def _commit_parts(task: Task, folder: Path) -> None:
     parts = [folder / PARTS / f"{rank}.json" for rank in range(task.ranks)]
     while not all(part.is_file() for part in parts):
         failed = [part.stem for part in parts if part.with_suffix(".failed").exists()]

@@ -7,12 +7,26 @@ import ctypes
 import os
 import runpy
 import signal
+import subprocess
 import sys
 
 
 def child_command(module: str, *arguments: str) -> list[str]:
     """The command that runs a module so."""
     return [sys.executable, "-m", "opd.child", str(os.getpid()), module, *arguments]
+
+
+def run_child(module: str, *arguments: str) -> str | None:
+    """Run a module so, to its end; returns why it failed, None where it did not."""
+    ended = subprocess.run(child_command(module, *arguments), capture_output=True, text=True, check=False)
+    return None if ended.returncode == 0 else last_words(ended.returncode, ended.stderr)
+
+
+def last_words(code: int, words: str) -> str:
+    """Why a process ended that wrote these words to stderr."""
+    if code < 0:
+        return f"it was killed by {signal.Signals(-code).name}"
+    return (words.strip().splitlines() or [f"exit code {code}"])[-1]
 
 
 def main() -> None:

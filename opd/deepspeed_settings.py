@@ -22,13 +22,18 @@ OWNED_KEYS = {
 }
 
 
+def zero_stage(cfg: RunConfig) -> int:
+    """The ZeRO stage of a run."""
+    return cfg.deepspeed.get("zero_optimization", {}).get("stage", 0)
+
+
 def deepspeed_settings(cfg: RunConfig, dtype: torch.dtype) -> dict[str, Any]:
     """DeepSpeed's config from ours. Raises ValueError for a key that another setting owns, and for combinations that degrade silently."""
     owned = [key for key in cfg.deepspeed if key in OWNED_KEYS]
     if owned:
         raise ValueError(f"deepspeed.{owned[0]} is owned by {OWNED_KEYS[owned[0]]}: set that instead")
     zero = cfg.deepspeed.get("zero_optimization", {})
-    stage = zero.get("stage", 0)
+    stage = zero_stage(cfg)
     for name in ("offload_optimizer", "offload_param"):
         if (zero.get(name) or {}).get("device") == "nvme":
             raise ValueError(f"deepspeed.zero_optimization.{name}.device=nvme is not supported, since checkpoints would not hold what is there: use cpu")

@@ -8,6 +8,7 @@ code that names the right group keeps its meaning when that changes. The number 
 import os
 import socket
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, wait
 from datetime import timedelta
 from enum import Enum
 from typing import Any
@@ -16,6 +17,9 @@ import torch
 import torch.distributed as dist
 
 from opd.slurm import LOOPBACK
+
+SIGN_OF_LIFE_SECONDS = 1.0
+"""How often ranks hear that the main one is still at work."""
 
 
 class Group(Enum):
@@ -180,17 +184,28 @@ def broadcast_object(value: Any) -> Any:
 
 
 def on_main(compute: Callable[[], Any]) -> Any:
-    """What the main rank computes, on every rank; where it raises ValueError, every rank does."""
+    """What the main rank computes, on every rank; where it raises ValueError, or the disk refuses, every rank raises ValueError."""
     value = problem = None
     if is_main():
         try:
             value = compute()
         except ValueError as error:
             problem = str(error)
+        except OSError as error:
+            problem = f"{error.filename}: {error.strerror}" if error.filename else str(error)
     value, problem = broadcast_object((value, problem))
     if problem is not None:
         raise ValueError(problem)
     return value
+
+
+def on_main_at_length(compute: Callable[[], Any]) -> Any:
+    """`on_main` for what may outlast the collectives' timeout: the main rank computes in a thread, and tells the others every second that it does."""
+    with ThreadPoolExecutor(1) as pool:
+        work = [pool.submit(compute)] if is_main() else []
+        while broadcast_object(bool(work) and not wait(work, SIGN_OF_LIFE_SECONDS).done):
+            pass
+        return on_main(lambda: work[0].result())
 
 
 def barrier() -> None:

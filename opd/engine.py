@@ -29,7 +29,7 @@ from transformers import PreTrainedModel
 
 from opd.batch import MicroBatch, require_packing
 from opd.config import DistillConfig, OptimConfig, OptimizerKind, RunConfig
-from opd.deepspeed_settings import deepspeed_settings
+from opd.deepspeed_settings import deepspeed_settings, zero_stage
 from opd.distributed import Group, is_main, num_ranks, rank, reduce_max, reduce_sum
 from opd.divergence import full_divergence, with_temperature
 from opd.divergence_passes import require_backend
@@ -39,6 +39,7 @@ from opd.loss_config import LossConfig
 from opd.optim import learning_rate_factor, parameter_groups, squared_norms
 from opd.qat import ExpertQuantizer, code_metrics
 from opd.quant_config import ExpertFormat
+from opd.resharding import padding_loads
 from opd.student import least_length
 from opd.tiles import TokenLosses
 from opd.trained_model import TrainedModel
@@ -64,7 +65,7 @@ class Engine:
         if cfg.batch.packing:
             require_packing(student.config.model_type)
         settings = deepspeed_settings(cfg, next(student.parameters()).dtype)
-        self.zero_stage = settings.get("zero_optimization", {}).get("stage", 0)
+        self.zero_stage = zero_stage(cfg)
         is_quantized = cfg.quant.experts is ExpertFormat.mxfp4
         self.quantizer = ExpertQuantizer(self.model, self.zero_stage, cfg.student.gradient_checkpointing) if is_quantized else None
         groups = parameter_groups(self.model, cfg.optim)
@@ -77,6 +78,7 @@ class Engine:
         if self.zero_stage == 3:
             restrict_linear_to_training()
             deepspeed.zero.register_external_parameter(self.trained, head_of(self.model).weight)
+        self.groups = [group.parameters for group in groups]
         self.policy_step, self.num_steps = 0, cfg.num_steps
         self.num_skipped, self.skipped_in_a_row = 0, 0
 
@@ -207,6 +209,17 @@ class Engine:
         ranks = {path.name: re.search(r"pp_rank_(\d+)_", path.name) for path in (folder / tag).iterdir()}  # a file of all ranks is the main one's
         return sorted(name for name, found in ranks.items() if rank(Group.data) == (int(found[1]) if found else 0))
 
+    def checkpoint_bytes(self) -> int:
+        """What this rank's files of a checkpoint take, but for their headers and what is small."""
+        masters = sum(4 * weights.numel() for weights in self._master_weights())
+        if self.zero_stage == 0:
+            return 3 * masters if is_main() else 0
+        if self.zero_stage == 3:
+            weights = [parameter.ds_tensor for parameter in self.model.parameters() if not parameter.requires_grad]
+        else:
+            weights = list(self.model.parameters()) if is_main() else []
+        return 3 * masters + sum(weight.numel() * weight.element_size() for weight in weights)
+
     def load(self, folder: Path, tag: str, is_universal: bool = False) -> None:
         """Restore what `save` wrote, or what opd/resharding.py made of it; the optimizer's settings stay this run's.
 
@@ -216,13 +229,16 @@ class Engine:
         self.engine._config.load_universal_checkpoint = is_universal  # of a checkpoint, but DeepSpeed takes it from the config it began with
         is_there = any((folder / tag).glob("*model_states.pt"))
         try:
-            path, client_state = self.engine.load_checkpoint(str(folder), tag=tag) if is_there else (None, None)
+            with padding_loads(self.groups if is_universal and self.zero_stage < 3 else []):
+                path, client_state = self.engine.load_checkpoint(str(folder), tag=tag) if is_there else (None, None)
         except (OSError, RuntimeError, EOFError, KeyError, pickle.UnpicklingError) as error:
             raise ValueError(f"the checkpoint {folder / tag} is damaged ({first_sentence(error)}): begin anew with fresh=true") from error
         if path is None:
             raise ValueError(f"the checkpoint {folder / tag} cannot be loaded: it is missing or incomplete")
         for group, own in zip(self.engine.optimizer.param_groups, settings, strict=True):
             group.update(own)
+        if self.zero_stage > 0:
+            self.engine.optimizer.clip_grad = self.cfg.optim.clip_norm or 0.0
         for moments in self.engine.optimizer.state.values() if is_universal else ():
             moments["step"] = moments["step"].clone()  # at ZeRO-3 DeepSpeed gives all of them one tensor, which each then counts up
         state = client_state["opd"]

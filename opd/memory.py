@@ -198,9 +198,10 @@ def start_part(counts: StudentCounts, zero: Zero) -> Part:
 
 
 def checkpoint_bytes(counts: StudentCounts, zero: Zero, cfg: OptimConfig) -> int:
-    """Of one checkpoint on disk: weights, masters and moments of all ranks."""
+    """Of one checkpoint on disk: weights (at stage 3 those that do not train: the others are the masters), masters and moments of all ranks."""
     masters = 4 * counts.trained if zero.stage else 0
-    return zero.weight_bytes * counts.parameters + counts.buffers + masters + optimizer_bytes(counts, cfg)
+    weights = zero.weight_bytes * (counts.frozen if zero.stage == 3 else counts.parameters)
+    return weights + counts.buffers + masters + optimizer_bytes(counts, cfg)
 
 
 def _weights(counts: StudentCounts, zero: Zero) -> Part:

@@ -43,6 +43,7 @@ class Plan:
     def __init__(self, cfg: PlanCommandConfig):
         """Raises ValueError for a student or teacher that cannot be read."""
         self.cfg, self.notes, self.problems = cfg, [], []
+        cfg.plan.ranks = cfg.plan.ranks or cfg.launch.processes
         self.student = planned_student(cfg.student)
         model = self.student.build()
         prepare_training(model, cfg.student)
@@ -254,6 +255,10 @@ def _host_parts(made: Plan) -> list[Part]:
         memory = stored if cfg.teachers.hidden_memory_gb is None else min(stored, cfg.teachers.hidden_memory_gb * 1e9)
         remedy = "set teachers.hidden_memory_gb and hidden_folder"
         parts.append(Part(name="hidden store", num_bytes=memory, phases=(Phase.score, Phase.backward), on_host=True, remedy=remedy))
+    if cfg.checkpoint.asynchronous:
+        saved = checkpoint_bytes(counts, made.zero, cfg.optim) / cfg.plan.ranks
+        remedy = "set checkpoint.asynchronous=false"
+        parts.append(Part(name="checkpoint that is being written", num_bytes=saved, phases=RUNNING, on_host=True, remedy=remedy))
     remedy = "every rank holds the trained model whole when it is written"
     parts.append(Part(name="trained model when it is written", num_bytes=whole, phases=(Phase.update,), on_host=True, remedy=remedy))
     return parts

@@ -13,7 +13,7 @@ class DeviceKind(Enum):
 
 @dataclass(slots=True)
 class PlanConfig:
-    """ranks: processes of the job, each with a device of its own.
+    """ranks: processes of the job, each with a device of its own; null takes launch.processes.
 
     ranks_per_node: of them on one machine, which share its host memory.
     device: what a rank computes on.
@@ -23,7 +23,7 @@ class PlanConfig:
     teachers: so many teachers of the student's architecture, in bfloat16, in place of those of `domains`; null takes the domains' own.
     """
 
-    ranks: int = 64
+    ranks: int | None = None
     ranks_per_node: int = 8
     device: DeviceKind = DeviceKind.cuda
     memory_gib: float | None = 80.0

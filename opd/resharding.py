@@ -12,18 +12,18 @@ trained: the universal checkpoint knows no optimizer state but AdamW's.
 import importlib.metadata
 import re
 import shutil
-import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 
 from opd import checkpoint_files as files
-from opd.child import child_command
+from opd.child import run_child
 from opd.config import OptimizerKind
-from opd.distributed import barrier, is_main, on_main
+from opd.distributed import barrier, is_main, on_main_at_length
 
 STATES = ("fp32", "exp_avg", "exp_avg_sq")
 
@@ -53,26 +53,27 @@ def layout_for(stage: int, ranks: int) -> Layout:
     return Layout(ranks=ranks, cuts_optimizer=stage > 0, cuts_weights=stage == 3)
 
 
-def fits(written: Layout, wanted: Layout) -> bool:
+def fits(written: Layout, wanted: Layout, kind: OptimizerKind) -> bool:
     """Whether a checkpoint can be read as it is. Raises ValueError where it can be neither read nor converted."""
     if written.cuts_optimizer != wanted.cuts_optimizer:
         raise ValueError(f"a checkpoint of {written} cannot be taken up at {wanted}: ZeRO 0 is not converted; keep deepspeed.zero_optimization.stage")
-    return not written.cuts_optimizer or written == wanted
+    is_fitting = not written.cuts_optimizer or written == wanted
+    if not is_fitting and kind is OptimizerKind.muon:
+        raise ValueError(
+            f"a checkpoint of {written} cannot be taken up at {wanted}: optim.kind=muon cannot be converted, since DeepSpeed's universal checkpoint "
+            "holds AdamW's state only; start as many ranks at the same stage"
+        )
+    return is_fitting
 
 
 @contextmanager
-def converted(folder: Path, tag: str, kind: OptimizerKind) -> Iterator[Path]:
+def converted(folder: Path, tag: str) -> Iterator[Path]:
     """The folder that holds checkpoint `tag` of RUN/checkpoints in universal form, for as long as the context lasts; every rank calls it.
 
-    Raises ValueError for Muon's state, and where the converter fails.
+    Raises ValueError where the converter fails.
     """
-    if kind is OptimizerKind.muon:
-        raise ValueError(
-            f"{folder / tag} was saved by another number of ranks or at another ZeRO stage, and optim.kind=muon cannot be converted: DeepSpeed's "
-            "universal checkpoint holds AdamW's state only; start as many ranks at the same stage"
-        )
     universal = folder / files.PARTIAL / "universal"
-    on_main(lambda: _convert(folder, tag, universal / tag))
+    on_main_at_length(lambda: _convert(folder, tag, universal / tag))
     yield universal  # an error leaves it to the next save, or start: the other ranks would wait here for one that has failed
     barrier()
     if is_main():
@@ -82,10 +83,8 @@ def converted(folder: Path, tag: str, kind: OptimizerKind) -> Iterator[Path]:
 def _convert(folder: Path, tag: str, target: Path) -> None:
     files.begin_partial(folder)
     arguments = ["--input_folder", str((folder / tag).resolve()), "--output_folder", str(target.resolve()), "--inject_missing_state"]
-    command = child_command("deepspeed.checkpoint.ds_to_universal", *arguments, "--num_extract_workers", "1", "--num_merge_workers", "1")
-    ended = subprocess.run(command, capture_output=True, text=True, check=False)
-    if ended.returncode != 0:
-        reason = (ended.stderr.strip().splitlines() or [f"exit code {ended.returncode}"])[-1]
+    reason = run_child("deepspeed.checkpoint.ds_to_universal", *arguments, "--num_extract_workers", "1", "--num_merge_workers", "1")
+    if reason is not None:
         raise ValueError(f"{folder / tag} cannot be converted for other ranks or another ZeRO stage ({reason})")
     steps = _wrap_states(target / "zero")
     _write_common_state(target / "zero/optimizer_state.pt", steps)
@@ -141,3 +140,36 @@ def _frozen(name: str, states: list[dict]) -> torch.Tensor:
     if shape is None:
         return states[0]["module"][name]
     return torch.cat([state["frozen_param_fragments"][name].flatten() for state in states])[: shape.numel()].view(shape)
+
+
+class _NoShare:
+    """What DeepSpeed keeps for a parameter of which this rank holds numbers, for one of which it holds none."""
+
+    def __init__(self):
+        self.optim_fragment: dict[str, torch.Tensor] = {}
+
+    def get_optim_state_keys(self) -> list[str]:
+        return ["exp_avg", "exp_avg_sq"]
+
+    def get_hp_fragment_address(self) -> SimpleNamespace:
+        return SimpleNamespace(start=0, numel=0)
+
+    def get_hp_fragment(self, optim_state_key: str) -> torch.Tensor:
+        return torch.empty(0)
+
+
+@contextmanager
+def padding_loads(groups: list[list[torch.nn.Parameter]]) -> Iterator[None]:
+    """Within it DeepSpeed's universal loader (ZeRO 1 and 2) gets through groups of which a rank's share is padding alone; by itself it looks for the steps
+    of a first parameter that is not there.
+    """
+    firsts = [group[0] for group in groups if all(parameter._hp_mapping is None for parameter in group)]
+    own = [parameter.load_hp_checkpoint_state for parameter in firsts]
+    for parameter in firsts:
+        parameter._hp_mapping = _NoShare()
+        parameter.load_hp_checkpoint_state = lambda folder, *_, **__: torch.load(Path(folder) / "step.pt", weights_only=False)
+    try:
+        yield
+    finally:
+        for parameter, load in zip(firsts, own, strict=True):
+            parameter._hp_mapping, parameter.load_hp_checkpoint_state = None, load

@@ -172,7 +172,7 @@ def _changes(folder: Path, cfg: RunConfig) -> list[Change]:
     return find_changes(old, new, isinstance(cfg, DistillConfig) and cfg.teachers.allow_change)
 
 
-def settle_config(folder: Path, cfg: RunConfig, step: int) -> list[Change]:
+def record_changes(folder: Path, cfg: RunConfig, step: int) -> list[Change]:
     """Make a config that a run was taken up with after `step` updates the run's own, and return how it differs from the one before."""
     found = _changes(folder, cfg)
     if found:

@@ -9,6 +9,7 @@ A job that ends early with a checkpoint asks submitit to queue it again, by the 
 """
 
 import os
+import re
 import signal
 import sys
 from functools import partial
@@ -21,6 +22,7 @@ from opd.__main__ import CONF, ON_RANKS, main, register_schemas
 from opd.errors import PREEMPTED, USER_ERROR
 
 SIGNAL = "USR1"
+FRESH = re.compile(r"\+*fresh=(true|yes|on|y|1)", re.IGNORECASE)
 
 
 def run_job(command: str, _cfg: DictConfig) -> None:
@@ -40,7 +42,7 @@ def submit(arguments: list[str]) -> int:
     if not any(argument.startswith("hydra/launcher=") for argument in arguments):
         print("opd: choose how to submit, with hydra/launcher=opd_slurm (or submitit_local, to try it on this machine)", file=sys.stderr)
         return USER_ERROR
-    if "fresh=true" in arguments:
+    if any(FRESH.fullmatch(argument) for argument in arguments):
         print("opd: a job that is queued again with fresh=true would begin anew each time: leave it out, or delete the run folder first", file=sys.stderr)
         return USER_ERROR
     os.environ["SUBMITIT_PREEMPT_SIGNAL"] = SIGNAL  # submitit reads it when it is imported, here and in the job

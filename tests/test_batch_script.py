@@ -126,6 +126,7 @@ def settings(saved_v4, saved_qwen3_moe) -> list[str]:
     return [*SETTINGS, f"student.model={saved_v4}", f"domains.arithmetic.teacher.model={saved_qwen3_moe}"]
 
 
+@pytest.mark.slow
 def test_a_time_limit_leaves_no_trace_in_a_run(cluster, settings, numbers, device):
     distill(load_config("distill", [*settings[1:], f"run_dir={cluster / 'whole'}", "logger=none"]))
     assert_equal(preempted(cluster, settings, tasks=1, limits="4"), cluster / "whole", numbers)
@@ -174,8 +175,22 @@ def shell_and_tasks(pid: int) -> list[int]:
     return [shell.pid, *(task.pid for task in srun.children())]
 
 
-def test_a_job_that_would_begin_anew_each_time_is_refused(cluster):
-    assert submit(cluster, "distill", "fresh=true").wait(60) == 2
+@pytest.mark.parametrize(("saves", "times"), [(True, 2), (False, 0)])
+def test_a_job_that_came_no_further_is_not_queued_again(saves, times, cluster, monkeypatch):
+    """As where its checkpoints are further apart than its time limit."""
+    (cluster / "run/checkpoints").mkdir(parents=True)
+    (cluster / "run/checkpoints/latest.json").write_text("of an earlier job")
+    save = "echo job $SLURM_RESTART_COUNT >> run/checkpoints/latest.json" if saves else ":"
+    add_program(cluster, "opd", f"#!/bin/sh\n{save}\nexit 75\n")
+    monkeypatch.setenv("OPD_MAX_REQUEUES", "2")
+    assert submit(cluster, "distill", "run_dir=run").wait(60) == 75
+    assert log(cluster).count("exit code 75: queued again") == times
+    assert ("no checkpoint since this job began" in log(cluster)) is not saves
+
+
+@pytest.mark.parametrize("word", ["fresh=true", "++fresh=True"])
+def test_a_job_that_would_begin_anew_each_time_is_refused(word, cluster):
+    assert submit(cluster, "distill", word).wait(60) == 2
     assert "would begin anew each time" in log(cluster)
 
 

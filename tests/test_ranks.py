@@ -185,6 +185,7 @@ def test_under_fp4_two_ranks_give_the_first_loss_of_one_and_stay_close(stage, qu
     assert abs(expected[0] - losses(saved_run)[0]) > 1e-3, "FP4 has to change the loss, or the comparison shows nothing"
 
 
+@pytest.mark.slow
 @pytest.mark.multi
 def test_replaying_saved_rollouts_in_another_process_is_bit_identical(saved_run, settings, tmp_path):
     python("-m", "opd", "distill", *settings, f"run_dir={tmp_path / 'run'}", f"rollout.replay={saved_run}")

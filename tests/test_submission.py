@@ -21,7 +21,7 @@ def submit(folder, *arguments: str) -> subprocess.CompletedProcess:
 
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
-    [(("bench",), "name the command"), (("distill",), "choose how to submit"), (("distill", "hydra/launcher=x", "fresh=true"), "begin anew each time")],
+    [(("bench",), "name the command"), (("distill",), "choose how to submit"), (("distill", "hydra/launcher=x", "+fresh=True"), "begin anew each time")],
 )
 def test_what_cannot_be_submitted_is_refused(arguments, sentence, tmp_path):
     ended = submit(tmp_path, *arguments)

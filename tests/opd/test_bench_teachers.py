@@ -183,6 +183,7 @@ def test_the_peak_is_of_anonymous_memory_even_where_it_is_gone_at_the_end(tmp_pa
     assert 0.9 * size < peak.bytes - start < 1.5 * size
 
 
+@pytest.mark.slow
 def test_memory_is_looked_at_while_steps_run(device, tmp_path):
     cfg = config(tmp_path)
     save_teachers(cfg, tmp_path)

@@ -86,18 +86,25 @@ def test_the_newest_checkpoint_brings_back_engine_stream_and_step(engine, tracke
     assert all(bool((tensor == expected[name]).all()) for name, tensor in engine.full_weights().items())
 
 
-@pytest.mark.parametrize("stage", [0, 1])
+def clip_norm_of(engine: Engine) -> float:
+    """That DeepSpeed clips to: its own setting at ZeRO 0, its optimizer's at the other stages."""
+    return engine.engine.gradient_clipping() if engine.zero_stage == 0 else engine.engine.optimizer.clip_grad
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_the_optimizer_keeps_the_settings_of_the_run_that_goes_on(stage, new_student, make_engine, make_config, tracker, tmp_path):
     """As branch_from may have others."""
     student = {"num_hidden_layers": 1, "hidden_size": 32}
-    before = make_engine(new_student("qwen3_moe_tiny", **student), make_config(stage=stage, optim={"weight_decay": 0.1}))
+    before = make_engine(new_student("qwen3_moe_tiny", **student), make_config(stage=stage, optim={"weight_decay": 0.1, "clip_norm": 1.0}))
     write_config(tmp_path, before.cfg, "test")
     save(tmp_path, 1, before, Counter(10), CheckpointConfig())
-    after = make_engine(new_student("qwen3_moe_tiny", **student), make_config(stage=stage, optim={"weight_decay": 0.3, "eps": 1e-6}))
+    changed = {"weight_decay": 0.3, "eps": 1e-6, "clip_norm": 0.25}
+    after = make_engine(new_student("qwen3_moe_tiny", **student), make_config(stage=stage, optim=changed))
     resume(tmp_path, after, Counter(0), tracker)
     groups = after.engine.optimizer.param_groups
     assert sorted({group["weight_decay"] for group in groups}) == [0.0, 0.3]
     assert {group["eps"] for group in groups} == {1e-6}
+    assert clip_norm_of(after) == 0.25
 
 
 def test_a_new_run_begins_at_step_zero_and_keeps_its_stream(engine, tracker, tmp_path):
@@ -199,6 +206,8 @@ DAMAGES = {
     "pointer empty": (2, "latest.json is damaged", lambda folder: (folder / "latest.json").write_text("")),
     "pointer to nothing": (2, "latest.json is damaged", lambda folder: (folder / "latest.json").write_text('{"schema": 2}')),
     "pointer dangling": (1, "step-000002 is missing", lambda folder: shutil.rmtree(folder / "step-000002")),
+    "pointer out of the folder": (2, "latest.json is damaged", lambda folder: (folder / "latest.json").write_text('{"schema": 2, "tag": "../step-000002"}')),
+    "manifest out of the folder": (1, "names files outside", lambda folder: (folder / "step-000002/manifest.json").write_text('{"files": {"../x": {}}}')),
     "shard missing": (1, "model_states.pt is missing", lambda folder: (folder / SHARD).unlink()),
     "shard truncated": (1, "model_states.pt is cut", lambda folder: os.truncate(folder / SHARD, 1000)),
     "shard flipped": (1, "model_states.pt is damaged: its sha256", lambda folder: flip(folder / SHARD)),

@@ -13,10 +13,18 @@ from opd.checkpoint_model import model_folder, resolve_models
 from opd.distill import distill
 
 
+@pytest.fixture(scope="module")
+def run(short_run, tmp_path_factory):
+    """A copy of the short run, whose folders of models stay from test to test."""
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    shutil.copytree(short_run, folder)
+    return folder
+
+
 @pytest.fixture
-def run(short_run, tmp_path):
-    """A copy of the short run."""
-    shutil.copytree(short_run, tmp_path / "run")
+def own_run(run, tmp_path):
+    """One that a test may spoil."""
+    shutil.copytree(run, tmp_path / "run")
     return tmp_path / "run"
 
 
@@ -73,14 +81,15 @@ def test_what_is_not_there_is_refused(name, words, run):
         model_folder(name.format(run=run))
 
 
-def test_a_damaged_checkpoint_is_refused(run):
-    path = run / "checkpoints/step-000001/mp_rank_00_model_states.pt"
+def test_a_damaged_checkpoint_is_refused(own_run):
+    shutil.rmtree(own_run / "students", ignore_errors=True)
+    path = own_run / "checkpoints/step-000001/mp_rank_00_model_states.pt"
     os.truncate(path, 1000)
     with pytest.raises(ValueError, match=r"@1 cannot be read: .*model_states\.pt is cut"):
-        model_folder(f"{run}@1")
+        model_folder(f"{own_run}@1")
 
 
-def test_a_folder_that_was_made_stays_when_its_checkpoint_goes(run):
-    folder = model_folder(f"{run}@1")
-    shutil.rmtree(run / "checkpoints/step-000001")
-    assert model_folder(f"{run}@1") == folder
+def test_a_folder_that_was_made_stays_when_its_checkpoint_goes(own_run):
+    folder = model_folder(f"{own_run}@1")
+    shutil.rmtree(own_run / "checkpoints/step-000001")
+    assert model_folder(f"{own_run}@1") == folder

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,10 +11,11 @@ import pytest
 
 from opd import checkpoint_writer
 from opd.__main__ import load_config
+from opd.batch import supervised_batches
 from opd.checkpoint import resume, save
 from opd.checkpoint_files import find, problem_of
 from opd.checkpoint_writer import MEMORY, forget_memory, memory_folder, settle
-from opd.config import RunConfig
+from opd.config import BatchConfig, RunConfig
 from opd.distill import distill
 from opd.errors import Preempted
 from opd.job_config import CheckpointConfig
@@ -130,6 +132,27 @@ def test_a_run_that_is_asked_to_end_waits_for_its_checkpoint(engine, tmp_path):
     assert newest(tmp_path) == "step-000003"
 
 
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_what_a_checkpoint_will_take_is_known_before(stage, new_student, make_engine, make_config, random_rollouts, tmp_path):
+    engine = make_engine(new_student("qwen3_moe_tiny"), make_config(stage=stage))
+    expected = engine.checkpoint_bytes()
+    [batch] = supervised_batches(random_rollouts([("law", 3, 4)]), {"law": 0.25}, BatchConfig())
+    engine.backward(engine.loss(batch, None, True)[0])
+    engine.step()
+    save(tmp_path, 1, engine, Nothing(), CheckpointConfig())
+    found = sum(path.stat().st_size for path in (tmp_path / "checkpoints/step-000001").iterdir())
+    assert found == pytest.approx(expected, rel=0.05)
+
+
+def test_a_run_without_room_in_memory_for_its_checkpoints_is_refused(engine, tmp_path, monkeypatch):
+    engine.cfg.checkpoint.asynchronous = True
+    usage = shutil.disk_usage
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(path)._replace(free=1000))
+    with pytest.raises(ValueError, match=r"asynchronous=true keeps .* GiB in /dev/shm .* where 0\.00 are free: make it larger, or set .*=false"):
+        resume(tmp_path, engine, Nothing(), Tracker(tmp_path, "test", engine.cfg))
+
+
+@pytest.mark.slow
 @pytest.mark.multi
 def test_two_ranks_write_theirs_side_by_side(short_settings, tmp_path):
     settings = [*short_settings, "logger=none", "checkpoint.asynchronous=true", f"run_dir={tmp_path}", "launch.processes=2"]

@@ -40,6 +40,11 @@ def test_what_the_main_rank_computes_and_what_it_refuses_reach_every_rank(device
         on_main(refuse)
 
 
+def test_what_the_disk_refuses_on_the_main_rank_is_a_sentence(device, tmp_path):
+    with pytest.raises(ValueError, match="nowhere: No such file or directory"):
+        on_main((tmp_path / "nowhere").read_text)
+
+
 def run(script: str) -> str:
     return subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.strip()
 
@@ -53,8 +58,19 @@ def test_a_single_process_leaves_no_address_that_its_children_would_take_for_the
     assert run(script) == "[] True"
 
 
-def test_a_process_of_a_launcher_takes_its_place_from_the_environment():
+def on_two_ranks(script: str) -> list[str]:
+    """The last line that each rank prints."""
     store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # of the launcher, as torchrun's: no port to lose
+    places = [{"RANK": str(place), "LOCAL_RANK": str(place)} for place in range(2)]
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    shared = address | {"WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
+    processes = [
+        subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, env=os.environ | shared | place) for place in places
+    ]
+    return [process.communicate(timeout=120)[0].strip().splitlines()[-1] for process in processes]
+
+
+def test_a_process_of_a_launcher_takes_its_place_from_the_environment():
     script = (
         "import torch, sys, subprocess, os\n"
         "from opd.distributed import *\n"
@@ -71,14 +87,18 @@ def test_a_process_of_a_launcher_takes_its_place_from_the_environment():
         "print(own, num_ranks(Group.data), num_ranks(Group.expert), is_main(), total, gather_objects(own, Group.data), broadcast_object(own), "
         "on_main(lambda: 'main'), refusal())\n"
     )
-    places = [{"RANK": str(place), "LOCAL_RANK": str(place)} for place in range(2)]
-    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
-    shared = address | {"WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
-    processes = [
-        subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, env=os.environ | shared | place) for place in places
-    ]
-    printed = [process.communicate(timeout=120)[0].strip().splitlines()[-1] for process in processes]
-    assert printed == ["0 2 1 True (3.0, 1.0) [0, 1] 0 main refused by 0", "1 2 1 False (3.0, 1.0) [0, 1] 0 main refused by 0"]
+    expected = ["0 2 1 True (3.0, 1.0) [0, 1] 0 main refused by 0", "1 2 1 False (3.0, 1.0) [0, 1] 0 main refused by 0"]
+    assert on_two_ranks(script) == expected
+
+
+def test_work_of_the_main_rank_may_take_longer_than_a_collective():
+    script = (
+        "import time\n"
+        "from opd.distributed import *\n"
+        "start_processes(4 / 60)\n"
+        "print(on_main_at_length(lambda: time.sleep(8) or 'done'))\n"
+    )
+    assert on_two_ranks(script) == ["done", "done"]
 
 
 @pytest.fixture

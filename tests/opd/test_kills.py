@@ -1,4 +1,4 @@
-"""A run of two ranks whose ranks are killed at twenty moments, in every phase of a step and of a save, ends bit for bit like one that nobody disturbed."""
+"""A run of two ranks whose ranks are killed, in every phase of a step, of a save and of a conversion, ends bit for bit like one that nobody disturbed."""
 
 import json
 import os
@@ -23,7 +23,19 @@ PHASES = {
     "save: pointer": ("opd.checkpoint_files:", "point_to"),
     "save: older ones go": ("opd.checkpoint_files:", "forget_older"),
 }
-OF_RANK_0 = ("save: begin", "save: rename", "save: pointer", "save: older ones go")
+BESIDE = {name: place for name, place in PHASES.items() if not name.startswith("save: ")} | {
+    "save: files": ("opd.engine:Engine", "save"),
+    "save: writers start": ("opd.checkpoint_writer:", "start"),
+    "save: writers are waited for": ("opd.checkpoint_writer:", "settle"),
+}  # fmt: skip
+"""With checkpoint.asynchronous=true. A writer dies with its rank, so that a kill in a step finds it at work."""
+
+CONVERSION = {
+    "conversion": ("opd.resharding:", "_convert"),
+    "conversion: what DeepSpeed left": ("opd.resharding:", "_wrap_states"),
+    "conversion: read": ("opd.engine:Engine", "load"),
+}
+OF_RANK_0 = ("save: begin", "save: rename", "save: pointer", "save: older ones go", "conversion", "conversion: what DeepSpeed left")
 
 SCRIPT = """
 import importlib, json, os, signal, sys, threading
@@ -84,24 +96,25 @@ def settings(saved_v4, teacher_folders) -> list[str]:
     ]  # fmt: skip
 
 
-def plan_of(seed: int) -> list[dict]:
-    """Every phase once, at its begin, then some drawn, at their begin or while they last; in the first call or the second."""
+def plan_of(seed: int, phases: dict, count: int) -> list[dict]:
+    """Every phase once, at its begin, then some drawn, at their begin or while they last; in the first call or the second, where there are several."""
     draws = random.Random(seed)
-    drawn = [(phase, draws.choice([0, 0.02, 0.2])) for phase in draws.choices(list(PHASES), k=NUM_KILLS - len(PHASES))]
-    kills = [*((phase, 0) for phase in PHASES), *drawn]
+    drawn = [(phase, draws.choice([0, 0.02, 0.2])) for phase in draws.choices(list(phases), k=count - len(phases))]
+    kills = [*((phase, 0) for phase in phases), *drawn]
     draws.shuffle(kills)
+    last = 1 if phases is CONVERSION else 2
     return [
-        {"phase": phase, "rank": 0 if phase in OF_RANK_0 else draws.randrange(2), "calls": draws.randint(1, 2), "delay": delay} for phase, delay in kills
+        {"phase": phase, "rank": 0 if phase in OF_RANK_0 else draws.randrange(2), "calls": draws.randint(1, last), "delay": delay} for phase, delay in kills
     ]  # fmt: skip
 
 
-def run(folder: Path, plan: list[dict], settings: list[str]) -> Path:
+def run(folder: Path, plan: list[dict], phases: dict, settings: list[str]) -> Path:
     """A supervised run whose ranks die as planned; returns its folder."""
     folder.mkdir()
     (folder / "plan.json").write_text(json.dumps(plan))
     (folder / "script.py").write_text(SCRIPT)
     settings = [*settings, f"run_dir={folder / 'run'}"]
-    rank = [str(folder / "script.py"), str(folder / "plan.json"), json.dumps(PHASES), "distill", *settings]
+    rank = [str(folder / "script.py"), str(folder / "plan.json"), json.dumps(phases), "distill", *settings]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", SUPERVISED, json.dumps(rank), json.dumps(settings)]
     ended = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=3000, check=False)
@@ -109,12 +122,31 @@ def run(folder: Path, plan: list[dict], settings: list[str]) -> Path:
     return folder / "run"
 
 
-@pytest.mark.slow
-@pytest.mark.multi
-def test_twenty_kills_change_nothing(settings, numbers, tmp_path):
-    whole = run(tmp_path / "whole", [], settings)
-    plan = plan_of(seed=0)
-    killed = run(tmp_path / "killed", plan, settings)
+def require_same(tmp_path: Path, phases: dict, count: int, settings: list[str], numbers) -> None:
+    """So many kills, all of which happen, change nothing."""
+    whole = run(tmp_path / "whole", [], phases, settings)
+    plan = plan_of(0, phases, count)
+    killed = run(tmp_path / "killed", plan, phases, settings)
     assert (tmp_path / "killed/kills").read_text().splitlines() == [kill["phase"] for kill in plan]
     assert numbers(killed) == numbers(whole)
     assert (killed / "student/model.safetensors").read_bytes() == (whole / "student/model.safetensors").read_bytes()
+
+
+@pytest.mark.slow
+@pytest.mark.multi
+def test_twenty_kills_change_nothing(settings, numbers, tmp_path):
+    require_same(tmp_path, PHASES, NUM_KILLS, settings, numbers)
+
+
+@pytest.mark.slow
+@pytest.mark.multi
+def test_ten_kills_of_a_run_that_saves_beside_training_change_nothing(settings, numbers, tmp_path):
+    require_same(tmp_path, BESIDE, 10, [*settings, "checkpoint.asynchronous=true", "num_steps=20"], numbers)
+
+
+@pytest.mark.slow
+@pytest.mark.multi
+def test_kills_while_a_checkpoint_is_converted_change_nothing(settings, numbers, tmp_path):
+    alone = [*settings, "num_steps=3", "rollout.save=true", "launch.processes=1", "launch.max_restarts=0", f"run_dir={tmp_path / 'alone'}"]
+    subprocess.run([sys.executable, "-m", "opd", "distill", *alone], check=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=600)
+    require_same(tmp_path, CONVERSION, 6, [*settings, "num_steps=5", f"branch_from={tmp_path / 'alone'}@2"], numbers)

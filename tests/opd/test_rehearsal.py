@@ -47,6 +47,7 @@ def test_the_folder_of_a_rehearsal_that_goes_on_stays(tmp_path):
         assert {first, second} == set(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_an_interrupted_rehearsal_leaves_nothing_behind(settings, tmp_path):
     process = subprocess.Popen([sys.executable, "-m", "opd", "distill", *settings], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while not list(tmp_path.glob(f"{PREFIX}*")) and process.poll() is None:

@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 
 from opd.__main__ import load_config
 from opd.config_changes import FREE, RECORDED
-from opd.run import lock, open_run, settle_config, write_config
+from opd.run import lock, open_run, record_changes, write_config
 
 
 def config(folder, *overrides: str):
@@ -101,7 +101,7 @@ def test_a_settled_config_is_what_a_run_with_it_would_have_written(tmp_path):
     settings = ["domain=[tools,sorting]", "domains.tools.loss_weight={0: 1.0, 5: 0.5}", "domains.sorting.teacher.dtype=bfloat16", "checkpoint.every=3"]
     folder = open_run(config(tmp_path / "run"), "distill")
     other = config(folder, *settings, "teachers.allow_change=true")
-    settle_config(folder, other, 4)
+    record_changes(folder, other, 4)
     (tmp_path / "other").mkdir()
     write_config(tmp_path / "other", other, "distill")
     assert (folder / "config.yaml").read_text() == (tmp_path / "other" / "config.yaml").read_text()
@@ -109,13 +109,13 @@ def test_a_settled_config_is_what_a_run_with_it_would_have_written(tmp_path):
 
 def test_what_is_recorded_stands_in_the_folder_and_what_is_free_is_said(tmp_path):
     folder = open_run(config(tmp_path / "run", "num_steps=9", "checkpoint.every=3"), "distill")
-    found = settle_config(folder, config(folder, "num_steps=20", "checkpoint.every=5", "evaluation.prompts=null"), 4)
+    found = record_changes(folder, config(folder, "num_steps=20", "checkpoint.every=5", "evaluation.prompts=null"), 4)
     assert [str(change) for change in found] == ["checkpoint.every was 3 and is 5", "evaluation.prompts was 256 and is null", "num_steps was 9 and is 20"]
     assert [json.loads(line) for line in (folder / "changes.jsonl").read_text().splitlines()] == [
         {"schema": 1, "step": 4, "setting": "evaluation.prompts", "before": 256, "after": None},
         {"schema": 1, "step": 4, "setting": "num_steps", "before": 9, "after": 20},
     ]
-    assert settle_config(folder, config(folder, "num_steps=20", "checkpoint.every=5", "evaluation.prompts=null"), 6) == []
+    assert record_changes(folder, config(folder, "num_steps=20", "checkpoint.every=5", "evaluation.prompts=null"), 6) == []
 
 
 @pytest.mark.parametrize("name", [*FREE, *RECORDED])

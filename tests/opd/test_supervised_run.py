@@ -83,6 +83,7 @@ def test_two_ranks_survive_a_killed_and_a_stopped_one_and_a_signal_bit_for_bit(s
     assert (run_dir / "student" / "model.safetensors").read_bytes() == (tmp_path / "whole" / "student" / "model.safetensors").read_bytes()
 
 
+@pytest.mark.slow
 @pytest.mark.multi
 def test_ranks_that_are_refused_end_with_exit_code_2_and_are_not_started_again(tmp_path, settings):
     process = start(*settings, "student.model=./no/student", f"run_dir={tmp_path}", "launch.processes=2", "launch.max_restarts=2")
@@ -102,7 +103,8 @@ stages:
 
 
 @pytest.mark.multi
-@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
 def test_a_pipeline_that_is_asked_to_end_ends_its_stage_with_a_checkpoint_and_goes_on(processes, tmp_path):
     (tmp_path / "conf" / "pipeline").mkdir(parents=True)
     (tmp_path / "conf" / "pipeline" / "one.yaml").write_text(PIPELINE.format(processes=processes))

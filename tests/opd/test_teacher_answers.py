@@ -71,6 +71,7 @@ def test_a_dense_teacher_answers_in_a_run_that_records_its_students_routes(setti
     assert found["tools"].teacher_length is not None
 
 
+@pytest.mark.slow
 def test_the_answers_change_nothing_of_the_run(settings, numbers, tmp_path, device):
     distill(load_config("distill", [*settings, f"run_dir={tmp_path / 'without'}"]))
     distill(load_config("distill", [*settings, "check.teacher_answers=3"]))
@@ -80,6 +81,7 @@ def test_the_answers_change_nothing_of_the_run(settings, numbers, tmp_path, devi
     ]
 
 
+@pytest.mark.slow
 def test_a_resumed_run_has_the_ratios_of_one_that_was_not(settings, tmp_path, device):
     chosen = [*settings, "check.teacher_answers=3", "checkpoint.every=1"]
     distill(load_config("distill", chosen))

@@ -45,6 +45,7 @@ def records(tmp_path) -> list[dict]:
     return [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_a_student_that_distillation_alone_does_not_bring_anywhere_is_right_after_a_warmup(settings, tmp_path, device):
     """Distillation from scratch fails where the student's own answers never look like the teacher's; the same number of updates in all."""
     cold = run([*settings, "num_steps=44", "warmup=none"], tmp_path)
