@@ -21,9 +21,9 @@ from pathlib import Path
 import torch
 
 from opd import checkpoint_files as files
-from opd.child import child_command
 from opd.config import OptimizerKind
 from opd.distributed import barrier, is_main, on_main
+from rollout.child import child_command
 
 STATES = ("fp32", "exp_avg", "exp_avg_sq")
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from rollout.config import GraderKind
+from rollout.grader_config import GraderKind
 from rollout.grading import GRADERS, grade
 
 
