@@ -158,6 +158,8 @@ def _words(error: BaseException) -> str:
         message = ""
     if isinstance(error, Refused):
         return message
+    if isinstance(error, MemoryError):
+        return "it needs more memory than memory_mib"
     return f"{type(error).__name__}: {message}" if message else type(error).__name__
 
 

@@ -86,6 +86,14 @@ def test_values_become_typed():
     assert isinstance(cfg, DistillConfig)
 
 
+def test_a_grader_is_a_word_or_a_mapping_and_keeps_the_form_in_which_it_was_written():
+    numeric = load_config("distill", ["domain=[tools]", "domains.tools.grader={kind: numeric, tolerance: 1e-6}"])
+    assert numeric.domains["tools"].grader == {"kind": "numeric", "tolerance": 1e-6}
+    assert OmegaConf.create(OmegaConf.to_yaml(OmegaConf.structured(numeric))).domains.tools.grader == {"kind": "numeric", "tolerance": 1e-6}
+    assert load_config("distill", ["domain=[tools]", "domains.tools.grader=null"]).domains["tools"].grader is None
+    assert refused("distill", "domain=[tools]", "domains.tools.grader={kind: json, tolerance: 1}").startswith("domains.tools.grader: kind=json has no setting")
+
+
 @pytest.mark.parametrize(
     ("override", "named", "meant"),
     [
