@@ -20,6 +20,7 @@ import json
 import math
 import numbers
 import resource
+import signal
 import socket
 import sys
 import time
@@ -75,6 +76,8 @@ def main() -> None:
     """Serve the socket that the command line names."""
     settings, connection = json.loads(sys.argv[1]), socket.socket(fileno=int(sys.argv[2]))
     connection.set_inheritable(False)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)  # a scheduler sends them to all processes of a job, and the trainer still ends its step
     _limit(settings)
     try:
         score, source_hash = _load(settings)

@@ -162,6 +162,11 @@ def test_memory_is_limited_though_it_comes_in_small_pieces(start):
     assert process.score("kept = [bytes(100_000) for _ in range(100)]", "right") == 1
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+def test_a_signal_by_which_a_job_ends_does_not_end_the_grading_of_its_last_step(number, start):
+    assert start().score(f"os.kill(os.getpid(), {int(number)})", "right") == 1
+
+
 @pytest.mark.parametrize(("value", "reason"), [
     ("1.5", "its score 1.5 is not from 0 to 1"), ("-0.001", "its score -0.001 is not from 0 to 1"), ("float('nan')", "its score nan is not from 0 to 1"),
     ("10**400", "OverflowError: int too large to convert to float"), ("'1'", "its score is no number but str"), ("None", "its score is no number but NoneType"),
