@@ -23,10 +23,10 @@ from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
 from opd import checkpoint_files as files
-from opd.child import run_child
 from opd.config import StudentConfig
 from opd.quant_config import ExpertFormat, QuantConfig
 from opd.student import build_student, load_student_tokenizer
+from rollout.child import run_child
 from rollout.config import ModelConfig
 from rollout.experts import EXPERT_WEIGHTS, fake_quantized, require_quantizable
 from rollout.files import read_json, replace_text

@@ -23,7 +23,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from opd import checkpoint_files as files
-from opd.child import child_command, last_words
+from rollout.child import child_command, last_words
 from rollout.files import read_json, replace_text
 
 MEMORY = Path("/dev/shm")

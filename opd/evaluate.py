@@ -25,9 +25,9 @@ from opd.run import require_own_folder, write_config
 from opd.tiles import Targets
 from rollout.config import SamplingConfig
 from rollout.files import replace_text
-from rollout.grading import grade_rollout
+from rollout.grading import grade_rollout, require_gradable
 from rollout.model import context_length, end_tokens, load_model, load_tokenizer, logit_transform
-from rollout.prompts import DomainPrompts, load_held_out, require_answers
+from rollout.prompts import DomainPrompts, load_held_out
 from rollout.sampler import LocalSampler, WeightSource
 from rollout.types import Prompt, Rollout
 from teachers.compatibility import check_compatible
@@ -48,7 +48,7 @@ class Evaluator:
         prompts = {name: domain.prompts for name, domain in cfg.domains.items()}
         sources = {name: domain.held_out for name, domain in cfg.domains.items() if is_wanted}
         held_out = load_held_out(prompts, sources, tokenizer, longest)
-        require_answers(held_out, [name for name in held_out if cfg.domains[name].grader is not None], "grade against")
+        require_gradable(held_out, {name: domain.grader for name, domain in cfg.domains.items()})
         self.prompts = {name: _held_out(rows, cfg.evaluation.prompts) for name, rows in held_out.items()}
         self.dropped = {name: rows.num_dropped for name, rows in held_out.items()}
         if teachers is not None:

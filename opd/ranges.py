@@ -10,6 +10,7 @@ from typing import Any
 from opd.loss_config import Backend, DivergenceKind, LossConfig
 from opd.start_config import CheckConfig, WarmupConfig, WarmupKind
 from rollout.config import RolloutConfig, SamplerKind, ServiceConfig, VllmConfig, schedule_value
+from rollout.grader_config import read_grader
 from teachers.config import DomainConfig, SignalKind, TeachersConfig
 
 AT_LEAST_ONE = (
@@ -64,11 +65,12 @@ def check_ranges(cfg: Any, path: str = "") -> None:
 
 
 def check_schedules(cfg: Any) -> None:
-    """Raises ValueError for a number or schedule that is neither; OmegaConf has no type for them."""
+    """Raises ValueError for a number or schedule that is neither, and for what is no grader; OmegaConf has no type for them."""
     names = {field.name for field in fields(cfg)}
     for name, domain in cfg.domains.items() if "domains" in names else ():
         schedule_value(domain.prompts.share, 0, f"domains.{name}.prompts.share")
         schedule_value(domain.loss_weight, 0, f"domains.{name}.loss_weight")
+        read_grader(domain.grader, f"domains.{name}.grader")
     if "slip_rate" in names:
         schedule_value(cfg.slip_rate, 0, "slip_rate")
 

@@ -21,9 +21,9 @@ from types import SimpleNamespace
 import torch
 
 from opd import checkpoint_files as files
-from opd.child import run_child
 from opd.config import OptimizerKind
 from opd.distributed import barrier, is_main, on_main_at_length
+from rollout.child import run_child
 
 STATES = ("fp32", "exp_avg", "exp_avg_sq")
 

@@ -14,8 +14,9 @@ from opd.distributed import Group, gather_objects, num_cores, num_local_processe
 from opd.quant_config import ExpertFormat
 from opd.student import copy_for_sampling
 from rollout.config import SamplerKind
+from rollout.grading import require_gradable
 from rollout.model import context_length, end_tokens
-from rollout.prompts import PromptMixture, load_prompts, require_answers, require_no_overlap
+from rollout.prompts import PromptMixture, load_prompts, require_no_overlap
 from rollout.replay import load_rollouts, replay_file
 from rollout.routes import require_routers
 from rollout.sampler import LocalSampler
@@ -58,8 +59,8 @@ def build_stream(
     excluded: domains that are asked for no prompts (any more), as those whose teachers are dropped.
 
     Raises ValueError for what `load_prompts` refuses, training rows that overlap with held-out prompts, an impossible length, stop tokens that do not exist,
-    answers that a grader would miss, replay files that are not there, routes of a student that routes nothing, and a vLLM server that cannot draw the run's
-    rollouts.
+    answers that a grader would miss or cannot read, a grader that cannot be imported, replay files that are not there, routes of a student that routes
+    nothing, and a vLLM server that cannot draw the run's rollouts.
     """
     context = context_length(student.config, "student")
     longest = context - cfg.rollout.max_new_tokens
@@ -73,7 +74,7 @@ def build_stream(
     held_out = {name: domain.held_out for name, domain in cfg.domains.items()}
     prompts = load_prompts({name: domain.prompts for name, domain in cfg.domains.items()}, tokenizer, longest, held_out)
     require_no_overlap(prompts)
-    require_answers(prompts, [name for name, domain in cfg.domains.items() if domain.grader is not None], "grade against")
+    require_gradable(prompts, {name: domain.grader for name, domain in cfg.domains.items()})
     for run in (cfg.rollout.replay, cfg.rollout.compare):
         if run is not None:
             load_rollouts(replay_file(run, max(0, cfg.num_steps - 1)))

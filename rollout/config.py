@@ -35,10 +35,6 @@ class TooLong(Enum):
     drop = "drop"
 
 
-class GraderKind(Enum):
-    exact = "exact"
-
-
 @dataclass(slots=True)
 class ModelConfig:
     """A causal language model of transformers: a local folder or a hub id.

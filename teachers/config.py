@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
-from rollout.config import Dtype, GraderKind, HeldOutConfig, ModelConfig, PromptsConfig
+from rollout.config import Dtype, HeldOutConfig, ModelConfig, PromptsConfig
 
 
 class SignalKind(Enum):
@@ -43,14 +43,15 @@ class DomainConfig:
     teacher: the frozen specialist that scores this domain's rollouts.
     prompts: what the student answers.
     held_out: prompts for evaluation.
-    grader: how a completion is compared with the reference answer; null where it cannot be.
+    grader: how a completion is compared with the reference answer: a kind, such as exact, or a mapping of a kind and its settings
+        (rollout/grader_config.py); null where it cannot be.
     loss_weight: w_d of the objective (number or schedule); the weights of the domains present in a step are divided by their sum.
     """
 
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     prompts: PromptsConfig = field(default_factory=PromptsConfig)
     held_out: HeldOutConfig = field(default_factory=HeldOutConfig)
-    grader: GraderKind | None = None
+    grader: Any = None
     loss_weight: Any = 1.0
 
 

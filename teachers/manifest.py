@@ -3,7 +3,8 @@
 RUN/teachers.json, and "teachers" in the opd.json of each checkpoint (schema version 1): {"schema": 1, "spans": [SPAN, ...]}. SPAN is
     {"from_step": S,            the first step, as metrics.jsonl counts them (1, 2, ...), that these teachers scored; it ends where the next one begins,
                                 and holds no step where that begins at the same
-     "domains": {D: {"teacher": IDENTITY, "settings": all other settings of the domain, as in config.yaml}, ...},     in the order of the run
+     "domains": {D: {"teacher": IDENTITY, "settings": all other settings of the domain, as in config.yaml}, ...},     in the order of the run;
+                                "grader" is its identity: `grader_identity` of rollout/grading.py
      "check": JSON or null,     verdict of the start-up check on this span's teachers; later spans have none, since it judges the initial student
      "dropped": {D: {"step": K, "reason": text}, ...}}      domains whose teacher failed: step K and those after it went on without them
 IDENTITY of a teacher loaded here: its settings (teachers/config.py; what is null is left out), "hash" (of its weights, teachers/fingerprint.py),
@@ -29,6 +30,7 @@ from typing import Any
 
 from rollout.config import ModelConfig
 from rollout.files import replace_text
+from rollout.grading import grader_identity
 from teachers.config import DomainConfig, TeacherConfig, TeachersConfig
 from teachers.fingerprint import weights_fingerprint
 
@@ -106,7 +108,7 @@ def describe_domains(domains: dict[str, DomainConfig], identities: dict[str, dic
     for name, domain in domains.items():
         settings = _plain(domain)
         del settings["teacher"]
-        described[name] = {"teacher": identities[name], "settings": settings}
+        described[name] = {"teacher": identities[name], "settings": settings | {"grader": grader_identity(domain.grader)}}
     return described
 
 

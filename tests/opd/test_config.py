@@ -12,13 +12,13 @@ import opd.config
 import opd.plan_config
 import opd.start_config
 import rollout.config
+import rollout.grader_config
 import teachers.config
 from opd.__main__ import CONF, load_config, split_command
 from opd.config import SCHEMAS, DistillConfig, OptimizerKind, RunConfig, parse
-from rollout.config import GraderKind
 
 GROUPS = sorted((path.parent.name, path.stem) for path in CONF.glob("*/*.yaml"))
-MODULES = (opd.bench_config, opd.config, opd.plan_config, opd.start_config, rollout.config, teachers.config)
+MODULES = (opd.bench_config, opd.config, opd.plan_config, opd.start_config, rollout.config, rollout.grader_config, teachers.config)
 SELECT = {"domain": "domain=[{}]", "pipeline": "pipeline={}"}
 
 
@@ -81,9 +81,17 @@ def test_an_experiment_comes_last_so_that_it_overrides_the_groups():
 def test_values_become_typed():
     cfg = load_config("distill", ["optim=muon", "domain=[tools]", "num_steps=7", "optim.lr=1e-4", "optim.betas=[0.5,0.6]"])
     assert cfg.optim.kind is OptimizerKind.muon
-    assert cfg.domains["tools"].grader is GraderKind.exact
+    assert cfg.domains["tools"].grader == "exact"
     assert (cfg.num_steps, cfg.optim.lr, cfg.optim.betas) == (7, 1e-4, [0.5, 0.6])
     assert isinstance(cfg, DistillConfig)
+
+
+def test_a_grader_is_a_word_or_a_mapping_and_keeps_the_form_in_which_it_was_written():
+    numeric = load_config("distill", ["domain=[tools]", "domains.tools.grader={kind: numeric, tolerance: 1e-6}"])
+    assert numeric.domains["tools"].grader == {"kind": "numeric", "tolerance": 1e-6}
+    assert OmegaConf.create(OmegaConf.to_yaml(OmegaConf.structured(numeric))).domains.tools.grader == {"kind": "numeric", "tolerance": 1e-6}
+    assert load_config("distill", ["domain=[tools]", "domains.tools.grader=null"]).domains["tools"].grader is None
+    assert refused("distill", "domain=[tools]", "domains.tools.grader={kind: json, tolerance: 1}").startswith("domains.tools.grader: kind=json has no setting")
 
 
 @pytest.mark.parametrize(

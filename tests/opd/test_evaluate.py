@@ -16,7 +16,8 @@ from opd.export import export
 from opd.intervals import proportion
 from opd.loss_config import DivergenceKind, LossConfig
 from opd.rollouts import FirstRequest
-from rollout.config import GraderKind, HeldOutConfig, PromptsConfig, SamplingConfig
+from rollout.config import HeldOutConfig, PromptsConfig, SamplingConfig
+from rollout.grader_config import GraderKind
 from rollout.sampler import LocalSampler
 from rollout.types import Rollout
 from teachers.config import DomainConfig, SignalKind, TeacherConfig, TeachersConfig

@@ -11,7 +11,8 @@ from opd.batch import supervised_batches
 from opd.config import BatchConfig, DistillConfig
 from opd.metrics import DomainTotals, add_losses, data_metrics, loss_metrics, rollout_metrics, teacher_loss_metrics
 from opd.tiles import TokenLosses
-from rollout.config import GraderKind, PromptsConfig, RolloutConfig
+from rollout.config import PromptsConfig, RolloutConfig
+from rollout.grader_config import GraderKind
 from rollout.prompts import PromptMixture, load_prompts
 from rollout.repetition import mask_loops
 from rollout.sampler import LocalSampler

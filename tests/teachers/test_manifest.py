@@ -1,13 +1,16 @@
 """The teacher manifest: its format, what counts as another teacher, and what a resume may do about it."""
 
 import copy
+import hashlib
 import json
 import logging
+import re
 import shutil
 
 import pytest
 
 from rollout.config import Dtype, PromptsConfig
+from rollout.grader_process import end_processes
 from teachers.config import DomainConfig, TeacherConfig
 from teachers.manifest import TeacherManifest, changes, describe_domains, teacher_identity
 
@@ -81,6 +84,7 @@ CHANGES = {
     "dropped": (lambda d: d.pop("code"), "code is gone (its teacher was /models/code)"),
     "weight": (lambda d: d["law"]["settings"].update(loss_weight=0.5), "law: loss_weight was 1.0 and is 0.5"),
     "share": (lambda d: d["law"]["settings"]["prompts"].update(share=1.0), 'law: prompts.share was {"0": 0.5, "200": 0.25} and is 1.0'),
+    "grader": (lambda d: d["law"]["settings"].update(grader={"kind": "json"}), 'law: grader was "exact" and is {"kind": "json"}'),
     "order": (lambda d: d.update(law=d.pop("law")), "the order of the domains was law, code and is code, law"),
 }
 
@@ -171,6 +175,26 @@ def test_a_description_is_the_whole_domain_as_it_reads_back_from_json():
     assert described["law"]["settings"]["prompts"]["share"] == {"0": 0.5, "200": 0.25}
     assert set(described["law"]["settings"]) == {"prompts", "held_out", "grader", "loss_weight"}
     assert json.loads(json.dumps(described)) == described
+
+
+def test_a_grader_is_described_with_the_settings_it_has_and_one_without_any_as_in_manifests_of_before():
+    domains = {name: DomainConfig(grader=grader) for name, grader in {"law": "exact", "code": {"kind": "numeric", "tolerance": 0.5}, "math": None}.items()}
+    described = describe_domains(domains, {name: {} for name in domains})
+    assert [described[name]["settings"]["grader"] for name in domains] == ["exact", {"kind": "numeric", "tolerance": 0.5, "relative_tolerance": 0.0}, None]
+
+
+def test_a_function_that_grades_is_described_with_the_hash_of_its_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    grader = {"kind": "python", "function": "described_grader:score"}
+    found = []
+    for share in ("0.5", "0.25"):
+        source = f"def score(completion, answer):\n    return {share}\n"
+        (tmp_path / "described_grader.py").write_text(source)
+        found.append(describe_domains({"law": DomainConfig(grader=grader)}, {"law": {}}))
+        assert found[-1]["law"]["settings"]["grader"]["source_hash"] == hashlib.sha256(source.encode()).hexdigest()
+        end_processes()
+    [words] = changes(*found, 0.02).values()
+    assert re.fullmatch(r"law: grader.source_hash was [0-9a-f]{12} and is [0-9a-f]{12}", words)
 
 
 def identity(folder, **settings) -> dict:

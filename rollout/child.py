@@ -1,4 +1,4 @@
-"""A module as a process that does not outlive its parent: `python -m opd.child MODULE ARGUMENTS`.
+"""A module as a process that does not outlive its parent: `python -m rollout.child MODULE ARGUMENTS`.
 
 Set by the process itself: a preexec_fn would have the parent, a trainer with all its memory, forked rather than spawned, which is slow and may be refused.
 """
@@ -13,7 +13,7 @@ import sys
 
 def child_command(module: str, *arguments: str) -> list[str]:
     """The command that runs a module so."""
-    return [sys.executable, "-m", "opd.child", str(os.getpid()), module, *arguments]
+    return [sys.executable, "-m", "rollout.child", str(os.getpid()), module, *arguments]
 
 
 def run_child(module: str, *arguments: str) -> str | None:
