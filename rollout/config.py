@@ -64,6 +64,7 @@ class SourceConfig:
     columns: our name -> the data set's column; ours are prompt | messages, answer, slip.
     rows: take the first so many rows only.
     weight: share of the domain's prompts that come from this source.
+    difficulty: of a synthetic source, 1 to 3: how long its questions are (table in rollout/synthetic_rules.py).
     """
 
     path: str | None = None
@@ -73,6 +74,7 @@ class SourceConfig:
     columns: dict[str, str] = field(default_factory=dict)
     rows: int | None = None
     weight: float = 1.0
+    difficulty: int = 1
 
 
 @dataclass(slots=True)

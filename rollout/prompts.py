@@ -37,7 +37,8 @@ DROP_REASONS = ("too_long", "held_out")
 class DomainPrompts:
     """The rows of one domain, tokenised: what `PromptMixture` and evaluation draw from.
 
-    sources: source name -> rows; each has "index" (its place in the source), "tokens", "answer" and "slip" (None where the data has none).
+    sources: source name -> rows; each has "index" (its place in the source), "tokens", "answer" and "slip" (None where the data has none); those of a
+        synthetic domain with a backspace have "repaired" too.
     dropped: rows left out, by reason: too_long, or held_out (they overlap with a held-out prompt).
     overlap: of the rows that are not too long; those left out as held_out included.
     """
@@ -154,7 +155,8 @@ def load_domain_prompts(
         kept = []
         for index, (row, tokens) in enumerate(zip(rows, encode_prompts(rows, cfg, tokenizer, f"{name}/{source_name}"), strict=True)):
             if len(tokens) <= longest:
-                kept.append({"index": index, "tokens": tokens, "answer": row.get("answer"), "slip": row.get("slip")})
+                texts = {name: row.get(name) for name in ("answer", "slip")} | ({"repaired": row["repaired"]} if "repaired" in row else {})
+                kept.append({"index": index, "tokens": tokens, **texts})
             elif cfg.too_long is TooLong.error:
                 raise ValueError(
                     f"the prompt in row {name}/{source_name}:{index} has {len(tokens)} tokens and only {longest} fit before the completion: "
@@ -233,7 +235,9 @@ def load_rows(cfg: SourceConfig, where: str) -> list[dict[str, Any]]:
     if cfg.path.startswith("synthetic:"):
         if cfg.rows is None:
             raise ValueError(f"{where} is synthetic, hence endless: set rows")
-        return synthetic_rows(cfg.path.removeprefix("synthetic:"), cfg.split, cfg.rows)
+        return synthetic_rows(cfg.path.removeprefix("synthetic:"), cfg.split, cfg.rows, cfg.difficulty)
+    if cfg.difficulty != 1:
+        raise ValueError(f"{where}: {cfg.path} is not synthetic, so difficulty={cfg.difficulty} would be ignored: leave it out")
     table = _load_table(cfg, where)
     if cfg.rows is not None:
         table = table.select(range(min(cfg.rows, len(table))))
@@ -285,7 +289,8 @@ def _sources_of(name: str, cfg: PromptsConfig) -> dict[str, SourceConfig]:
         if cfg.weight != 1.0:
             raise ValueError(f"domain {name} has one source, so prompts.weight={cfg.weight} would be ignored: its part of a step is prompts.share")
         return {"prompts": cfg}
-    if any(setting is not None for setting in (cfg.path, cfg.name, cfg.revision, cfg.rows)) or cfg.columns or cfg.weight != 1.0 or cfg.split != "train":
+    outside_sources = (cfg.path, cfg.name, cfg.revision, cfg.rows, cfg.columns, cfg.weight, cfg.split, cfg.difficulty)
+    if outside_sources != (None, None, None, None, {}, 1.0, "train", 1):
         raise ValueError(f"domain {name} has prompts.sources, so a path, rows, columns and the like beside them would be ignored: move them into a source")
     weights = [source.weight for source in cfg.sources.values()]
     if not all(math.isfinite(weight) and weight >= 0 for weight in weights) or sum(weights) == 0:

@@ -9,6 +9,7 @@ import pytest
 
 from rollout.config import HeldOutConfig, PromptsConfig, SourceConfig, TooLong
 from rollout.prompts import DomainPrompts, load_domain_prompts, load_held_out, load_prompts, load_rows
+from rollout.synthetic import synthetic_rows
 
 
 @pytest.fixture(autouse=True)
@@ -120,6 +121,17 @@ def test_synthetic_rows_need_a_number():
         load_rows(SourceConfig(path="synthetic:sorting"), "law")
 
 
+def test_synthetic_rows_are_of_the_difficulty_asked_for():
+    lengths = [{len(row["answer"]) for row in load_rows(SourceConfig(path="synthetic:sorting", rows=20, difficulty=level), "law")} for level in (1, 2, 3)]
+    assert lengths == [{6}, {8}, {10}]
+
+
+def test_a_difficulty_of_data_that_has_none_is_refused(tmp_path):
+    path = write(tmp_path / "rows.jsonl", ROWS)
+    with pytest.raises(ValueError, match=r"law: .*rows\.jsonl is not synthetic, so difficulty=2 would be ignored: leave it out"):
+        load_rows(SourceConfig(path=path, difficulty=2), "law")
+
+
 @pytest.mark.parametrize("path", ["synthetic:sorting", "rows.jsonl"])
 @pytest.mark.parametrize("rows", [0, -1])
 def test_asking_for_no_rows_is_refused(path, rows):
@@ -141,6 +153,11 @@ def test_rows_become_tokens_with_answer_and_slip(tmp_path, tokenizer):
     path = json_lines(tmp_path / "rows.jsonl", [{"prompt": "2+2=", "answer": 4, "slip": "5"}])
     rows = load_domain_prompts("law", PromptsConfig(path=path), tokenizer, longest=20).sources["prompts"]
     assert rows == [{"index": 0, "tokens": tokenizer("<bos><user>2+2=<assistant>")["input_ids"], "answer": "4", "slip": "5"}]
+
+
+def test_rows_of_a_domain_with_a_backspace_have_their_repaired_answers(tokenizer):
+    rows = load_domain_prompts("law", PromptsConfig(path="synthetic:backspace", rows=5), tokenizer, longest=20).sources["prompts"]
+    assert [row["repaired"] for row in rows] == [row["repaired"] for row in synthetic_rows("backspace", "train", 5)]
 
 
 def test_a_prompt_too_long_is_refused_by_row(tmp_path, tokenizer):
@@ -175,7 +192,9 @@ def test_each_source_is_read_on_its_own(tmp_path, tokenizer):
     assert texts == {"easy": "<bos><user>2+2=<assistant>", "hard": "<bos><user>9*9=<assistant>"}
 
 
-@pytest.mark.parametrize("settings", [{"path": "x.jsonl"}, {"rows": 5}, {"columns": {"prompt": "q"}}, {"weight": 2.0}, {"split": "test"}, {"name": "main"}])
+@pytest.mark.parametrize("settings", [
+    {"path": "x.jsonl"}, {"rows": 5}, {"columns": {"prompt": "q"}}, {"weight": 2.0}, {"split": "test"}, {"name": "main"}, {"difficulty": 2},
+])  # fmt: skip
 def test_settings_beside_sources_that_would_be_ignored_are_refused(tokenizer, settings):
     cfg = PromptsConfig(sources={"a": SourceConfig(path="synthetic:sorting", rows=5)}, **settings)
     with pytest.raises(ValueError, match=r"domain law has prompts\.sources, so .* would be ignored"):

@@ -1,14 +1,18 @@
-"""The synthetic domains: right answers by another implementation, well-formed slips, disjoint splits, and the character tokenizer."""
+"""The embedded domains' rows: always the same, in disjoint splits at every difficulty, as many as asked; and the character tokenizer."""
 
-import re
+import hashlib
+import json
 
 import pytest
 from omegaconf import OmegaConf
 from transformers import AutoTokenizer
 
+from opd.__main__ import load_config
+from rollout.prompts import load_prompts, require_no_overlap
 from rollout.synthetic import CHARACTERS, SYNTHETIC_DOMAINS, character_tokenizer, is_held_out, synthetic_rows
+from rollout.synthetic_rules import DIFFICULTIES
 
-TRAIN, HELD_OUT = 3000, 1024
+TRAIN, HELD_OUT = 6000, 2000
 
 
 @pytest.fixture(params=SYNTHETIC_DOMAINS, scope="module")
@@ -26,66 +30,15 @@ def held_out(domain) -> list[dict[str, str]]:
     return synthetic_rows(domain, "held_out", HELD_OUT)
 
 
-def add_on_paper(question: str, flips_first_carry: bool = False) -> str:
-    """Column by column from the right with a carry, written down in that order."""
-    left, right = question.split("+")
-    ones = int(left[1]) + int(right[1])
-    tens = int(left[0]) + int(right[0]) + ((ones > 9) != flips_first_carry)
-    return f"{ones % 10}{tens % 10}{tens // 10}"
-
-
-def sort_by_counting(question: str) -> str:
-    return "".join(digit * question.count(digit) for digit in "0123456789")
-
-
-def close_brackets(question: str) -> str:
-    """Whatever closes the innermost open bracket, until none is open."""
-    opened, written = list(question), ""
-    while opened:
-        written += {"(": ")", "[": "]", "{": "}", "<": ">"}[opened.pop()]
-    return written
-
-
-def call_tools(question: str) -> str:
-    (first, first_argument), (second, second_argument) = re.fullmatch(r"([a-z]\d)([a-z]\d)", question).groups()
-    return "{" + f"{second}({first_argument})" + ";" + f"{first}({second_argument})" + "}"
-
-
-MISCONCEPTIONS = {
-    "arithmetic": lambda question: add_on_paper(question, flips_first_carry=True),
-    "sorting": lambda question: sort_by_counting(question)[::-1],
-    "brackets": lambda question: question[::-1],
-    "tools": lambda question: f"{{{question[2]}({question[3]});{question[0]}({question[1]})}}",
-}
-ORACLES = {"arithmetic": add_on_paper, "sorting": sort_by_counting, "brackets": close_brackets, "tools": call_tools}
-LETTERS = {"arithmetic": "A", "sorting": "S", "brackets": "B", "tools": "T"}
-WELL_FORMED = {"arithmetic": r"\d\d[012]", "sorting": r"\d{6}", "brackets": r"[)\]}>]{5,7}|[(\[{<]{5,7}", "tools": r"\{[a-z]\(\d\);[a-z]\(\d\)\}"}
-
-
-def question_of(prompt: str) -> str:
-    return prompt[2:-1]
-
-
-def test_a_prompt_begins_with_its_domains_letter_and_ends_in_an_equals_sign(domain, train):
-    assert all(re.fullmatch(rf"{LETTERS[domain]}:[^=]+=", row["prompt"]) for row in train)
-
-
-def test_answers_are_right(domain, train, held_out):
-    for row in train + held_out:
-        assert row["answer"] == ORACLES[domain](question_of(row["prompt"]))
-
-
-def test_slips_are_wrong_and_well_formed(domain, train, held_out):
-    for row in train + held_out:
-        assert row["slip"] != row["answer"]
-        assert len(row["slip"]) == len(row["answer"])
-        assert re.fullmatch(WELL_FORMED[domain], row["slip"])
-        assert re.fullmatch(WELL_FORMED[domain], row["answer"])
-
-
-def test_a_slip_is_what_the_domains_misconception_gives_unless_that_is_right(domain, train):
-    for row in train:
-        assert MISCONCEPTIONS[domain](question_of(row["prompt"])) in (row["slip"], row["answer"])
+def test_the_quickstarts_rows_are_those_that_its_recorded_results_come_from(golden_dir):
+    """They are the same at the default difficulty whatever is added to the rules."""
+    golden = json.loads((golden_dir / "synthetic_rows.json").read_text())
+    assert list(golden) == ["arithmetic", "sorting", "brackets", "tools"]
+    for name, splits in golden.items():
+        for split, expected in splits.items():
+            rows = synthetic_rows(name, split, expected["rows"])
+            assert rows[:3] == expected["first"]
+            assert hashlib.sha256(json.dumps(rows).encode()).hexdigest() == expected["sha256"]
 
 
 def test_train_and_held_out_prompts_are_disjoint(train, held_out):
@@ -97,13 +50,23 @@ def test_the_split_of_a_prompt_follows_from_its_text(train, held_out):
     assert all(is_held_out(row["prompt"]) for row in held_out)
 
 
+@pytest.mark.parametrize("name", SYNTHETIC_DOMAINS)
+def test_no_training_prompt_of_any_difficulty_is_held_out_at_another(name):
+    rows = {split: [row for difficulty in DIFFICULTIES for row in synthetic_rows(name, split, 500, difficulty)] for split in ("train", "held_out")}
+    train, held_out = ({row["prompt"] for row in rows[split]} for split in ("train", "held_out"))
+    assert not train & held_out
+    assert not any(is_held_out(prompt) for prompt in train)
+    assert all(is_held_out(prompt) for prompt in held_out)
+    assert len(train) == len(held_out) == 500 * len(DIFFICULTIES), "and no prompt is drawn at two difficulties"
+
+
 def test_there_are_as_many_distinct_rows_as_asked(train, held_out):
     assert len({row["prompt"] for row in train}) == TRAIN
     assert len({row["prompt"] for row in held_out}) == HELD_OUT
 
 
 def test_fewer_rows_are_the_first_of_more_rows(domain, train):
-    assert synthetic_rows(domain, "train", 100) == train[:100]
+    assert synthetic_rows(domain, "train", 100) == synthetic_rows(domain, "train", 100, difficulty=1) == train[:100]
 
 
 def test_the_shipped_domains_ask_for_rows_that_exist(domain, conf_dir):
@@ -114,19 +77,37 @@ def test_the_shipped_domains_ask_for_rows_that_exist(domain, conf_dir):
     assert len(synthetic_rows(domain, cfg.held_out.split, cfg.held_out.rows)) == cfg.held_out.rows
 
 
+def test_no_row_of_all_domains_together_overlaps_with_a_held_out_prompt(tokenizer):
+    """As `opd check` finds it, over the shipped configuration of all of them with fewer rows."""
+    domains = load_config("specialize", [f"domain=[{','.join(SYNTHETIC_DOMAINS)}]", "student=deepseek_v4_tiny"]).domains
+    for domain in domains.values():
+        domain.prompts.rows, domain.held_out.rows = TRAIN // 20, HELD_OUT // 20
+    held_out = {name: domain.held_out for name, domain in domains.items()}
+    prompts = load_prompts({name: domain.prompts for name, domain in domains.items()}, tokenizer, longest=64, held_out=held_out)
+    require_no_overlap(prompts)
+    assert sum(domain.num_rows for domain in prompts.values()) == TRAIN // 20 * len(SYNTHETIC_DOMAINS)
+    assert all(domain.overlap.duplicates_within == domain.overlap.duplicates_across == 0 for domain in prompts.values())
+
+
 def test_asking_for_more_rows_than_there_are_is_refused():
     with pytest.raises(ValueError, match=r"'arithmetic' has only \d+ distinct held_out prompts"):
         synthetic_rows("arithmetic", "held_out", 5000)
 
 
 def test_an_unknown_domain_is_refused_with_the_known_ones():
-    with pytest.raises(ValueError, match="no synthetic domain is called 'law'; there are: arithmetic, sorting, brackets, tools"):
+    with pytest.raises(ValueError, match="no synthetic domain is called 'law'; there are: arithmetic, sorting, brackets, tools, modular"):
         synthetic_rows("law", "train", 1)
 
 
 def test_an_unknown_split_is_refused():
     with pytest.raises(ValueError, match="splits train and held_out, not 'test'"):
         synthetic_rows("sorting", "test", 1)
+
+
+@pytest.mark.parametrize("difficulty", [0, 4, -1])
+def test_an_impossible_difficulty_is_refused_with_the_range(difficulty):
+    with pytest.raises(ValueError, match=rf"have the difficulties 1 to 3, not {difficulty}$"):
+        synthetic_rows("sorting", "train", 1, difficulty)
 
 
 def test_the_tokenizer_reads_back_every_character_it_writes(tokenizer):
@@ -137,7 +118,7 @@ def test_the_tokenizer_reads_back_every_character_it_writes(tokenizer):
 
 def test_the_tokenizer_reads_back_every_row(domain, train, tokenizer):
     for row in train[:200]:
-        for text in row.values():
+        for text in [row["prompt"], row["answer"], row["slip"], *([row["repaired"].text] if "repaired" in row else [])]:
             tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
             assert len(tokens) == len(text)
             assert tokenizer.unk_token_id not in tokens
