@@ -1,4 +1,4 @@
-"""The shipped graders: completion and reference answer to 1 (right) or 0 (wrong). Pure functions of two texts, with nothing imported but the standard
+"""The shipped graders: completion and reference answer to 1 (right) or 0 (wrong). Pure functions of two texts, which import little but the standard
 library, since the grader's process (rollout/grader_worker.py) imports them too. None executes, imports or evaluates anything of what a model wrote.
 
     exact       the same text, white space at both ends aside
@@ -24,7 +24,7 @@ from collections.abc import Callable
 from decimal import MAX_EMAX, MIN_EMIN, Context, Decimal
 from typing import Any
 
-BACKSPACE = "<"
+from rollout.self_repair import after_backspaces
 
 _PART = r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?|(?<![0-9.])\.[0-9]+(?:[eE][+-]?[0-9]+)?"
 _NUMBER = re.compile(rf"(?:(?<![A-Za-z0-9_)\]}}])(?P<sign>[+-]))?(?<![A-Za-z0-9_])(?P<above>{_PART})(?:/(?P<below>{_PART}))?")
@@ -40,17 +40,6 @@ def exact(completion: str, answer: str) -> float:
 def backspace(completion: str, answer: str) -> float:
     """1 where the two are the same text once the completion's backspaces have worked."""
     return exact(after_backspaces(completion), answer)
-
-
-def after_backspaces(text: str) -> str:
-    """What is left when each `<` has taken back the character before it."""
-    left: list[str] = []
-    for character in text:
-        if character != BACKSPACE:
-            left.append(character)
-        elif left:
-            left.pop()
-    return "".join(left)
 
 
 def numeric(completion: str, answer: str, tolerance: float = 0.0, relative_tolerance: float = 0.0) -> float:

@@ -9,7 +9,7 @@ import pytest
 import rollout.graders
 from rollout.config import PromptsConfig
 from rollout.grader_config import GraderKind
-from rollout.graders import after_backspaces, last_number
+from rollout.graders import last_number
 from rollout.grading import GRADERS, grade, grade_rollout, grader_identity, require_gradable
 from rollout.prompts import DomainPrompts
 
@@ -54,18 +54,11 @@ def test_no_shipped_grader_can_execute_or_import_anything():
     tree = ast.parse(inspect.getsource(rollout.graders))
     imported = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
     imported |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
-    assert imported == {"json", "re", "collections", "collections.abc", "decimal", "typing"}
+    assert imported == {"json", "re", "collections", "collections.abc", "decimal", "typing", "rollout.self_repair"}
     assert not {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)} & {"eval", "exec", "compile", "__import__", "open"}
 
 
 # backspace
-
-
-@pytest.mark.parametrize(("text", "left"), [
-    ("123", "123"), ("13<23", "123"), ("129<<23", "123"), ("<<123", "123"), ("123<<<", ""), ("", ""), ("<", ""), ("1 <23", "123"), ("12<<<<3", "3"),
-])  # fmt: skip
-def test_a_backspace_takes_back_the_character_before_it_or_nothing(text, left):
-    assert after_backspaces(text) == left
 
 
 def test_backspace_compares_what_is_left():
