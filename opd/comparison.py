@@ -9,14 +9,17 @@ the sum of two variances wherever the two find the same prompts hard. Over all d
         "base", "teacher", "student": {"accuracy", "low", "high", "greedy", "prompts", "truncated"}, "dropped_prompts",
         "recovery": {"value", "low", "high"} | "not graded",
         "difference": {"value", "low", "high"} | null,
+        "certificate": {"floor", "low", "share", "holds"} | null,
         "kl": {"base", "student": {"per_token": {"value", "low", "high"}, "per_sequence": {...}}}}},
      "difference": {"value", "low", "high"} | null, "min_recovery": number | null, "not_graded": [NAME, ...]}
 
 difference: accuracy of the student less that of the base at temperature 1; null without a base or a grader.
+certificate: what the student's divergence says of its accuracy (opd/certificate.py); null without a grader or a divergence.
 """
 
 from dataclasses import asdict, dataclass
 
+from opd.certificate import certify
 from opd.console import print_table
 from opd.intervals import Interval, mean, ratio
 
@@ -49,6 +52,7 @@ def comparison(base: dict[str, DomainResult], teacher: dict[str, DomainResult], 
         recovery = None if result.accuracy is None else ratio(result.accuracy, teacher[name].accuracy)
         record["dropped_prompts"] = dropped[name]
         record["difference"] = _difference_record(base, {name: result})
+        record["certificate"] = _certificate_record(result, teacher[name])
         record["recovery"] = "not graded" if result.accuracy is None else recovery and asdict(recovery)
         if result.accuracy is not None:
             recoveries[name] = None if recovery is None else recovery.value
@@ -81,6 +85,23 @@ def _difference_record(base: dict[str, DomainResult], student: dict[str, DomainR
     return asdict(paired_difference(ours, theirs))
 
 
+def require_certificates(record: dict) -> None:
+    """Raises ValueError for a domain whose accuracy contradicts its certificate."""
+    for name, domain in record["domains"].items():
+        if domain["certificate"] is not None and not domain["certificate"]["holds"]:
+            found, kl = domain["student"]["accuracy"], domain["kl"]["student"]["per_sequence"]["value"]
+            raise ValueError(
+                f"{name}: no student can have an accuracy of {found:.3f} at {kl:.4g} nats per completion from a teacher with "
+                f"{domain['teacher']['accuracy']:.3f}, so that one of the three figures is wrong, which is a bug of opd's: please report it"
+            )
+
+
+def _certificate_record(student: DomainResult, teacher: DomainResult) -> dict | None:
+    if student.accuracy is None or student.kl_per_sequence is None:
+        return None
+    return asdict(certify(student.accuracy, teacher.accuracy, student.prompts, student.kl_per_sequence))
+
+
 def _accuracy_record(result: DomainResult) -> dict:
     counts = {"prompts": result.prompts, "truncated": result.truncated}
     if result.accuracy is None:
@@ -101,14 +122,15 @@ def print_comparison(record: dict) -> None:
         greedy = " ".join(f"{found['greedy']:.3f}" for found in graded)
         recovered = recovery if isinstance(recovery, str) else _interval_cell(recovery)
         divergence = "" if kl is None else _interval_cell(kl["per_sequence"])
-        rows.append([name, *(_accuracy_cell(domain.get(role)) for role in roles), recovered, greedy, divergence])
+        floor = "" if domain.get("certificate") is None else f"{domain['certificate']['floor']:.3f}, {domain['certificate']['low']:.3f}"
+        rows.append([name, *(_accuracy_cell(domain.get(role)) for role in roles), recovered, greedy, divergence, floor])
     cut = [name for name, domain in record["domains"].items() if domain["student"]["truncated"] > 0.01]
     prompts = sorted({domain["student"]["prompts"] for domain in record["domains"].values()})
     caption = (
         f"{' to '.join(map(str, dict.fromkeys([prompts[0], prompts[-1]])))} held-out prompts per domain; accuracy at temperature 1 "
-        "with its 95 % interval; KL(student || teacher) in nats per completion"
+        "with its 95 % interval; KL(student || teacher) in nats per completion; floor: the least accuracy that this KL allows, and that at the interval's end"
     )
-    print_table("", ["domain", *roles, "recovery", "greedy: " + " ".join(roles), "KL to teacher"], rows, caption)
+    print_table("", ["domain", *roles, "recovery", "greedy: " + " ".join(roles), "KL to teacher", "floor"], rows, caption)
     if record.get("difference") is not None:
         found = {"all": record} | record["domains"]
         cells = [f"{name} {_interval_cell(part['difference'], '+')}" for name, part in found.items() if part.get("difference") is not None]

@@ -14,7 +14,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from opd.batch import forward_batches
-from opd.comparison import DomainResult, comparison, print_comparison
+from opd.comparison import DomainResult, comparison, print_comparison, require_certificates
 from opd.config import DistillConfig, EvaluateConfig, RunConfig
 from opd.distributed import Group, gather_objects, is_main, num_ranks, rank, reduce_sum, start_processes
 from opd.estimators import distillation_loss, signal_of, student_states
@@ -178,3 +178,4 @@ def evaluate(cfg: EvaluateConfig) -> None:
         write_config(folder, cfg, "evaluate")
         replace_text(folder / "evaluation.json", json.dumps(record, indent=2) + "\n")
         print_comparison(record)
+    require_certificates(record)

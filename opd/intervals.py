@@ -16,13 +16,13 @@ class Interval:
     high: float
 
 
-def proportion(successes: float, trials: int) -> Interval:
-    """A proportion with Wilson's score interval, which stays in [0, 1] and works near its ends."""
+def proportion(successes: float, trials: int, z: float = Z) -> Interval:
+    """A proportion with Wilson's score interval, which stays in [0, 1] and works near its ends; z: its half width in standard errors."""
     if trials == 0:
         raise ValueError("a proportion needs at least one trial")
     p = successes / trials
-    centre = (p + Z * Z / (2 * trials)) / (1 + Z * Z / trials)
-    half = Z * math.sqrt(p * (1 - p) / trials + Z * Z / (4 * trials * trials)) / (1 + Z * Z / trials)
+    centre = (p + z * z / (2 * trials)) / (1 + z * z / trials)
+    half = z * math.sqrt(p * (1 - p) / trials + z * z / (4 * trials * trials)) / (1 + z * z / trials)
     return Interval(p, max(0.0, min(p, centre - half)), min(1.0, max(p, centre + half)))  # rounding must not put p outside
 
 

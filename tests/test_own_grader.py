@@ -73,3 +73,21 @@ def test_a_run_is_taken_up_with_the_same_function_and_not_with_another_of_its_na
         trained(saved_v4, "num_steps=2")
     (workspace / "law_grader.py").write_text(GRADER)
     assert [record["step"] for record in trained(saved_v4, "num_steps=2")] == [0, 1, 2]
+
+
+CHANGEABLE = """
+calls = 0
+
+def score(completion, answer):
+    global calls
+    calls += 1
+    return calls <= 32
+"""
+
+
+def test_an_evaluation_whose_figures_contradict_each_other_fails(workspace, saved_v4):
+    """Student and teacher are one model here, whose completions the grader accepts at first and not later."""
+    (workspace / "law_grader.py").write_text(CHANGEABLE)
+    with pytest.raises(ValueError, match=r"law: no student can have an accuracy of 1\.000 at .* nats per completion from a teacher with 0\.000"):
+        evaluated(saved_v4)
+    assert json.loads(Path("eval/evaluation.json").read_text())["domains"]["law"]["certificate"]["holds"] is False

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from opd.__main__ import load_config
-from opd.comparison import DomainResult, comparison, paired_difference, print_comparison
+from opd.comparison import DomainResult, comparison, paired_difference, print_comparison, require_certificates
 from opd.config import DistillConfig, EvaluationConfig
 from opd.evaluate import Evaluator, evaluate, evaluation_metrics, in_prompt_order
 from opd.export import export
-from opd.intervals import proportion
+from opd.intervals import Interval, proportion
 from opd.loss_config import DivergenceKind, LossConfig
 from opd.rollouts import FirstRequest
 from rollout.config import HeldOutConfig, PromptsConfig, SamplingConfig
@@ -156,6 +156,33 @@ def test_metrics_leave_out_what_was_not_measured():
     names = {name.split("/")[-1] for name in evaluation_metrics({"law": result(None)})}
     assert names == {"truncated"}
     assert {name.split("/")[-1] for name in evaluation_metrics({"law": result(3)})} == {"truncated", "accuracy", "accuracy_low", "accuracy_high", "greedy"}
+
+
+# The certificate
+
+
+def with_kl(right: int, kl: float) -> DomainResult:
+    return replace(result(right), kl_per_token=Interval(kl, kl, kl), kl_per_sequence=Interval(kl, kl, kl))
+
+
+def test_an_accuracy_that_its_divergence_rules_out_is_refused_with_the_domains_name():
+    teacher, dropped = {"law": result(198), "code": result(198)}, {"law": 0, "code": 0}
+    kept = comparison({}, teacher, {"law": with_kl(197, 0.01), "code": with_kl(196, 0.02)}, dropped)
+    require_certificates(kept)
+    assert kept["domains"]["law"]["certificate"]["floor"] < 197 / 200
+    broken = comparison({}, teacher, {"law": with_kl(197, 0.01), "code": with_kl(100, 0.02)}, dropped)
+    with pytest.raises(ValueError, match=r"code: no student can have an accuracy of 0\.500 at 0\.02 nats per completion from a teacher with 0\.990"):
+        require_certificates(broken)
+
+
+def test_what_is_not_graded_or_has_no_divergence_has_no_certificate():
+    assert comparison({}, {"law": result(None)}, {"law": result(None)}, {"law": 0})["domains"]["law"]["certificate"] is None
+    assert comparison({}, {"law": result(9)}, {"law": result(9)}, {"law": 0})["domains"]["law"]["certificate"] is None
+
+
+def test_the_floor_stands_in_the_table(capsys):
+    print_comparison(comparison({}, {"law": result(198)}, {"law": with_kl(197, 0.01)}, {"law": 0}))
+    assert "0.973, 0.935" in capsys.readouterr().out
 
 
 # Student less base

@@ -9,12 +9,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 from safetensors.torch import load_file, save_file
 
 from opd.__main__ import load_config
-from opd.config import OptimizerKind
+from opd.batch import supervised_batches
+from opd.checkpoint import resume, save
+from opd.config import BatchConfig, OptimizerKind
 from opd.distill import distill
+from opd.engine import Engine
+from opd.job_config import CheckpointConfig
 from opd.resharding import converted, fits, layout_for, layout_of
+from opd.run import write_config
+from opd.tracker import Tracker
 
 ADAMW = OptimizerKind.adamw
 STEPS = ["num_steps=14", "checkpoint.every=2", "checkpoint.keep=9", "optim.weight_decay=0.1", "optim.lr=1e-3", "quant=none", "evaluation.every=0"]
@@ -163,6 +170,48 @@ def test_a_run_goes_from_zero_1_to_zero_3_and_back(whole_run, replay, require_sa
     distill(load_config("distill", [*replay, f"run_dir={back}", f"branch_from={third}@4", "deepspeed=zero1"]))
     require_same(back, 5)
     assert list(back.glob("checkpoints/partial*")) == []
+
+
+class Nothing:
+    """A stream without a state."""
+
+    def state(self) -> dict:
+        return {}
+
+    def restore(self, state: dict) -> None:
+        pass
+
+    def forget_before(self, step: int) -> None:
+        pass
+
+
+STATES_OF = {"fp32": safe_get_full_fp32_param, "exp_avg": lambda p: safe_get_full_optimizer_state(p, "exp_avg")} | {
+    "exp_avg_sq": lambda p: safe_get_full_optimizer_state(p, "exp_avg_sq")
+}
+
+
+def states(engine: Engine) -> dict[str, torch.Tensor]:
+    """float32 masters and AdamW's moments of what trains, whole."""
+    trained = [(name, parameter) for name, parameter in engine.model.named_parameters() if parameter.requires_grad]
+    return {f"{name} {state}": read(parameter).clone() for name, parameter in trained for state, read in STATES_OF.items()}
+
+
+@pytest.mark.parametrize(("before", "after"), [(1, 3), *(pytest.param(*stages, marks=pytest.mark.slow) for stages in [(1, 2), (2, 1), (3, 1), (3, 2)])])
+def test_in_bfloat16_masters_and_moments_are_those_of_the_checkpoint(before, after, new_student, make_engine, make_config, random_rollouts, tmp_path):
+    """Where ZeRO-1 is another optimizer of DeepSpeed's."""
+    student = new_student("qwen3_moe_tiny", num_hidden_layers=1).bfloat16()
+    engine, other = (make_engine(student, make_config(stage=stage)) for stage in (before, after))
+    write_config(tmp_path, engine.cfg, "test")
+    for _ in range(3):
+        [batch] = supervised_batches(random_rollouts([("law", 3, 4), ("law", 2, 6)]), {"law": 0.1}, BatchConfig())
+        engine.backward(engine.loss(batch, None, True)[0])
+        engine.step()
+    save(tmp_path, 3, engine, Nothing(), CheckpointConfig())
+    assert resume(tmp_path, other, Nothing(), Tracker(tmp_path, "test", other.cfg)) == 3
+    expected, found = states(engine), states(other)
+    assert found.keys() == expected.keys()
+    assert [name for name, tensor in found.items() if not torch.equal(tensor, expected[name])] == []
+    assert {float(moments["step"]) for moments in other.engine.optimizer.state.values()} == {3.0}
 
 
 @pytest.mark.parametrize(("before", "after"), [("zero1", "zero3"), pytest.param("zero3", "zero1", marks=pytest.mark.slow)])
