@@ -35,6 +35,7 @@ WEIGHTS = ["rollout.prompts_per_step=8", "rollout.decode_width=8"]
 CASES = {
     "zero1": ("weights", WEIGHTS),
     "zero3_bfloat16": ("weights", [*WEIGHTS, "deepspeed=zero3", "student.dtype=bfloat16"]),
+    "zero2": ("weights", [*WEIGHTS, "deepspeed=zero2", "student.gradient_checkpointing=true"]),
     "activations": ("activations", ["rollout.prompts_per_step=192", "rollout.decode_width=32", "batch.max_tokens_per_micro_batch=16384"]),
 }
 
