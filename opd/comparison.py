@@ -128,7 +128,7 @@ def print_comparison(record: dict) -> None:
     prompts = sorted({domain["student"]["prompts"] for domain in record["domains"].values()})
     caption = (
         f"{' to '.join(map(str, dict.fromkeys([prompts[0], prompts[-1]])))} held-out prompts per domain; accuracy at temperature 1 "
-        "with its 95 % interval; KL(student || teacher) in nats per completion; floor: the least accuracy that this KL allows, and that at the interval's end"
+        "with its 95 % interval; KL(student || teacher) in nats per completion; floor: accuracy that it guarantees, and at its upper end"
     )
     print_table("", ["domain", *roles, "recovery", "greedy: " + " ".join(roles), "KL to teacher", "floor"], rows, caption)
     if record.get("difference") is not None:
