@@ -1,9 +1,9 @@
 """Random faults for a while: `python tests/soak.py FOLDER [MINUTES=30] [SEED=0]`. Prints one JSON line, and ends with 1 where anything was not as it should be.
 
-Runs of two supervised ranks, one after another, are disturbed at random moments until the time is up: a rank is killed or stopped, the supervisor is killed
-or asked to end, or everything is killed and a byte of the newest checkpoint flipped. What ended is started again with the same command. Each run
-that gets to its end must equal the undisturbed one: its metrics but for what clocks and loading say, and its weights byte for byte; and nothing may
-hang: BOUND seconds without a step or an end are a hang.
+Runs of two supervised ranks, one after another, are disturbed at random moments until the time is up, when the last may finish: a rank is killed or stopped,
+the supervisor is killed or asked to end, or everything is killed and a byte of the newest checkpoint flipped. What ended is started again with the same
+command. Each run must end, and equal the undisturbed one: its metrics but for what clocks and loading say, and its weights byte for byte; and nothing
+may hang: BOUND seconds without a step or an end are a hang.
 """
 
 import contextlib
@@ -83,9 +83,9 @@ def disturb(fault: str, process: subprocess.Popen, run_dir: Path, draws: random.
 
 
 def disturbed_run(folder: Path, run_dir: Path, draws: random.Random, deadline: float, counts: Counter) -> bool:
-    """Make a run through faults until it ends; whether it did before the deadline."""
+    """Make a run through faults, which there are until the deadline, to its end; False where the command is refused, or does not get there."""
     log = run_dir.with_suffix(".log")
-    while time.monotonic() < deadline:
+    while time.monotonic() < deadline + 2 * BOUND:
         process = opd(*distill(folder, run_dir), log=log)
         counts["starts"] += 1
         alive, seen = time.monotonic(), -1
@@ -94,11 +94,11 @@ def disturbed_run(folder: Path, run_dir: Path, draws: random.Random, deadline: f
             time.sleep(0.05)
             now, size = time.monotonic(), sum(path.stat().st_size for path in run_dir.glob("metrics.jsonl"))
             alive, seen = (now, size) if size != seen else (alive, seen)
-            if now - alive > BOUND or now > deadline + BOUND:
+            if now - alive > BOUND:
                 counts["hangs"] += 1
                 for each in [*psutil.Process(process.pid).children(recursive=True), process]:
                     each.kill()
-            elif now > next_fault:
+            elif next_fault < now < deadline:
                 fault = draws.choice(FAULTS)
                 with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError, FileNotFoundError):  # it ended by itself meanwhile
                     counts[fault] += disturb(fault, process, run_dir, draws)
@@ -109,6 +109,7 @@ def disturbed_run(folder: Path, run_dir: Path, draws: random.Random, deadline: f
             counts[f"exit code {process.returncode}"] += 1
             if process.returncode == 2:
                 return False
+    counts["hangs"] += 1
     return False
 
 
