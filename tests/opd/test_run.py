@@ -1,5 +1,7 @@
 """The run folder: written once everything is checked, and never shared by two configurations."""
 
+import copy
+import functools
 import json
 import subprocess
 import sys
@@ -15,8 +17,16 @@ from opd.config_changes import FREE, RECORDED
 from opd.run import lock, open_run, record_changes, write_config
 
 
+@functools.cache
+def composed(*overrides: str):
+    return load_config("distill", ["domain=[arithmetic]", *overrides])
+
+
 def config(folder, *overrides: str):
-    return load_config("distill", ["domain=[arithmetic]", f"run_dir={folder}", *overrides])
+    """Composed once for the tests that want the same."""
+    cfg = copy.deepcopy(composed(*overrides))
+    cfg.run_dir = str(folder)
+    return cfg
 
 
 @pytest.mark.parametrize(

@@ -41,6 +41,7 @@ def wait_for_records(process: subprocess.Popen, run_dir: Path, count: int) -> No
         time.sleep(0.01)
 
 
+@pytest.mark.slow
 @pytest.mark.multi
 def test_a_rank_that_is_killed_is_started_again_and_the_run_ends_bit_for_bit_like_one_that_was_not(settings, tmp_path, numbers, device):
     """With one rank, so that the tests' own process can make the run to compare with."""
