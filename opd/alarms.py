@@ -19,7 +19,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import Enum
 
-from opd.config import DistillConfig, RunConfig
+from opd.config import RunConfig, rollout_settings
 from rollout.config import Dtype
 
 START_STEPS = 5
@@ -112,10 +112,11 @@ ROUGH_MISMATCH = 1e-2
 
 def standard_alarms(cfg: RunConfig) -> tuple[Alarm, ...]:
     """The alarms of a run. Replayed rollouts are another student's, whose distance is no fault: it is not judged."""
-    if not isinstance(cfg, DistillConfig) or cfg.rollout.replay is not None:
+    rollout = rollout_settings(cfg)
+    if rollout is None or rollout.replay is not None:
         return STANDARD_ALARMS
-    is_exact = cfg.student.dtype is Dtype.float32 and cfg.rollout.staleness == 0
-    update = "" if cfg.rollout.staleness == 0 else ", and whether an update changes too much (rollout.staleness=1 has one between them)"
+    is_exact = cfg.student.dtype is Dtype.float32 and rollout.staleness == 0
+    update = "" if rollout.staleness == 0 else ", and whether an update changes too much (rollout.staleness=1 has one between them)"
     mismatch = Alarm(
         metric="domain/D/mismatch_kl",
         condition=Condition.above,

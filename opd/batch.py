@@ -41,7 +41,9 @@ class MicroBatch:
     weight_N: float32, w_d / N_d on tokens of the loss and 0 elsewhere, so that the step's loss is sum(weight * divergence).
     rollout_N: index into `rollouts` of each token.
     sampled_logprob_N: float32, log-probability of each token when it was sampled.
-    teacher, signal: who scored and what was given; signal is None for supervised examples, and in the filler of a rank whose teachers are dropped.
+    advantage_N: float32, of each token's completion over the others of its prompt (opd/grpo.py); None but in GRPO.
+    teacher, signal: who scored and what was given; signal is None for supervised examples, in the filler of a rank whose teachers are dropped, and in
+        GRPO without a reference, which else is the teacher.
     teacher_hidden_ND, teacher_token_NK, teacher_logprob_NK: what was given (teachers/types.py); the others are None.
     routes_NMK: the experts that the sampler chose for the state at position_N (rollout/routes.py); None where a rollout has no record.
     waiting: the rollouts' signals while their hidden states are in the pool's store; `with_hidden` brings them.
@@ -63,8 +65,14 @@ class MicroBatch:
     teacher_token_NK: torch.Tensor | None = None
     teacher_logprob_NK: torch.Tensor | None = None
     routes_NMK: torch.Tensor | None = None
+    advantage_N: torch.Tensor | None = None
     waiting: tuple[TeacherSignal, ...] = ()
     is_filler: bool = False
+
+    @property
+    def is_sampled(self) -> bool:
+        """Whether the loss is one on the student's own completions; else they are examples."""
+        return self.signal is not None or self.advantage_N is not None
 
     @property
     def counted_BL(self) -> torch.Tensor:
@@ -79,7 +87,7 @@ class MicroBatch:
 
 _TENSORS = (
     "tokens_BL", "real_BL", "position_ids_BL", "position_N", "target_N", "mask_N", "weight_N", "rollout_N", "sampled_logprob_N",
-    "teacher_hidden_ND", "teacher_token_NK", "teacher_logprob_NK", "routes_NMK",
+    "teacher_hidden_ND", "teacher_token_NK", "teacher_logprob_NK", "routes_NMK", "advantage_N",
 )  # fmt: skip
 
 

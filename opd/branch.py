@@ -41,8 +41,8 @@ def begin_branch(folder: Path, cfg: RunConfig) -> None:
         raise ValueError(f"branch_from={cfg.branch_from} cannot be taken up: {problem}")
     step = read_json(source / "opd.json")["step"]
     _require_same_shape(run, cfg)
-    if step >= cfg.num_steps:
-        raise ValueError(f"branch_from={cfg.branch_from} has done {step} steps and num_steps={cfg.num_steps}: set num_steps to more")
+    if step >= cfg.total_steps:
+        raise ValueError(f"branch_from={cfg.branch_from} has done {step} steps and num_steps={cfg.total_steps}: set num_steps to more")
     LOG.info("branch of %s after step %d; its files are pickled: branch from runs of people you trust", run, step)
     files.begin_partial(checkpoints)
     for path in source.rglob("*"):

@@ -12,6 +12,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from opd.bench_config import DivergenceBenchConfig, QatBenchConfig, RolloutBenchConfig, StepBenchConfig, TeachersBenchConfig
 from opd.export_config import ExportConfig, check_export
+from opd.grpo_config import GrpoConfig, check_grpo, group_rollouts
 from opd.job_config import AlarmsConfig, CheckpointConfig, LaunchConfig, LoggerConfig, ProfileConfig, RanksConfig
 from opd.loss_config import LossConfig
 from opd.plan_config import PlanConfig
@@ -163,6 +164,11 @@ class RunConfig:
     logger: LoggerConfig = field(default_factory=LoggerConfig)
     profile: ProfileConfig = field(default_factory=ProfileConfig)
 
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of all stages of the run."""
+        return self.num_steps
+
 
 @dataclass(slots=True)
 class DistillConfig(RunConfig):
@@ -206,16 +212,25 @@ class PlanCommandConfig(DistillConfig):
 
 @dataclass(slots=True)
 class SpecializeConfig(RunConfig):
-    """`opd specialize`: supervised fine-tuning on reference answers; one domain makes a teacher, several a base model.
+    """`opd specialize`: num_steps of supervised fine-tuning on reference answers, then grpo.num_steps of GRPO; one domain makes a teacher, several a base
+    model. Steps are counted on from one to the other, and settings that follow a schedule go by that count.
 
     examples_per_step: examples of one optimizer step, over all ranks.
     slip_rate: fraction of examples (number or schedule) trained on the row's `slip`, a wrong answer, in place of its answer.
-    max_tokens: prompt and answer together at most.
+    max_tokens: prompt and answer together at most, in the fine-tuning.
+    rollout: how the student is sampled for GRPO, how much per step, and in groups of how many completions.
+    grpo: training on the grades of the student's own answers.
     """
 
     examples_per_step: int = 128
     slip_rate: Any = 0.0
     max_tokens: int = 1024
+    rollout: RolloutConfig = field(default_factory=group_rollouts)
+    grpo: GrpoConfig = field(default_factory=GrpoConfig)
+
+    @property
+    def total_steps(self) -> int:
+        return self.num_steps + self.grpo.num_steps
 
 
 @dataclass(slots=True)
@@ -290,6 +305,12 @@ SCHEMAS: dict[str, type] = {
 }
 
 
+def rollout_settings(cfg: Any) -> RolloutConfig | None:
+    """How a command samples the student to train on; None where it does not."""
+    samples = isinstance(cfg, DistillConfig) or (isinstance(cfg, SpecializeConfig) and cfg.grpo.num_steps > 0)
+    return cfg.rollout if samples else None
+
+
 def parse(config: DictConfig, schema: type) -> Any:
     """The typed config of a command. Raises ValueError, naming the key, for an unknown key or a value of the wrong type."""
     try:
@@ -299,14 +320,17 @@ def parse(config: DictConfig, schema: type) -> Any:
     check_ranges(parsed)
     check_schedules(parsed)
     if isinstance(parsed, RunConfig):
-        check_profile(parsed.profile.steps, parsed.profile.all_ranks, parsed.num_steps)
+        check_profile(parsed.profile.steps, parsed.profile.all_ranks, parsed.total_steps)
     if isinstance(parsed, DistillConfig):
         check_loss(parsed.loss, parsed.teachers, parsed.rollout)
         check_rollout(parsed.rollout)
         check_routes(parsed.student.replay_routes, parsed.rollout)
         check_start(parsed.check, parsed.warmup, parsed.domains)
-    if isinstance(parsed, SpecializeConfig) and parsed.student.replay_routes:
-        raise ValueError("student.replay_routes=true would be ignored: opd specialize trains on answers that no one sampled, which have no routes: remove it")
+    if isinstance(parsed, SpecializeConfig):
+        check_grpo(parsed.grpo, parsed.rollout, parsed.domains, parsed.student.replay_routes)
+        if parsed.grpo.num_steps:
+            check_rollout(parsed.rollout)
+            check_routes(parsed.student.replay_routes, parsed.rollout)
     if isinstance(parsed, ExportConfig):
         check_export(parsed)
     if isinstance(parsed, EvaluateConfig) and parsed.teachers.signal is not SignalKind.hidden_states:

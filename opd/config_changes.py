@@ -25,12 +25,13 @@ FREE = (
 )  # fmt: skip
 
 RECORDED = (
-    "num_steps", "evaluation", "rollout.save", "rollout.compare", "rollout.decode_width", "rollout.fixed_width", "teachers.max_tokens_per_forward",
+    "num_steps", "grpo.num_steps", "evaluation",
+    "rollout.save", "rollout.compare", "rollout.decode_width", "rollout.fixed_width", "teachers.max_tokens_per_forward",
     "batch.max_tokens_per_micro_batch", "student.gradient_checkpointing", "student.router_probe_every", "optim.update_ratio_every",
     "quant.measure_every", "quant.measure_rollouts", "deepspeed.zero_optimization",
     "optim.max_skipped_steps",
 )  # fmt: skip
-"""num_steps stretches the learning-rate schedule from the next step on."""
+"""num_steps and grpo.num_steps stretch the learning-rate schedule from the next step on."""
 
 NOTHING = object()
 

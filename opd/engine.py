@@ -28,7 +28,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from opd.batch import MicroBatch, require_packing
-from opd.config import DistillConfig, OptimConfig, OptimizerKind, RunConfig
+from opd.config import DistillConfig, OptimConfig, OptimizerKind, RunConfig, SpecializeConfig, rollout_settings
 from opd.deepspeed_settings import deepspeed_settings, zero_stage
 from opd.distributed import Group, is_main, num_ranks, rank, reduce_max, reduce_sum
 from opd.divergence import full_divergence, with_temperature
@@ -57,9 +57,10 @@ class Engine:
         self.cfg, self.device = cfg, device
         self.model = student.to(device)
         model_flops(student)  # counts once, and not in the first step, whose seconds it would change
-        loss, temperature = (cfg.loss, cfg.rollout.comparable_temperature) if isinstance(cfg, DistillConfig) else (LossConfig(), None)
+        loss, rollout = cfg.loss if isinstance(cfg, DistillConfig) else LossConfig(), rollout_settings(cfg)
         require_backend(loss.backend, device)
-        self.trained = TrainedModel(self.model, vocab_size, cfg.student, loss, temperature)
+        temperature = None if rollout is None else rollout.comparable_temperature
+        self.trained = TrainedModel(self.model, vocab_size, cfg.student, loss, temperature, cfg.grpo if isinstance(cfg, SpecializeConfig) else None)
         self.recorder = self.trained.recorder
         self.least_length = least_length(student.config)
         if cfg.batch.packing:
@@ -79,17 +80,23 @@ class Engine:
             restrict_linear_to_training()
             deepspeed.zero.register_external_parameter(self.trained, head_of(self.model).weight)
         self.groups = [group.parameters for group in groups]
-        self.policy_step, self.num_steps = 0, cfg.num_steps
+        self.policy_step = 0
+        self.set_schedule(cfg.num_steps)
         self.num_skipped, self.skipped_in_a_row = 0, 0
 
-    def begin_schedule(self, num_steps: int) -> None:
-        """Forget all updates but for what they did to the weights: optimizer state 0, policy_step 0, a learning-rate schedule of `num_steps` that
+    def set_schedule(self, num_steps: int, first: int = 0, factor: float = 1.0) -> None:
+        """Have the learning rates of the settings, times a factor, go through their schedule in the `num_steps` updates from policy_step `first` on."""
+        self.num_steps, self.first_step, self.rate_factor = num_steps, first, factor
+
+    def begin_schedule(self, num_steps: int, first: int = 0, factor: float = 1.0) -> None:
+        """Forget all updates but for what they did to the weights: optimizer state 0, policy_step `first`, a learning-rate schedule (`set_schedule`) that
         begins, and routing to be compared with that of now.
         """
         for state in self.engine.optimizer.state.values():
             for name, value in state.items():
                 state[name] = value.zero_() if isinstance(value, torch.Tensor) else 0
-        self.policy_step, self.num_steps = 0, num_steps
+        self.policy_step = first
+        self.set_schedule(num_steps, first, factor)
         self.num_skipped, self.skipped_in_a_row = 0, 0
         self.recorder.forget()
 
@@ -111,7 +118,7 @@ class Engine:
         Where the gradient is not finite, on any rank, all of them skip the update, which counts as a step: weights and optimizer state stay as they are, and
         `skipped_in_a_row` is above 0.
         """
-        factor = learning_rate_factor(self.policy_step, self.num_steps, self.cfg.optim)
+        factor = self.rate_factor * learning_rate_factor(self.policy_step - self.first_step, self.num_steps, self.cfg.optim)
         for group, peak in zip(self.engine.optimizer.param_groups, self.peak_rates, strict=True):
             group["lr"] = peak * factor
         every = self.cfg.optim.update_ratio_every

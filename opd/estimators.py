@@ -9,6 +9,9 @@
                     With ModelStates and policy_gradient=True the exact reverse KL is the baseline, which keeps the mean and
                     usually lowers the variance
 
+GRPO's loss is here too (`grpo_loss`): a clipped policy gradient whose advantages are grades in place of a teacher's opinion, and the exact reverse KL to a
+reference.
+
 Two shortcuts cannot be expressed here. A sum over the top-k alone is no divergence: it is least at p = q / e, where it pays the student to
 move 63 % of the mass that belongs into the teacher's top-k out of it; renormalised, it ignores what lies outside. And k1 = log p(y) - log q(y), differentiated
 as a loss, has the gradient sum_v p_v grad log p_v = 0 on average, so it does not learn (tests/opd/test_estimators.py shows both).
@@ -27,6 +30,7 @@ from transformers import PreTrainedModel
 from opd.batch import MicroBatch
 from opd.divergence import ModelStates, full_divergence, make_formula
 from opd.divergence_passes import Formula, divergence_terms, transform_slope
+from opd.grpo_config import GrpoConfig
 from opd.loss_config import DivergenceKind, LossConfig
 from opd.tiles import Targets, TokenLosses, inside, join_blocks, tiled_loss, with_targets
 from rollout.logits import transform_
@@ -57,6 +61,15 @@ class SampledToken:
 
     logprob_N: torch.Tensor
     baseline_N: torch.Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class GradedTokens:
+    """The student's own tokens [N], their log-probability under what sampled them, and the advantage of each one's completion."""
+
+    token_N: torch.Tensor
+    logprob_N: torch.Tensor
+    advantage_N: torch.Tensor
 
 
 def distillation_loss(
@@ -144,6 +157,36 @@ def policy_gradient(
         return _Coefficients(exact_C, everywhere_C=advantage_C, at_CK=-advantage_C[:, None], capped_C=is_capped_C)
 
     return _loss_at_columns(student, sampled_N[:, None], weight_N, vocab_size, coefficients, Targets(sampled_N, temperature=1.0))
+
+
+def grpo_loss(
+    student: ModelStates, reference: ModelStates | None, graded: GradedTokens, weight_N: torch.Tensor, cfg: GrpoConfig, vocab_size: int
+) -> tuple[torch.Tensor, TokenLosses]:
+    """The clipped policy gradient plus cfg.kl times the exact KL(student || reference) of each token; returns as `distillation_loss` does."""
+    loss, losses = clipped_policy_gradient(student, graded, weight_N, cfg, vocab_size)
+    if reference is None:
+        return loss, losses
+    exact, distance = full_divergence(student, reference, weight_N, LossConfig(), vocab_size)
+    return loss + cfg.kl * exact, replace(losses, loss_N=losses.loss_N + cfg.kl * distance.loss_N, reference_kl_N=distance.loss_N)
+
+
+def clipped_policy_gradient(
+    student: ModelStates, graded: GradedTokens, weight_N: torch.Tensor, cfg: GrpoConfig, vocab_size: int
+) -> tuple[torch.Tensor, TokenLosses]:
+    """-min(r A, clip(r, 1 - clip_low, 1 + clip_high) A) with r = p_trainer / p_sampler of the sampled token (PPO, arXiv:1707.06347), whose gradient is that
+    of -r A, or 0 where the clip decides (capped_N).
+    """
+
+    def coefficients(logprob_CK: torch.Tensor, rows: slice) -> "_Coefficients":
+        advantage_C = graded.advantage_N[rows].double()
+        ratio_C = (logprob_CK[:, 0] - graded.logprob_N[rows].double()).exp()
+        gain_C = ratio_C * advantage_C
+        bounded_C = ratio_C.clamp(1 - cfg.clip_low, 1 + cfg.clip_high) * advantage_C
+        is_clipped_C = bounded_C < gain_C
+        slope_C = gain_C.masked_fill(is_clipped_C, 0)
+        return _Coefficients(-torch.minimum(gain_C, bounded_C), everywhere_C=slope_C, at_CK=-slope_C[:, None], capped_C=is_clipped_C)
+
+    return _loss_at_columns(student, graded.token_N[:, None], weight_N, vocab_size, coefficients, Targets(graded.token_N, temperature=1.0))
 
 
 def top_k_divergence(

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from opd.batch import forward_batches
 from opd.comparison import DomainResult, comparison, print_comparison, require_certificates
-from opd.config import DistillConfig, EvaluateConfig, RunConfig
+from opd.config import DistillConfig, EvaluateConfig, RunConfig, rollout_settings
 from opd.distributed import Group, gather_objects, is_main, num_ranks, rank, reduce_sum, start_processes
 from opd.estimators import distillation_loss, signal_of, student_states
 from opd.intervals import Interval, mean, proportion
@@ -135,7 +135,7 @@ def _held_out(prompts: DomainPrompts, limit: int | None) -> list[Prompt]:
 
 def _sampling(cfg: RunConfig | EvaluateConfig) -> SamplingConfig:
     """How completions are drawn: as in the run's rollouts, unless the evaluation says otherwise."""
-    default = cfg.rollout if isinstance(cfg, DistillConfig) else SamplingConfig(max_new_tokens=256)
+    default = rollout_settings(cfg) or SamplingConfig(max_new_tokens=256)
     own = cfg.evaluation
     return SamplingConfig(max_new_tokens=own.max_new_tokens or default.max_new_tokens, decode_width=own.decode_width or default.decode_width)
 

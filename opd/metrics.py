@@ -5,10 +5,15 @@ Step 0 holds what was measured before training. Names:
 
     domain/D/kl_per_token, kl_per_sequence    nats; sums over tokens (sequences) of the step, divided by their number; the divergence that the
                       run's loss settings name, from a sampled token an estimate; evaluation/D/kl_* is always the exact reverse KL
-    domain/D/loss_per_token                   the same place in supervised training: negative log-likelihood
+    domain/D/loss_per_token                   the same place in supervised training: negative log-likelihood; in GRPO its surrogate, near 0 whatever is learnt
     domain/D/student_entropy, teacher_entropy nats per token; the teacher's where it gives its whole distribution
     domain/D/student_tail, teacher_tail       probability outside the teacher's top-k (teachers.signal=top_k), mean per token
-    domain/D/capped                           share of tokens on which loss.cap acts, where there is one
+    domain/D/capped                           share of tokens on which loss.cap acts, where there is one; in GRPO the clip of the ratio
+    domain/D/reference_kl                     KL(student || the model that GRPO began with) per token, nats, with grpo.kl
+    domain/D/reward, zero_variance            of GRPO: mean score of the rollouts less what their length costs; share of the groups whose rewards are equal,
+                      from which nothing is learnt
+    domain/D/length_penalty                   mean of what length costs, where it does (grpo.length_penalty)
+    grpo/reward, zero_variance                the same over all domains
     domain/D/mismatch_kl, mismatch_max        KL(sampler || trainer) of the same student, nats: mean over the tokens of r - 1 - log r with
                       r = p_trainer / p_sampler of the sampled token, which is unbiased and never negative; and the largest |log r|. Not with
                       temperature 0, top_p, top_k or min_p (SamplingConfig.comparable_temperature). With staleness 0 the weights are the same and
@@ -65,17 +70,20 @@ Means are always sums over the whole step divided by counts over the whole step,
 N: completion tokens of a micro-batch, flattened. S: figures summed.
 """
 
+from collections.abc import Mapping
+
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from opd.batch import MicroBatch
-from opd.config import DistillConfig
+from opd.config import DistillConfig, SpecializeConfig
 from opd.distributed import Group, reduce_max, reduce_sum
 from opd.throughput import rollout_work
 from opd.tiles import TokenLosses
 from rollout.grading import grade_rollout
 from rollout.prompts import PromptMixture
 from rollout.repetition import loop_end
+from rollout.replay import rollout_key
 from rollout.stream import RolloutStream
 from rollout.types import Rollout
 from teachers.config import DomainConfig
@@ -116,12 +124,18 @@ class DomainTotals:
 
 
 ROLLOUT_SUMS = ("rollouts", "completion_tokens", "truncated", "looped", "after_loop", "graded", "score")
-OPTIONAL_SUMS = ("student_entropy", "teacher_entropy", "student_tail", "teacher_tail", "capped")
+OPTIONAL_SUMS = ("student_entropy", "teacher_entropy", "student_tail", "teacher_tail", "capped", "reference_kl")
 LOSS_SUMS = ("tokens", "sequences", "loss", "weighted_loss", "mismatch_kl", *OPTIONAL_SUMS)
 
 
-def rollout_totals(rollouts: list[Rollout], domains: dict[str, DomainConfig], tokenizer: PreTrainedTokenizerBase) -> dict[str, dict[str, float]]:
-    """Counts, lengths and grades of a step's rollouts, per domain over all ranks."""
+Scores = Mapping[tuple[int, int], float]
+"""What graders gave rollouts, by `rollout.replay.rollout_key`."""
+
+
+def rollout_totals(
+    rollouts: list[Rollout], domains: dict[str, DomainConfig], tokenizer: PreTrainedTokenizerBase, scores: Scores | None = None
+) -> dict[str, dict[str, float]]:
+    """Counts, lengths and grades of a step's rollouts, per domain over all ranks; `scores` where they are graded already."""
     totals = DomainTotals(list(domains))
     for rollout in rollouts:
         domain, grader = rollout.prompt.domain, domains[rollout.prompt.domain].grader
@@ -129,7 +143,7 @@ def rollout_totals(rollouts: list[Rollout], domains: dict[str, DomainConfig], to
         totals.add(domain, rollouts=1, completion_tokens=length, truncated=not rollout.finished)
         totals.add(domain, looped=end is not None, after_loop=0 if end is None else length - end)
         if grader is not None:
-            totals.add(domain, graded=1, score=grade_rollout(grader, rollout, tokenizer))
+            totals.add(domain, graded=1, score=grade_rollout(grader, rollout, tokenizer) if scores is None else scores[rollout_key(rollout)])
     return totals.reduced(ROLLOUT_SUMS)
 
 
@@ -178,9 +192,11 @@ def data_metrics(prompts: PromptMixture) -> dict[str, float]:
     return result
 
 
-def rollout_metrics(rollouts: list[Rollout], stream: RolloutStream, cfg: DistillConfig, tokenizer: PreTrainedTokenizerBase) -> dict[str, float]:
-    """Metrics of a step's rollouts over all ranks; a domain without rollouts in the step has shares 0 and no means."""
-    totals = rollout_totals(rollouts, cfg.domains, tokenizer)
+def rollout_metrics(
+    rollouts: list[Rollout], stream: RolloutStream, cfg: DistillConfig | SpecializeConfig, tokenizer: PreTrainedTokenizerBase, scores: Scores | None = None
+) -> dict[str, float]:
+    """Metrics of a step's rollouts over all ranks; a domain without rollouts in the step has shares 0 and no means. scores: where they are graded already."""
+    totals = rollout_totals(rollouts, cfg.domains, tokenizer, scores)
     prompts = sum(sums["rollouts"] for sums in totals.values())
     tokens = sum(sums["completion_tokens"] for sums in totals.values())
     result = {"step/rollouts": prompts, "step/completion_tokens": tokens}

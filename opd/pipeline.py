@@ -169,7 +169,7 @@ def plan(cfg: PipelineConfig) -> dict[str, Stage]:
             folder=folder,
             arguments=[stage.command, *overrides],
             hash=hashlib.sha256(identity.encode()).hexdigest(),
-            num_steps=config.num_steps if COMMANDS[stage.command].trains else 1,
+            num_steps=config.total_steps if COMMANDS[stage.command].trains else 1,
             grace_seconds=config.launch.grace_seconds if COMMANDS[stage.command].trains else 0.0,
             record=read_json(state_file) if state_file.is_file() else {},
         )

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from opd.config import DistillConfig
+from opd.config import DistillConfig, SpecializeConfig
 from opd.distributed import Group, gather_objects, num_cores, num_local_processes, num_ranks, rank
 from opd.quant_config import ExpertFormat
 from opd.student import copy_for_sampling
@@ -52,7 +52,7 @@ def data_ranks() -> DataRanks:
 
 
 def build_stream(
-    cfg: DistillConfig, student: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, device: torch.device, excluded: Collection[str] = ()
+    cfg: DistillConfig | SpecializeConfig, student: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, device: torch.device, excluded: Collection[str] = ()
 ) -> RolloutStream:
     """Prompts of all domains, a sampler with a copy of the student, and the replay files of the run.
 
@@ -77,20 +77,20 @@ def build_stream(
     require_gradable(prompts, {name: domain.grader for name, domain in cfg.domains.items()})
     for run in (cfg.rollout.replay, cfg.rollout.compare):
         if run is not None:
-            load_rollouts(replay_file(run, max(0, cfg.num_steps - 1)))
+            load_rollouts(replay_file(run, max(0, cfg.total_steps - 1)))
     mixture = PromptMixture(prompts, cfg.rollout.prompts_per_step, cfg.seed, excluded)
     sampler = LocalSampler(copy_for_sampling(student, device, cfg.quant), end_tokens(student, tokenizer), cfg.seed, len(tokenizer))
     stream = RolloutStream(mixture, sampler, cfg.rollout, cfg.run_dir, data_ranks())
     if cfg.rollout.sampler is SamplerKind.service:
-        stream.draw_with(_service(cfg, student, sampler), cfg.num_steps)
+        stream.draw_with(_service(cfg, student, sampler), cfg.total_steps)
     if cfg.rollout.sampler is SamplerKind.vllm and cfg.rollout.replay is None:
         servers = VllmSampler(sampler, tokenizer, cfg.rollout.vllm, Path(cfg.run_dir) / "weights", stream.ranks)
         servers.require_fit(max(stream.longest_rollouts.values()))
-        stream.draw_with(servers, cfg.num_steps)
+        stream.draw_with(servers, cfg.total_steps)
     return stream
 
 
-def _service(cfg: DistillConfig, student: PreTrainedModel, sampler: LocalSampler) -> SamplerService:
+def _service(cfg: DistillConfig | SpecializeConfig, student: PreTrainedModel, sampler: LocalSampler) -> SamplerService:
     """Sampler processes for this rank; they start with the first step."""
     own = cfg.rollout.service
     attention, experts = cfg.student.attention, cfg.student.experts

@@ -12,6 +12,7 @@
     RUN/weights/             rollout/weights.py and, with rollout.sampler=vllm, rollout/vllm_sampler.py: the newest weights that others sample with
     RUN/log/                 rollout/wal.py: tokens of the steps after the last checkpoint
     RUN/profile/             opd/profiling.py, with profile.steps
+    RUN/reference/           opd/grpo.py, with grpo.kl: Hugging Face folder of the model that GRPO began with
     RUN/student/             Hugging Face folder of the trained model, when the run is finished; experts that trained under FP4 hold its values in
                              the dtype of training (their masters are in the checkpoints)
     RUN/students/            opd/checkpoint_model.py: models of checkpoints that were asked for as RUN@STEP
@@ -41,7 +42,7 @@ from transformers import PreTrainedTokenizerBase
 
 from opd.branch import begin_branch
 from opd.checkpoint_writer import settle
-from opd.config import DistillConfig, RunConfig
+from opd.config import DistillConfig, RunConfig, rollout_settings
 from opd.config_changes import Change, Rule, find_changes
 from opd.distributed import barrier, broadcast_object, is_main
 from opd.engine import Engine
@@ -140,13 +141,14 @@ def _clear(folder: Path, cfg: RunConfig) -> str | None:
     """Delete what a run writes, and nothing else."""
     inputs = [cfg.student.model, *(domain.teacher.model for domain in cfg.domains.values())]
     inputs += [domain.teacher.adapter for domain in cfg.domains.values()]
-    inputs += [cfg.rollout.replay, cfg.rollout.compare] if isinstance(cfg, DistillConfig) else []
+    rollout = rollout_settings(cfg)
+    inputs += [] if rollout is None else [rollout.replay, rollout.compare]
     inside = [path for path in inputs if path is not None and folder.resolve() in (Path(path).resolve(), *Path(path).resolve().parents)]
     if inside:
         return f"fresh=true would delete {inside[0]}, which the run reads: choose another run_dir"
     for name in ("config.yaml", "metrics.jsonl", "wandb_id", "evaluation.json", "teachers.json", "warmup.json", "changes.jsonl", "lineage.json"):
         (folder / name).unlink(missing_ok=True)
-    for name in ("checkpoints", "rollouts", "log", "service", "weights", "student", "students", "wandb", "profile"):
+    for name in ("checkpoints", "rollouts", "log", "service", "weights", "student", "students", "reference", "wandb", "profile"):
         shutil.rmtree(folder / name, ignore_errors=True)
     return None
 

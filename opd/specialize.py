@@ -1,20 +1,22 @@
-"""Supervised fine-tuning on reference answers: one domain makes that domain's teacher, several together a base model.
+"""Supervised fine-tuning on reference answers, then GRPO on grades (opd/grpo.py): one domain makes that domain's teacher, several together a base model.
 
-The same engine, micro-batches and per-domain loss as distillation; the objective is the negative log-likelihood of the answer's tokens and
-the closing end-of-sequence token. `slip_rate` trains a share of the examples on the row's wrong answer instead, which is how the
-quickstart makes a base model that has a skill but not reliably (rollout/synthetic.py).
+The same engine, micro-batches and per-domain loss as distillation; the objective of the fine-tuning is the negative log-likelihood of the answer's tokens
+and the closing end-of-sequence token. Steps are counted on from stage to stage, and checkpoints hold both. `slip_rate` trains a share of the examples on
+the row's wrong answer instead, which is how the quickstart makes a base model that has a skill but not reliably (rollout/synthetic.py).
 """
 
 import random
 from collections.abc import Mapping
 
-from transformers import PreTrainedTokenizerBase
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from opd.checkpoint import is_due, resume, save
 from opd.config import SpecializeConfig
 from opd.distributed import Group, num_ranks, rank, start_processes
 from opd.engine import Engine
 from opd.evaluate import Evaluator, evaluation_metrics
+from opd.grpo import Grpo
 from opd.metrics import data_metrics
 from opd.run import finish_run, open_run
 from opd.stopping import StopRequest
@@ -30,33 +32,71 @@ from rollout.types import Prompt, Rollout, completed
 
 
 def specialize(cfg: SpecializeConfig) -> None:
-    """Fine-tune one model on the reference answers of the selected domains."""
+    """Fine-tune one model on the reference answers of the selected domains, then train it on the grades of its own."""
     device = start_processes(cfg.launch.timeout_minutes)
     seed_everything(cfg.seed)
     tokenizer = load_student_tokenizer(cfg.student)
     student = build_student(cfg.student, tokenizer, cfg.quant)
-    examples = ExampleStream(cfg, tokenizer, context_length(student.config, "student"))
-    sampler = LocalSampler(copy_for_sampling(student, device, cfg.quant), end_tokens(student, tokenizer), cfg.seed, len(tokenizer))
+    stages = Stages(cfg, student, tokenizer, device)
     evaluator = Evaluator(cfg, student, tokenizer, teachers=None)
     engine = Engine(student, len(tokenizer), cfg, device)
     run_dir = open_run(cfg, "specialize")
 
     with Tracker(run_dir, "specialize", cfg) as tracker, StopRequest(cfg) as stop:
-        first = resume(run_dir, engine, examples, tracker)
+        first = resume(run_dir, engine, stages, tracker)
         if first == 0:
-            tracker.log(0, data_metrics(examples.mixture) | evaluation_metrics(evaluator.evaluate(sampler, engine)))
-        for step in range(first, cfg.num_steps):
-            with tracker.timer("data"):
-                batch = examples.next(step)
-            with tracker.timer("update"):
-                metrics = supervised_update(engine, batch, cfg)
+            tracker.log(0, data_metrics(stages.mixture) | evaluation_metrics(evaluator.evaluate(stages.sampler, engine)))
+        for step in range(first, cfg.total_steps):
+            if step < cfg.num_steps:
+                with tracker.timer("data"):
+                    batch = stages.examples.next(step)
+                with tracker.timer("update"):
+                    metrics = supervised_update(engine, batch, cfg)
+            else:
+                metrics = stages.grpo.step(step, engine, tracker)
             if is_due(step + 1, cfg.evaluation.every):
-                metrics |= evaluation_metrics(evaluator.evaluate(sampler, engine))
+                metrics |= evaluation_metrics(evaluator.evaluate(stages.sampler, engine))
             tracker.log(step + 1, metrics)
-            if stop.is_due(step + 1) or is_due(step + 1, cfg.checkpoint.every, cfg.num_steps):
-                save(run_dir, step + 1, engine, examples, cfg.checkpoint)
+            if stop.is_due(step + 1) or is_due(step + 1, cfg.checkpoint.every, cfg.total_steps):
+                save(run_dir, step + 1, engine, stages, cfg.checkpoint)
                 stop.leave(step + 1)
     finish_run(run_dir, engine, tokenizer)
+
+
+class Stages:
+    """What the two stages learn from, resumable together.
+
+    examples: of the fine-tuning; None where the run is GRPO alone. grpo: None where the run has none. sampler: for evaluation, and the rollouts of GRPO
+    unless others draw them. mixture: the prompts that the run begins with.
+    """
+
+    def __init__(self, cfg: SpecializeConfig, student: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, device: torch.device):
+        """Raises ValueError for what either stage would refuse."""
+        is_grpo_alone = cfg.num_steps == 0 and cfg.grpo.num_steps > 0
+        self.examples = None if is_grpo_alone else ExampleStream(cfg, tokenizer, context_length(student.config, "student"))
+        self.grpo = Grpo(cfg, student, tokenizer, device) if cfg.grpo.num_steps else None
+        if self.grpo is None:
+            self.sampler = LocalSampler(copy_for_sampling(student, device, cfg.quant), end_tokens(student, tokenizer), cfg.seed, len(tokenizer))
+        else:
+            self.sampler = self.grpo.stream.sampler
+        self.mixture = self.grpo.stream.prompts if is_grpo_alone else self.examples.mixture
+
+    def state(self) -> dict:
+        parts = [part for part in (self.examples, self.grpo) if part is not None]
+        return {name: value for part in parts for name, value in part.state().items()}
+
+    def restore(self, state: dict) -> None:
+        """Raises ValueError where GRPO has begun already, and this run would fine-tune."""
+        if self.grpo is not None:
+            self.grpo.restore(state)
+        elif "grpo" in state:
+            raise ValueError("the checkpoint is from the midst of GRPO, which this run does not do: set grpo.num_steps, or name its weights in student.model")
+        if self.examples is not None:
+            self.examples.restore(state)
+
+    def forget_before(self, step: int) -> None:
+        if self.grpo is not None:
+            self.grpo.forget_before(step)
 
 
 class ExampleStream:

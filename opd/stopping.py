@@ -27,7 +27,7 @@ class StopRequest:
     """Whether a run has been asked to end; a context within which the signals are heeded."""
 
     def __init__(self, cfg: RunConfig):
-        self.cfg, self.num_steps, self.is_stopping = cfg.launch, cfg.num_steps, False
+        self.cfg, self.num_steps, self.is_stopping = cfg.launch, cfg.total_steps, False
         self.reason: str | None = None
         self.begun = self.step_begun = time.monotonic()
         self.longest_step = 0.0

@@ -33,8 +33,9 @@ class TokenLosses:
         estimate, which may be negative and of which a cap bounds the gradient only.
     student_entropy_N, teacher_entropy_N: of the distributions compared.
     student_tail_N, teacher_tail_N: probability outside the teacher's top-k.
-    capped_N: 1 where loss.cap acts on the token, else 0.
+    capped_N: 1 where loss.cap, or GRPO's clip of the ratio, acts on the token, else 0.
     target_logprob_N: the student's log-probability of the token that was sampled, where `Targets` ask for it.
+    reference_kl_N: the reverse KL from GRPO's reference.
     """
 
     loss_N: torch.Tensor
@@ -44,6 +45,7 @@ class TokenLosses:
     teacher_tail_N: torch.Tensor | None = None
     capped_N: torch.Tensor | None = None
     target_logprob_N: torch.Tensor | None = None
+    reference_kl_N: torch.Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)

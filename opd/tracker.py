@@ -37,7 +37,7 @@ class Tracker:
 
     def __init__(self, run_dir: Path, task: str, cfg: RunConfig):
         """task: what the progress display calls the run."""
-        self.file, self.task, self.num_steps = run_dir / "metrics.jsonl", task, cfg.num_steps
+        self.file, self.task, self.num_steps = run_dir / "metrics.jsonl", task, cfg.total_steps
         self.seconds: dict[str, float] = {}
         self.step_begun = time.monotonic()
         self.wandb_run = _start_wandb(run_dir, cfg.logger, config_dict(cfg)) if is_main() and cfg.logger.kind is not LoggerKind.none else None

@@ -12,7 +12,8 @@ from transformers import PreTrainedModel
 from opd.batch import MicroBatch
 from opd.config import StudentConfig
 from opd.divergence import ModelStates
-from opd.estimators import cross_entropy, distillation_loss, signal_of, student_states
+from opd.estimators import GradedTokens, cross_entropy, distillation_loss, grpo_loss, signal_of, student_states
+from opd.grpo_config import GrpoConfig
 from opd.loss_config import LossConfig
 from opd.route_replay import RouteReplay
 from opd.routing import RoutingRecorder
@@ -24,9 +25,18 @@ from teachers.types import OutputHead
 class TrainedModel(nn.Module):
     """Student and loss in one module: micro-batch (and teacher head) -> weighted loss, per-token losses."""
 
-    def __init__(self, model: PreTrainedModel, vocab_size: int, cfg: StudentConfig, loss: LossConfig, sampling_temperature: float | None):
-        """sampling_temperature: at which the student's log-probability of its own tokens is wanted; None: it is not."""
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        vocab_size: int,
+        cfg: StudentConfig,
+        loss: LossConfig,
+        sampling_temperature: float | None,
+        grpo: GrpoConfig | None = None,
+    ):
+        """sampling_temperature: at which the student's log-probability of its own tokens is wanted; None: it is not. grpo: for micro-batches of GRPO."""
         super().__init__()
+        self.grpo = grpo
         self.model, self.vocab_size, self.loss, self.sampling_temperature = model, vocab_size, loss, sampling_temperature
         self.balance_loss, self.replay = cfg.router_balance_loss, RouteReplay(model, cfg.replay_routes)
         self.transform = logit_transform(model.config, "student")
@@ -34,10 +44,13 @@ class TrainedModel(nn.Module):
 
     def forward(self, batch: MicroBatch, teacher_head: OutputHead | None, balance_scale: float) -> tuple[torch.Tensor, TokenLosses]:
         signal = signal_of(batch, teacher_head)
-        student = self.states(batch, replays=signal is not None)
-        if batch.routes_NMK is not None and signal is not None:
+        student = self.states(batch, replays=batch.is_sampled)
+        if batch.routes_NMK is not None and batch.is_sampled:
             self.recorder.compare(batch.routes_NMK, batch.position_N, batch.mask_N & (not batch.is_filler), self.replay.own)
-        if signal is None:
+        if batch.advantage_N is not None:
+            graded = GradedTokens(batch.target_N, batch.sampled_logprob_N, batch.advantage_N)
+            loss, losses = grpo_loss(student, signal, graded, batch.weight_N, self.grpo, self.vocab_size)
+        elif signal is None:
             loss, losses = cross_entropy(student, batch.target_N, batch.weight_N, self.vocab_size)
         else:
             sampled = Targets(batch.target_N, self.sampling_temperature)

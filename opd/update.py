@@ -46,7 +46,7 @@ def update(engine: Engine, teachers: TeacherPool, scored: list[ScoredRollout], c
     scored, masked = mask_mismatched(engine, teachers.recovered(scored), cfg)
     weights, metrics = domain_weights([item.rollout for item in scored], cfg, engine.policy_step)
     batches = distillation_batches(scored, weights, cfg.batch, engine.least_length)
-    metrics |= _train(engine, batches, cfg, teachers)
+    metrics |= train(engine, batches, cfg, teachers)
     return metrics | masked | score_work(scored, teachers) | teachers.metrics()
 
 
@@ -54,7 +54,7 @@ def supervised_update(engine: Engine, examples: list[Rollout], cfg: RunConfig) -
     """Train on the examples' completions (this rank's); returns the step's metrics."""
     weights, metrics = domain_weights(examples, cfg, engine.policy_step)
     batches = supervised_batches(examples, weights, cfg.batch, engine.least_length)
-    return metrics | _train(engine, batches, cfg, None)
+    return metrics | train(engine, batches, cfg, None)
 
 
 def domain_weights(rollouts: list[Rollout], cfg: RunConfig, step: int) -> tuple[dict[str, float], dict[str, float]]:
@@ -75,7 +75,9 @@ def domain_weights(rollouts: list[Rollout], cfg: RunConfig, step: int) -> tuple[
     return {name: realised[name] / tokens[name] if tokens[name] else 0.0 for name in names}, metrics
 
 
-def _train(engine: Engine, batches: list[MicroBatch], cfg: RunConfig, teachers: TeacherPool | None) -> dict[str, float]:
+def train(engine: Engine, batches: list[MicroBatch], cfg: RunConfig, teachers: TeacherPool | None) -> dict[str, float]:
+    """One optimizer update from the step's micro-batches (this rank's); returns its metrics. teachers: whose hidden states and heads they need, if any."""
+    distils = isinstance(cfg, DistillConfig) and teachers is not None
     totals = DomainTotals(list(cfg.domains))
     metrics = {}
     if engine.recorder.routers and cfg.student.router_probe_every and engine.policy_step % cfg.student.router_probe_every == 0:
@@ -83,7 +85,7 @@ def _train(engine: Engine, batches: list[MicroBatch], cfg: RunConfig, teachers: 
     if engine.is_quantization_due():
         rollouts = [rollout for batch in batches if not batch.is_filler for rollout in batch.rollouts]
         metrics |= measure_quantization(engine, rollouts or [*batches[0].rollouts], cfg)  # a rank whose teachers are dropped takes part with nothing
-    every = cfg.teachers.gradient_share_every if teachers is not None and engine.zero_stage < 3 else 0
+    every = cfg.teachers.gradient_share_every if distils and engine.zero_stage < 3 else 0
     if every and engine.policy_step % every == 0:
         metrics |= gradient_shares(engine, batches, teachers)
     engine.recorder.start_step()
@@ -109,9 +111,9 @@ def _train(engine: Engine, batches: list[MicroBatch], cfg: RunConfig, teachers: 
     engine.recorder.sum_ranks()
     if cfg.student.router_bias_speed and not is_skipped:
         engine.recorder.update_bias(cfg.student.router_bias_speed)
-    metrics |= engine.recorder.metrics() | loss_metrics(totals, is_distillation=teachers is not None)
+    metrics |= engine.recorder.metrics() | loss_metrics(totals, is_distillation=distils)
     metrics |= update_work(batches, engine.model, cfg, teachers)
-    if teachers is not None:
+    if distils:
         metrics |= teacher_loss_metrics(totals, {teachers.label(name): teachers.domains_of(name) for name in teachers.configs})
     return {name: value for name, value in metrics.items() if math.isfinite(value)} if is_skipped else metrics
 
