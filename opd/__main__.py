@@ -32,7 +32,7 @@ for name in ("torchao", "torch.utils._pytree"):
 CONF = Path(__file__).resolve().parent.parent / "conf"
 COMMANDS = {
     "pipeline": "make base, teachers and student one after another; what `opd` alone does, on the embedded domains",
-    "specialize": "fine-tune a model on a domain's reference answers: makes a teacher",
+    "specialize": "fine-tune a model on a domain's reference answers, then on the grades of its own: makes a teacher",
     "distill": "distil all domains' teachers into one student",
     "check": "what distill with the same settings would refuse at its start, and what it would warn of; trains and writes nothing",
     "plan": "the memory that distill with the same settings takes on each rank, from the models' configs alone, and what does not fit",

@@ -147,12 +147,8 @@ def test_loss_and_gradient_are_the_sum_of_policy_gradient_and_kl(states):
 
 
 def test_groups_without_a_difference_have_no_gradient(qwen3_moe_model, make_rollout, make_engine, tokenizer):
-    cfg = SpecializeConfig(
-        domains={"law": DomainConfig(grader="exact")},
-        grpo=GrpoConfig(num_steps=1),
-        optim=OptimConfig(warmup_steps=0),
-        deepspeed={"zero_optimization": {"stage": 1}},
-    )
+    zero = {"zero_optimization": {"stage": 1}}
+    cfg = SpecializeConfig(domains={"law": DomainConfig(grader="exact")}, grpo=GrpoConfig(num_steps=1), optim=OptimConfig(warmup_steps=0), deepspeed=zero)
     engine = make_engine(qwen3_moe_model, cfg)
 
     def largest_gradient(answers: dict[int, list[str]]) -> float:
