@@ -26,8 +26,8 @@ optim.update_ratio_every holds a copy of the masters over it, and takes differen
 On a CPU in bfloat16 oneDNN keeps a kernel for each number of rows that a product has had (an expert's change with every step), 1024 at most:
 KERNEL_BYTES, which was measured as what goes with ONEDNN_PRIMITIVE_CACHE_CAPACITY=0. float32 products go elsewhere and keep nothing.
 
-These are DeepSpeed 0.19's allocations, read from its source. tests/opd/test_plan_measured.py holds two of them to what processes took, on one rank of a CPU
-with AdamW: stage 1 in float32 and stage 3 in bfloat16. Stages 0 and 2, Muon, offloading, several ranks and a GPU were never measured.
+These are DeepSpeed 0.19's allocations, read from its source. tests/opd/test_plan_measured.py holds them to what processes took, on one rank of a CPU with
+AdamW: stages 1 and 2 in float32 and stage 3 in bfloat16. Stage 0, Muon, offloading, several ranks and a GPU were never measured.
 """
 
 from dataclasses import dataclass

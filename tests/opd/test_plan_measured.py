@@ -3,8 +3,8 @@
 Judged to 15 %: the peak, and each part that is at least SHARE of it. A smaller one decides nothing about what fits, and a rollout's 0.02 GiB here are
 code that libraries bring in at their first call as much as they are tensors.
 
-Measured so: ZeRO 1 in float32 and ZeRO 3 in bfloat16, AdamW, one rank. ZeRO 0 and 2, Muon, offloading, several ranks and a GPU are formulas from DeepSpeed's
-source that no process has been held against.
+Measured so: ZeRO 1 in float32 and ZeRO 3 in bfloat16, on which the formulas were fitted, and ZeRO 2 with recomputed activations, on which they were not;
+AdamW, one rank. ZeRO 0, Muon, offloading, several ranks and a GPU are formulas from DeepSpeed's source that no process has been held against.
 """
 
 import json
