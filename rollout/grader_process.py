@@ -2,7 +2,7 @@
 
 Why a process: a pattern may backtrack for ever and holds the interpreter while it does, which only the end of a process ends; a function of the user's may
 hang, use up the memory, crash or leave. The other graders are a few lines of ours in time linear in the text, so that a process would only slow them down.
-One process stays for all completions of a grader, as starting Python for each would take longer than grading; each is sent alone (some 50 us), so that a
+One process stays for all completions of a grader, as starting Python for each would take longer than grading; each is sent alone (some 0.15 ms), so that a
 limit is that of one completion and an error names its row.
 
 The process has no environment of the trainer's but ENVIRONMENT: no WANDB_API_KEY, HF_TOKEN or other secret. What it prints goes nowhere. It ends

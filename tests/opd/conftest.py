@@ -1,6 +1,7 @@
 """Fixtures of the tests of `opd`: engines around a model, teachers on disk, and one short run."""
 
 import copy
+import importlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -78,3 +79,22 @@ def short_run(device, short_settings, tmp_path_factory) -> Path:
     run_dir = tmp_path_factory.mktemp("runs") / "short"
     distill(load_config("distill", [*short_settings, f"run_dir={run_dir}"]))
     return run_dir
+
+
+@pytest.fixture
+def kill_at(monkeypatch) -> Callable[[str, int], None]:
+    """kill_at("opd.update.train", call=2): interrupt the process, as a key does, when a function is called for the so-manieth time."""
+
+    def arrange(name: str, call: int) -> None:
+        module, _, function = name.rpartition(".")
+        original, calls = getattr(importlib.import_module(module), function), []
+
+        def interrupted(*arguments):
+            calls.append(1)
+            if len(calls) == call:
+                raise KeyboardInterrupt
+            return original(*arguments)
+
+        monkeypatch.setattr(name, interrupted)
+
+    return arrange

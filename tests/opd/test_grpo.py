@@ -1,6 +1,5 @@
 """GRPO: advantages, loss and gradient against naive formulas, what teaches nothing, settings that are refused, and runs that are killed or branched off."""
 
-import importlib
 import json
 import os
 import re
@@ -234,20 +233,6 @@ def weights(run_dir: Path) -> bytes:
     return (run_dir / "student" / "model.safetensors").read_bytes()
 
 
-def kill_at(monkeypatch, name: str, call: int) -> None:
-    """Interrupt the process, as a key does, when a function is called for the so-manieth time."""
-    module, _, function = name.rpartition(".")
-    original, calls = getattr(importlib.import_module(module), function), []
-
-    def interrupted(*arguments):
-        calls.append(1)
-        if len(calls) == call:
-            raise KeyboardInterrupt
-        return original(*arguments)
-
-    monkeypatch.setattr(name, interrupted)
-
-
 def test_the_fine_tuning_before_grpo_is_that_of_a_run_without_grpo(whole, settings, numbers, tmp_path, device):
     own = ("grpo.", "rollout.", "+grpo.", "student.replay")
     alone = run([*(setting for setting in settings if not setting.startswith(own)), "checkpoint.every=0"], tmp_path / "alone")
@@ -274,9 +259,9 @@ def test_the_sampler_agrees_with_the_trainer_so_that_nothing_is_clipped(whole, n
 
 
 @pytest.mark.parametrize("call", [1, 3])
-def test_a_run_killed_in_grpo_goes_on_bit_for_bit(call, whole, settings, numbers, tmp_path, device, monkeypatch):
+def test_a_run_killed_in_grpo_goes_on_bit_for_bit(call, whole, settings, numbers, tmp_path, device, monkeypatch, kill_at):
     """After sampling, before the update: of GRPO's first step, and of one after a checkpoint in its midst."""
-    kill_at(monkeypatch, "opd.grpo.train", call)
+    kill_at("opd.grpo.train", call)
     with pytest.raises(KeyboardInterrupt):
         run(settings, tmp_path / "run")
     monkeypatch.undo()

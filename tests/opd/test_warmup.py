@@ -3,7 +3,6 @@
 The teacher learnt eight rows of the tool domain by heart; the student of other random weights never answers as it does.
 """
 
-import importlib
 import json
 
 import pytest
@@ -98,25 +97,25 @@ def test_an_update_after_the_schedule_begins_anew_is_that_of_a_new_engine(stage,
         assert distance < 0.5 * sum(float((before[name].float() - expected[name].float()).abs().sum()) for name in moved)
 
 
-def test_a_warmup_that_is_over_is_not_repeated(settings, numbers, tmp_path, device, monkeypatch):
+def test_a_warmup_that_is_over_is_not_repeated(settings, numbers, tmp_path, device, monkeypatch, kill_at):
     """The run is killed after its first step, whose checkpoint is that of step 0: what is there is taken up, the record of step 0 included."""
     chosen = [*settings, "num_steps=2", "warmup=sft", "warmup.steps=3", "warmup.prompts=4", "checkpoint.every=0"]
     run(chosen, tmp_path)
     (tmp_path / "run").rename(tmp_path / "whole")
-    kill_at(monkeypatch, "opd.distill.update", call=2)
+    kill_at("opd.distill.update", call=2)
     with pytest.raises(KeyboardInterrupt):
         distill(load_config("distill", chosen))
     monkeypatch.undo()
-    forbid(monkeypatch, "opd.warmup.teacher_answers")
+    kill_at("opd.warmup.teacher_answers", call=1)
     run(chosen, tmp_path)
     assert numbers(tmp_path / "run") == numbers(tmp_path / "whole")
 
 
-def test_a_warmup_that_was_cut_off_begins_anew(settings, numbers, tmp_path, device, monkeypatch):
+def test_a_warmup_that_was_cut_off_begins_anew(settings, numbers, tmp_path, device, monkeypatch, kill_at):
     chosen = [*settings, "num_steps=2", "warmup=sft", "warmup.steps=3", "warmup.prompts=4"]
     run(chosen, tmp_path)
     (tmp_path / "run").rename(tmp_path / "whole")
-    kill_at(monkeypatch, "opd.warmup.supervised_update", call=2)
+    kill_at("opd.warmup.supervised_update", call=2)
     with pytest.raises(KeyboardInterrupt):
         distill(load_config("distill", chosen))
     monkeypatch.undo()
@@ -124,22 +123,6 @@ def test_a_warmup_that_was_cut_off_begins_anew(settings, numbers, tmp_path, devi
     assert numbers(tmp_path / "run") == numbers(tmp_path / "whole")
 
 
-def kill_at(monkeypatch, name: str, call: int) -> None:
-    """Interrupt the process, as a key does, when a function is called for the so-manieth time."""
-    module, _, function = name.rpartition(".")
-    original, calls = getattr(importlib.import_module(module), function), []
-
-    def interrupted(*arguments):
-        calls.append(1)
-        if len(calls) == call:
-            raise KeyboardInterrupt
-        return original(*arguments)
-
-    monkeypatch.setattr(name, interrupted)
-
-
-def forbid(monkeypatch, name: str) -> None:
-    kill_at(monkeypatch, name, call=1)
 
 
 def test_only_the_domains_asked_for_are_warmed_up(settings, models, tmp_path, device):
