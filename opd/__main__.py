@@ -37,6 +37,8 @@ COMMANDS = {
     "check": "what distill with the same settings would refuse at its start, and what it would warn of; trains and writes nothing",
     "plan": "the memory that distill with the same settings takes on each rank, from the models' configs alone, and what does not fit",
     "evaluate": "accuracy and recovery on held-out prompts",
+    "compare": "several ways to make one student of the same base and teachers, beside each other: distillation, its baselines, its controls",
+    "merge": "all domains' teachers as one model by arithmetic on their weights, without training: a baseline",
     "export": "write the folder to serve, its experts packed in FP4, and verify it",
     "bench": "time and memory beside other ways and libraries; the word after it says of what: divergence, qat, teachers, rollout, step",
 }
@@ -45,6 +47,9 @@ FUNCTIONS = {"pipeline": "run_pipeline", "rehearsal": "rehearse"}
 
 ON_RANKS = ("distill", "specialize", "evaluate", "check")
 """The commands that divide their work among processes."""
+
+WITHOUT_MODELS = ("pipeline", "compare")
+"""The commands that load no model themselves."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -172,11 +177,11 @@ def _run(command: str, cfg) -> None:
     """Call the function that has the command's name, in the module of that name (but for FUNCTIONS)."""
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     _show_messages()
-    if command != "pipeline":
+    if command not in WITHOUT_MODELS:
         from opd.distributed import set_threads
 
         set_threads(cfg.threads)
-    if command != "pipeline" and not command.startswith("bench"):
+    if command not in WITHOUT_MODELS and not command.startswith("bench"):
         from opd.checkpoint_model import resolve_models
 
         resolve_models(cfg)

@@ -11,10 +11,13 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from opd.bench_config import DivergenceBenchConfig, QatBenchConfig, RolloutBenchConfig, StepBenchConfig, TeachersBenchConfig
+from opd.compare_config import CompareConfig, check_compare
 from opd.export_config import ExportConfig, check_export
 from opd.grpo_config import GrpoConfig, check_grpo, group_rollouts
 from opd.job_config import AlarmsConfig, CheckpointConfig, LaunchConfig, LoggerConfig, ProfileConfig, RanksConfig
 from opd.loss_config import LossConfig
+from opd.merge_config import MergeConfig, check_merge
+from opd.pipeline_config import PipelineConfig
 from opd.plan_config import PlanConfig
 from opd.quant_config import QuantConfig
 from opd.ranges import check_evaluated, check_loss, check_profile, check_ranges, check_rollout, check_routes, check_schedules, check_start
@@ -243,6 +246,7 @@ class EvaluateConfig:
     student, base: models to compare; base may be left out.
     domains, teachers: as for `opd distill`.
     evaluation: how; all held-out prompts unless it says otherwise.
+    cache: folder in which what was measured of each model is kept, and looked up by weights, prompts and settings (opd/evaluation_cache.py); null keeps none.
     launch: its processes.
     """
 
@@ -254,39 +258,8 @@ class EvaluateConfig:
     domains: dict[str, DomainConfig] = field(default_factory=dict)
     teachers: TeachersConfig = field(default_factory=TeachersConfig)
     evaluation: EvaluationConfig = field(default_factory=lambda: EvaluationConfig(prompts=None))
+    cache: str | None = None
     launch: RanksConfig = field(default_factory=RanksConfig)
-
-
-@dataclass(slots=True)
-class StageConfig:
-    """One step of a pipeline: a command with its overrides, run in processes of its own.
-
-    command: distill, specialize, export or evaluate.
-    overrides: as on the command line.
-    processes: ranks; null takes one per device (on a CPU machine: one per core, two at most), for an export one.
-    after: stages that must be done before.
-    """
-
-    command: str = ""
-    overrides: list[str] = field(default_factory=list)
-    processes: int | None = None
-    after: list[str] = field(default_factory=list)
-
-
-@dataclass(slots=True)
-class PipelineConfig:
-    """`opd`: stages in order of their dependencies, side by side where cores allow; finished ones are skipped.
-
-    run_dir: folder of the pipeline; each stage writes to a folder of its own name in it.
-    fresh: redo everything.
-    seed, logger: given to every stage.
-    """
-
-    run_dir: str = "runs/quickstart"
-    seed: int = 0
-    fresh: bool = False
-    logger: LoggerConfig = field(default_factory=LoggerConfig)
-    stages: dict[str, StageConfig] = field(default_factory=dict)
 
 
 SCHEMAS: dict[str, type] = {
@@ -296,7 +269,9 @@ SCHEMAS: dict[str, type] = {
     "specialize": SpecializeConfig,
     "evaluate": EvaluateConfig,
     "export": ExportConfig,
+    "merge": MergeConfig,
     "pipeline": PipelineConfig,
+    "compare": CompareConfig,
     "bench_divergence": DivergenceBenchConfig,
     "bench_qat": QatBenchConfig,
     "bench_teachers": TeachersBenchConfig,
@@ -333,6 +308,10 @@ def parse(config: DictConfig, schema: type) -> Any:
             check_routes(parsed.student.replay_routes, parsed.rollout)
     if isinstance(parsed, ExportConfig):
         check_export(parsed)
+    if isinstance(parsed, MergeConfig):
+        check_merge(parsed)
+    if isinstance(parsed, CompareConfig):
+        check_compare(parsed)
     if isinstance(parsed, EvaluateConfig) and parsed.teachers.signal is not SignalKind.hidden_states:
         raise ValueError("opd evaluate always compares whole distributions, so teachers.signal would be ignored: remove it")
     if isinstance(parsed, EvaluateConfig):

@@ -21,6 +21,7 @@ Student-only losses need one product with the head and its two gradients; all th
 N: tokens. C: tokens of a tile. D: hidden size. V: vocabulary, of a block: its columns. K: columns of interest. B: blocks.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -93,7 +94,10 @@ def distillation_loss(
     if isinstance(signal, TopK) and (cfg.temperature != 1 or cfg.policy_gradient):
         raise ValueError("a top-k has no other temperature than 1, and no baseline for a policy gradient")
     if isinstance(signal, SampledToken):
-        loss, losses = policy_gradient(student, sampled.token_N, signal, weight_N, vocab_size, cfg.cap)
+        if cfg.constant_penalty:
+            loss, losses = constant_penalty(student, sampled.token_N, signal, weight_N, vocab_size)
+        else:
+            loss, losses = policy_gradient(student, sampled.token_N, signal, weight_N, vocab_size, cfg.cap)
         return loss, losses if sampled.temperature else replace(losses, target_logprob_N=None)
     if isinstance(signal, TopK):
         return top_k_divergence(student, signal, weight_N, cfg, vocab_size, sampled)
@@ -155,6 +159,18 @@ def policy_gradient(
         is_capped_C = None if cap is None else advantage_C.abs() > cap
         advantage_C = advantage_C if cap is None else advantage_C.clamp(-cap, cap)
         return _Coefficients(exact_C, everywhere_C=advantage_C, at_CK=-advantage_C[:, None], capped_C=is_capped_C)
+
+    return _loss_at_columns(student, sampled_N[:, None], weight_N, vocab_size, coefficients, Targets(sampled_N, temperature=1.0))
+
+
+def constant_penalty(
+    student: ModelStates, sampled_N: torch.Tensor, teacher: SampledToken, weight_N: torch.Tensor, vocab_size: int
+) -> tuple[torch.Tensor, TokenLosses]:
+    """-A log p(y) with A = -1 where p(y) < 1/2, else 0: what sharpening alone does. loss_N is log p(y) - log q(y) as of `policy_gradient`, to be compared."""
+
+    def coefficients(logprob_CK: torch.Tensor, rows: slice) -> "_Coefficients":
+        advantage_C = -(logprob_CK[:, 0] < math.log(0.5)).double()
+        return _Coefficients(logprob_CK[:, 0] - teacher.logprob_N[rows], everywhere_C=advantage_C, at_CK=-advantage_C[:, None])
 
     return _loss_at_columns(student, sampled_N[:, None], weight_N, vocab_size, coefficients, Targets(sampled_N, temperature=1.0))
 

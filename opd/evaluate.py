@@ -18,6 +18,7 @@ from opd.comparison import DomainResult, comparison, print_comparison, require_c
 from opd.config import DistillConfig, EvaluateConfig, RunConfig, rollout_settings
 from opd.distributed import Group, gather_objects, is_main, num_ranks, rank, reduce_sum, start_processes
 from opd.estimators import distillation_loss, signal_of, student_states
+from opd.evaluation_cache import EvaluationCache
 from opd.intervals import Interval, mean, proportion
 from opd.loss_config import Backend, LossConfig
 from opd.rollouts import FirstRequest, data_ranks
@@ -167,11 +168,10 @@ def evaluate(cfg: EvaluateConfig) -> None:
     if not evaluator.prompts:
         raise ValueError("no domain has held-out prompts: set domains.NAME.held_out.path")
     models = {"student": student} | ({"base": load_model(cfg.base, "base", device)} if cfg.base.model is not None else {})
-    results = {role: evaluator.evaluate(LocalSampler(model, end_tokens(model, tokenizer), cfg.seed, len(tokenizer))) for role, model in models.items()}
+    results = {role: _results(cfg, evaluator, model, list(evaluator.prompts)) for role, model in models.items()}
     teacher = {}
     for name in evaluator.prompts:
-        model = teachers.get(teachers.teacher_of[name]).model
-        teacher[name] = evaluator.evaluate_domain(name, LocalSampler(model, end_tokens(model, tokenizer), cfg.seed, len(tokenizer)), with_kl=False)
+        teacher |= _results(cfg, evaluator, teachers.get(teachers.teacher_of[name]).model, [name], with_kl=False)
     record = comparison(results.get("base", {}), teacher, results["student"], evaluator.dropped)
     if is_main():
         folder.mkdir(parents=True, exist_ok=True)
@@ -179,3 +179,9 @@ def evaluate(cfg: EvaluateConfig) -> None:
         replace_text(folder / "evaluation.json", json.dumps(record, indent=2) + "\n")
         print_comparison(record)
     require_certificates(record)
+
+
+def _results(cfg: EvaluateConfig, evaluator: Evaluator, model: PreTrainedModel, names: list[str], with_kl: bool = True) -> dict[str, DomainResult]:
+    """A model on the named domains, from the cache where it has been evaluated before."""
+    sampler = LocalSampler(model, end_tokens(model, evaluator.tokenizer), cfg.seed, len(evaluator.tokenizer))
+    return EvaluationCache(cfg.cache).results(evaluator, sampler, names, with_kl)

@@ -35,6 +35,8 @@ class LossConfig:
     cap: a token's loss is at most this, in nats, and a token beyond it gives no gradient (policy gradient: the advantage's size is at most
         this); null has no cap.
     policy_gradient: reverse KL by the sampled token alone, with the exact reverse KL as baseline; for comparison with the exact gradient.
+    constant_penalty: a control in which no teacher speaks: with teachers.signal=sampled_token, the advantage is -1 where the student gave the sampled token
+        less than half, else 0. A domain that it improves was merely elicited: its skill was the student's already (arXiv:2608.31046).
     backend: who computes the element-wise part.
     """
 
@@ -44,4 +46,5 @@ class LossConfig:
     smoothing: float = 0.0
     cap: float | None = None
     policy_gradient: bool = False
+    constant_penalty: bool = False
     backend: Backend = Backend.auto

@@ -36,6 +36,7 @@ Step 0 holds what was measured before training. Names:
                       (record of step 0): opd/signal_figures.py says what each is
     check/D/reference_length, teacher_length  tokens of the data's reference answers, and of answers that the teacher gave (the same record and file)
     warmup/D/truncated, accuracy, teacher_length, first_loss, last_loss       of the teacher's answers; loss per token at the first and last update (the same)
+    warmup/steps, tokens, seconds             of the warm-up: updates, completion tokens trained on, with the sampling of the answers (the same)
     alarms/active                             episodes of alarms that are not over (opd/alarms.py), over all alarms and domains
     optim/lr, grad_norm, clipped, update_to_weight (muon: muon_lr in place of grad_norm and clipped)
     optim/skipped_steps                       of the run so far, with optim.max_skipped_steps; what is not finite in such a step is not there

@@ -98,6 +98,10 @@ def check_loss(loss: LossConfig, teachers: TeachersConfig, rollout: RolloutConfi
         raise ValueError(f"teachers.top_k belongs to teachers.signal=top_k and would be ignored with {teachers.signal.value}: remove it")
     if rollout.max_mismatch is not None and rollout.comparable_temperature is None:
         raise ValueError("rollout.max_mismatch compares log-probabilities, which temperature 0, top_p, top_k and min_p do not leave comparable: remove one")
+    if loss.constant_penalty and teachers.signal is not SignalKind.sampled_token:
+        raise ValueError("loss.constant_penalty=true is a policy gradient on sampled tokens alone: set teachers.signal=sampled_token, or remove it")
+    if loss.constant_penalty and loss.cap is not None:
+        raise ValueError("loss.cap would be ignored with loss.constant_penalty=true, whose advantage is 0 or -1: remove it")
     _check_estimator(loss, teachers.signal, rollout)
 
 

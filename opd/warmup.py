@@ -50,7 +50,8 @@ def warm_up(run_dir: Path, cfg: DistillConfig, engine: Engine, stream: RolloutSt
         return read_json(record)["metrics"]
     begun = time.monotonic()
     answers, figures = teacher_answers(cfg, stream, evaluator)
-    metrics = metrics | figures | _train(cfg, engine, answers)
+    trained = _train(cfg, engine, answers)
+    metrics = metrics | figures | trained | {"warmup/steps": cfg.warmup.steps, "warmup/seconds": time.monotonic() - begun}
     LOG.info("warm-up: %d updates on the teachers' answers of %s, %.0f s", cfg.warmup.steps, ", ".join(answers), time.monotonic() - begun)
     if is_main():
         replace_text(record, json.dumps({"schema": SCHEMA, "metrics": metrics}, indent=2) + "\n")
@@ -78,15 +79,17 @@ def teacher_answers(cfg: DistillConfig, stream: RolloutStream, evaluator: Evalua
 def _train(cfg: DistillConfig, engine: Engine, answers: dict[str, list[Rollout]]) -> dict[str, float]:
     """Train on the answers; returns the loss per token of each domain before the first and the last update."""
     equal = replace(cfg, domains={name: replace(cfg.domains[name], loss_weight=1.0) for name in answers})
-    metrics = {}
+    metrics, tokens = {}, 0
     engine.begin_schedule(cfg.warmup.steps)
     for step in range(cfg.warmup.steps):
-        found = supervised_update(engine, _examples(cfg, answers, step)[rank(Group.data) :: num_ranks(Group.data)], equal)
+        examples = _examples(cfg, answers, step)
+        tokens += sum(example.num_loss_tokens for example in examples)
+        found = supervised_update(engine, examples[rank(Group.data) :: num_ranks(Group.data)], equal)
         losses = {name.split("/")[1]: value for name, value in found.items() if name.endswith("/loss_per_token")}
         metrics = {f"warmup/{name}/first_loss": value for name, value in losses.items()} | metrics  # of the first update that has the domain
         metrics |= {f"warmup/{name}/last_loss": value for name, value in losses.items()}
     engine.begin_schedule(cfg.num_steps)
-    return metrics
+    return metrics | {"warmup/tokens": tokens}
 
 
 def _examples(cfg: DistillConfig, answers: dict[str, list[Rollout]], step: int) -> list[Rollout]:

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from opd.__main__ import load_config
-from opd.pipeline import _last_error, run_pipeline
+from opd.pipeline import run_pipeline
+from opd.stages import _last_error
 from opd.stopping import SIGNALS
 from rollout.config import ModelConfig
 from rollout.model import load_model

@@ -324,6 +324,23 @@ def test_the_cap_clips_the_advantage_of_the_policy_gradient(with_baseline):
     assert relative(losses.loss_N, baseline_N if with_baseline else -advantage_N) <= 1e-6  # what is reported is not clipped
 
 
+def test_the_constant_penalty_pushes_down_sampled_tokens_that_are_unlikely_and_hears_no_teacher(tiles):
+    student, sampled_N = student_states(), torch.arange(N)
+    leaves, log_p_NV = exact_log_p(student)
+    sampled_N[::2] = log_p_NV.argmax(1)[::2]
+    log_p_N = log_p_NV[torch.arange(N), sampled_N]
+    is_unlikely_N = log_p_N.detach() < math.log(0.5)
+    teacher_logprob_N = exact_log_q()[torch.arange(N), sampled_N]
+    cfg = LossConfig(constant_penalty=True)
+    loss, losses = distillation_loss(student, SampledToken(teacher_logprob_N), Targets(sampled_N), WEIGHT_N, cfg, V)
+    assert is_unlikely_N.any()
+    own = gradients(loss, student)
+    require(own, torch.autograd.grad((WEIGHT_N * is_unlikely_N * log_p_N).sum(), leaves))
+    assert relative(losses.loss_N, log_p_N - teacher_logprob_N) <= 1e-6
+    other, _ = distillation_loss(student, SampledToken(teacher_logprob_N - 3), Targets(sampled_N), WEIGHT_N, cfg, V)
+    assert all(torch.equal(one, two) for one, two in zip(own, gradients(other, student), strict=True))
+
+
 # Supervised training
 
 

@@ -11,10 +11,11 @@ from typing import Any, get_args, get_type_hints
 import psutil
 import pytest
 
-from opd.config import SCHEMAS, PipelineConfig, StageConfig
+from opd.config import SCHEMAS
 from opd.config import StudentConfig as Student
 from opd.distributed import open_store, rank_environment
-from opd.pipeline import plan
+from opd.pipeline_config import PipelineConfig, StageConfig
+from opd.stages import plan
 from opd.slurm import slurm_ranks
 from opd.student import build_student
 from rollout.config import ModelConfig, ServerConfig

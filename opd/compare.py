@@ -1,0 +1,119 @@
+"""A comparison: several ways ("arms") to make one student of the same base and teachers, each judged on the same held-out prompts.
+
+The stages that make base and teachers come first, then a stage and an evaluation for each seed of each arm, run and resumed as a pipeline's are
+(opd/stages.py): a comparison that is cut off goes on with the same command, arm by arm. Arms that are to have another arm's seconds come last, since the
+number of their steps follows from what was measured.
+
+    RUN/ARM-SEED/                   what the arm's command writes
+    RUN/ARM-SEED-evaluation/        opd/comparison.py
+    RUN/evaluations/                opd/evaluation_cache.py: base and teachers are evaluated once for all arms
+    RESULTS/ARM-SEED.json           opd/compare_summary.py: what is kept of a finished arm; the table is made of these files alone
+
+An arm whose summary is there, with the same settings, is not run again, nor are base and teachers where no arm needs them any more. A summary names the hashes
+of base and teachers: the table marks arms that were made of others.
+"""
+
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+from opd.compare_config import ArmConfig, CompareConfig
+from opd.compare_summary import arm_identity, read_summaries, summarize, write_summary
+from opd.compare_table import print_tables
+from opd.pipeline_config import PipelineConfig, StageConfig
+from opd.stages import Stage, run_stages
+
+EVALUATION = "evaluation"
+
+
+def compare(cfg: CompareConfig) -> None:
+    """Run the arms that are not finished, then print the tables. Raises ValueError where a stage fails, Preempted where one ends early."""
+    if not cfg.arms or cfg.base is None or not cfg.teachers:
+        raise ValueError("there is nothing to compare: choose a comparison, as in `opd compare experiment=twelve_domains`")
+    results = results_folder(cfg)
+    if not cfg.table_only:
+        chosen = {name: arm for name, arm in cfg.arms.items() if cfg.only is None or name in cfg.only}
+        _run(cfg, {name: arm for name, arm in chosen.items() if arm.seconds_of is None}, results)
+        matched = {name: arm for name, arm in chosen.items() if arm.seconds_of is not None}
+        if matched:
+            _run(cfg, {name: matched_arm(cfg, arm, results) for name, arm in matched.items()}, results)
+    print_tables(cfg, read_summaries(results), results)
+
+
+def results_folder(cfg: CompareConfig) -> Path:
+    """Where summaries are."""
+    return Path(cfg.results or Path(cfg.run_dir) / "results")
+
+
+def matched_arm(cfg: CompareConfig, arm: ArmConfig, results: Path) -> ArmConfig:
+    """An arm with as many steps as take the seconds of another. Raises ValueError where those that it follows from are not finished."""
+    found = read_summaries(results)
+    for name in (arm.like, arm.seconds_of):
+        if (name, 0) not in found:
+            raise ValueError(f"the arm that is to have the seconds of {arm.seconds_of} needs {name} to be finished: take {name} into `only`")
+    like, other = found[arm.like, 0]["budget"], found[arm.seconds_of, 0]["budget"]
+    steps = max(1, round(like["steps"] * other["seconds"] / like["seconds"]))
+    model = cfg.arms[arm.like]
+    return ArmConfig(
+        label=arm.label,
+        role=arm.role,
+        command=model.command,
+        overrides=[*model.overrides, *arm.overrides, f"{arm.steps_setting}={steps}"],
+        seeds=arm.seeds,
+        processes=arm.processes,
+    )
+
+
+def _run(cfg: CompareConfig, arms: dict[str, ArmConfig], results: Path) -> None:
+    """Run the seeds of the arms that have no summary yet, one pipeline for all of them, and summarise."""
+    waiting = list(unfinished(cfg, arms, results))
+    if not waiting:
+        return
+    stages = dict(cfg.stages)
+    for name, seed in waiting:
+        stages |= arm_stages(cfg, name, arms[name], seed)
+    pipeline = PipelineConfig(run_dir=cfg.run_dir, seed=cfg.seed, fresh=cfg.fresh, logger=cfg.logger, stages=stages)
+
+    run_stages(pipeline, "compare", cfg, partial(_keep, cfg, arms, results))
+
+
+def _keep(cfg: CompareConfig, arms: dict[str, ArmConfig], results: Path, stage: Stage) -> None:
+    """Summarise an arm when its evaluation is done; its student has been made before."""
+    trained, _, suffix = stage.name.rpartition("-")
+    if suffix == EVALUATION:
+        name, _, seed = trained.rpartition("-")
+        write_summary(results, summarize(cfg, name, arms[name], int(seed)))
+
+
+def unfinished(cfg: CompareConfig, arms: dict[str, ArmConfig], results: Path) -> Iterator[tuple[str, int]]:
+    """(arm, seed) of those without a summary of the same settings; seed by seed, so that every arm has its first before any has its second."""
+    found = read_summaries(results)
+    for seed in range(max((arm.seeds for arm in arms.values()), default=0)):
+        for name, arm in arms.items():
+            is_finished = (name, seed) in found and found[name, seed]["identity"] == arm_identity(cfg, arm, seed)
+            if seed < arm.seeds and (cfg.fresh or not is_finished):
+                yield name, seed
+
+
+def arm_stages(cfg: CompareConfig, name: str, arm: ArmConfig, seed: int) -> dict[str, StageConfig]:
+    """The two stages of one seed of an arm: what makes its student, and what judges it."""
+    trained = f"{name}-{seed}"
+    teachers = [f"domains.{domain}.teacher.model={model}" for domain, model in cfg.teachers.items()]
+    own = {
+        "distill": [f"student.model={cfg.base}", *teachers],
+        "specialize": [f"student.model={cfg.base}"],
+        "merge": [f"base.model={cfg.base}", *teachers],
+    }[arm.command]
+    judged = [f"student.model={cfg.run_dir}/{trained}/student", f"base.model={cfg.base}", *teachers, f"cache={cfg.run_dir}/evaluations"]
+    making = joined([*cfg.settings.get(arm.command, []), *own, *arm.overrides])
+    judging = joined([*cfg.settings.get("evaluate", []), *judged])
+    return {
+        trained: StageConfig(command=arm.command, overrides=making, processes=arm.processes, after=list(cfg.stages), seed=seed),
+        f"{trained}-{EVALUATION}": StageConfig(command="evaluate", overrides=judging, processes=1, after=[trained]),
+    }
+
+
+def joined(overrides: list[str]) -> list[str]:
+    """Overrides of which the last of each key counts: Hydra refuses a group that is chosen twice, as experiment=A experiment=B."""
+    last = {override.partition("=")[0]: number for number, override in enumerate(overrides)}
+    return [override for number, override in enumerate(overrides) if last[override.partition("=")[0]] == number]

@@ -1,0 +1,117 @@
+"""The tables of a comparison, from the summaries of its finished arms (opd/compare_summary.py).
+
+An arm with several seeds shows each of them: a mean of three with its spread would say more than three runs can tell. Recovery is accuracy over the teacher's
+on a domain; "lowest" is that of the domain that recovers least, and "mean" over the domains, of one run each. "all" is the accuracy over all held-out prompts
+together with its 95 % interval, of all seeds together, and so is the difference from the first method, whose intervals overlap with it where
+neither can be said to win.
+"""
+
+import math
+from pathlib import Path
+from typing import Any
+
+from opd.compare_config import CompareConfig
+from opd.compare_summary import Summaries
+from opd.console import print_table
+from opd.intervals import Interval, Z, proportion
+
+FLOOR_SHARE = 0.9
+"""A certificate that guarantees less than this much of the teacher's accuracy says little."""
+
+
+def print_tables(cfg: CompareConfig, summaries: Summaries, results: Path) -> None:
+    """Both tables, and what is not finished; a table of what is there also stands in RESULTS/table.md."""
+    names = [name for name in cfg.arms if (name, 0) in summaries]
+    missing = [f"{name}-{seed}" for name, arm in cfg.arms.items() for seed in range(arm.seeds) if (name, seed) not in summaries]
+    if names:
+        header, rows = overview(summaries, names)
+        caption = "recovery and floors of each seed; student tokens and seconds of the first; * one seed alone; † made of another base or other teachers"
+        print_table("", header, rows, caption)
+        of_domains, domain_rows = domain_table(summaries, names)
+        print_table("", of_domains, domain_rows, "recovery of each domain, the lowest of an arm's seeds")
+        (results / "table.md").write_text(markdown(header, rows) + "\n" + markdown(of_domains, domain_rows))
+    if missing:
+        print(f"not finished: {', '.join(missing)}")
+    if names:
+        print(f"summaries in {results}")
+
+
+def overview(summaries: Summaries, names: list[str]) -> tuple[list[str], list[list[str]]]:
+    """(header, a row for each arm)."""
+    header = ["arm", "role", "lowest recovery", "mean recovery", "accuracy on all", "less the first's", f"floors >= {FLOOR_SHARE}", "student tokens", "seconds"]
+    first = _all_prompts(_seeds(summaries, names[0]))
+    models = summaries[names[0], 0]["models"]
+    rows = []
+    for name in names:
+        runs = _seeds(summaries, name)
+        own = _all_prompts(runs)
+        mark = ("" if len(runs) > 1 else "*") + ("" if all(run["models"] == models for run in runs) else "†")
+        lowest = " ".join(_lowest(run) for run in runs)
+        mean = " ".join(f"{_mean_recovery(run):.3f}" for run in runs)
+        floors = " ".join(str(num_floors(run["evaluation"])) for run in runs)
+        budget = runs[0]["budget"]
+        difference = "" if name == names[0] else _cell(_difference(own, first), "+")
+        tokens = f"{budget['student_tokens']:,}"
+        rows.append([runs[0]["label"] + mark, runs[0]["role"], lowest, mean, _cell(own[0]), difference, floors, tokens, f"{budget['seconds']:.0f}"])
+    return header, rows
+
+
+def domain_table(summaries: Summaries, names: list[str]) -> tuple[list[str], list[list[str]]]:
+    """(header, a row for each domain): accuracy of base and teacher, and each arm's lowest recovery over its seeds."""
+    domains = summaries[names[0], 0]["evaluation"]["domains"]
+    rows = []
+    for domain, record in domains.items():
+        recoveries = [min(recovery_of(run["evaluation"]["domains"][domain]) for run in _seeds(summaries, name)) for name in names]
+        base = "" if "base" not in record else f"{record['base']['accuracy']:.3f}"
+        rows.append([domain, base, f"{record['teacher']['accuracy']:.3f}", *(f"{recovery:.3f}" for recovery in recoveries)])
+    return ["domain", "base", "teacher", *(summaries[name, 0]["label"] for name in names)], rows
+
+
+def recovery_of(domain: dict[str, Any]) -> float:
+    """Of a domain's record; NaN where it is not defined."""
+    return domain["recovery"]["value"] if isinstance(domain["recovery"], dict) else math.nan
+
+
+def num_floors(evaluation: dict[str, Any]) -> int:
+    """Domains whose certificate guarantees FLOOR_SHARE of the teacher's accuracy."""
+    shares = [domain["certificate"]["share"] for domain in evaluation["domains"].values() if domain["certificate"] is not None]
+    return sum(share is not None and share >= FLOOR_SHARE for share in shares)
+
+
+def markdown(header: list[str], rows: list[list[str]]) -> str:
+    """A table for a README."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |\n" for line in lines)
+
+
+def _seeds(summaries: Summaries, name: str) -> list[dict[str, Any]]:
+    return [summary for (arm, _), summary in sorted(summaries.items()) if arm == name]
+
+
+def _lowest(run: dict[str, Any]) -> str:
+    recoveries = {name: recovery_of(domain) for name, domain in run["evaluation"]["domains"].items()}
+    name = min(recoveries, key=recoveries.get)
+    return f"{recoveries[name]:.3f} ({name})"
+
+
+def _mean_recovery(run: dict[str, Any]) -> float:
+    recoveries = [recovery_of(domain) for domain in run["evaluation"]["domains"].values()]
+    return sum(recoveries) / len(recoveries)
+
+
+def _all_prompts(runs: list[dict[str, Any]]) -> tuple[Interval, int]:
+    """(accuracy over all prompts of all runs, their number)."""
+    students = [domain["student"] for run in runs for domain in run["evaluation"]["domains"].values()]
+    prompts = sum(student["prompts"] for student in students)
+    return proportion(sum(student["accuracy"] * student["prompts"] for student in students), prompts), prompts
+
+
+def _difference(own: tuple[Interval, int], other: tuple[Interval, int]) -> Interval:
+    """Of two accuracies, as if their prompts were independent: wider than a paired interval would be."""
+    variance = sum(found.value * (1 - found.value) / prompts for found, prompts in (own, other))
+    value, half = own[0].value - other[0].value, Z * math.sqrt(variance)
+    return Interval(value, value - half, value + half)
+
+
+def _cell(interval: Interval, sign: str = "") -> str:
+    return f"{interval.value:{sign}.3f} [{interval.low:{sign}.3f}, {interval.high:{sign}.3f}]"

@@ -1,0 +1,154 @@
+"""Comparisons: which stages an arm becomes, what is skipped, budgets, and tables from summaries alone."""
+
+import json
+import re
+from dataclasses import asdict
+
+import pytest
+
+from opd.__main__ import load_config
+from opd.compare import arm_stages, compare, joined, matched_arm, unfinished
+from opd.compare_summary import Budget, arm_identity, measure, read_summaries, write_summary
+from opd.compare_table import domain_table, markdown, num_floors, overview
+from opd.pipeline_config import PipelineConfig
+from opd.stages import plan
+
+
+def configured(*overrides: str):
+    return load_config("compare", ["experiment=twelve_domains", "logger=none", *overrides])
+
+
+def summary(cfg, arm: str, seed: int, accuracy: dict[str, float], budget: Budget = Budget(steps=10, student_tokens=100, seconds=5.0), models=("b", "t")):  # noqa: B008
+    """A summary as `compare` writes it, of a student with these accuracies beside teachers that are always right."""
+    domains = {}
+    for name, share in accuracy.items():
+        roles = {"base": {"accuracy": 0.5, "prompts": 100}, "teacher": {"accuracy": 1.0, "prompts": 100}, "student": {"accuracy": share, "prompts": 100}}
+        domains[name] = roles | {"recovery": {"value": share, "low": share, "high": share}, "certificate": {"share": share - 0.05}}
+    return {
+        "schema": 1, "arm": arm, "label": cfg.arms[arm].label or arm, "role": cfg.arms[arm].role.value, "seed": seed,
+        "identity": arm_identity(cfg, cfg.arms[arm], seed), "budget": asdict(budget),
+        "models": {"base": models[0], "teachers": {"sorting": models[1]}}, "evaluation": {"domains": domains},
+    }  # fmt: skip
+
+
+def planned(*names: str) -> int:
+    """The number of stages of the shipped comparison with these arms; that they can be planned says that their settings compose."""
+    cfg = configured()
+    stages = dict(cfg.stages)
+    for name in names:
+        stages |= arm_stages(cfg, name, cfg.arms[name], 0)
+    return len(plan(PipelineConfig(run_dir=cfg.run_dir, logger=cfg.logger, stages=stages)))
+
+
+def test_an_arm_of_each_command_is_two_stages_whose_settings_compose():
+    assert planned("opd", "grpo", "ties") == 13 + 2 * 3
+
+
+@pytest.mark.slow
+def test_every_arm_of_the_shipped_comparison_composes():
+    names = [name for name, arm in configured().arms.items() if arm.seconds_of is None]
+    assert planned(*names) == 13 + 2 * len(names)
+
+
+def test_seeds_come_in_turns_so_that_every_arm_has_its_first_before_any_has_its_second(tmp_path):
+    cfg = configured("only=[opd,forward_kl]")
+    arms = {name: cfg.arms[name] for name in ("opd", "forward_kl")}
+    assert list(unfinished(cfg, arms, tmp_path)) == [("opd", 0), ("forward_kl", 0), ("opd", 1), ("opd", 2)]
+
+
+def test_an_arm_with_a_summary_of_the_same_settings_is_not_run_again(tmp_path):
+    cfg = configured()
+    arms = {"opd": cfg.arms["opd"]}
+    write_summary(tmp_path, summary(cfg, "opd", 1, {"sorting": 1.0}))
+    assert list(unfinished(cfg, arms, tmp_path)) == [("opd", 0), ("opd", 2)]
+    changed = configured("settings.evaluate=['experiment=twelve_domains_evaluation','evaluation.prompts=8']")
+    assert list(unfinished(changed, arms, tmp_path)) == [("opd", 0), ("opd", 1), ("opd", 2)]
+
+
+def test_an_arm_with_anothers_seconds_gets_the_steps_that_take_as_long(tmp_path):
+    cfg = configured()
+    write_summary(tmp_path, summary(cfg, "opd", 0, {"sorting": 1.0}, Budget(steps=300, student_tokens=1, seconds=900.0)))
+    write_summary(tmp_path, summary(cfg, "sft", 0, {"sorting": 1.0}, Budget(steps=300, student_tokens=1, seconds=600.0)))
+    arm = matched_arm(cfg, cfg.arms["sft_seconds"], tmp_path)
+    assert arm.command == "distill"
+    assert arm.overrides == [*cfg.arms["sft"].overrides, "warmup.steps=450"]
+    with pytest.raises(ValueError, match="needs grpo to be finished"):
+        matched_arm(cfg, cfg.arms["grpo_seconds"], tmp_path)
+
+
+def test_the_last_override_of_a_key_counts():
+    assert joined(["experiment=a", "num_steps=3", "experiment=b", "~domains.x", "num_steps=4"]) == ["experiment=b", "~domains.x", "num_steps=4"]
+
+
+def test_a_budget_is_the_sum_over_the_steps_of_the_warmup_and_of_the_run(tmp_path):
+    first = {"step": 0, "warmup/steps": 7, "warmup/tokens": 70, "warmup/seconds": 3.5, "seconds/step": 99.0}
+    steps = [{"step": number, "step/completion_tokens": 10 * number, "seconds/rollout": 0.5, "seconds/update": 0.25, "seconds/step": 50.0} for number in (1, 2)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in [first, *steps]))
+    assert measure(tmp_path, "distill") == Budget(steps=9, student_tokens=100, seconds=5.0)
+
+
+def test_the_overview_shows_each_seed_and_marks_one_seed_and_other_teachers(tmp_path):
+    cfg = configured()
+    for seed in range(3):
+        write_summary(tmp_path, summary(cfg, "opd", seed, {"sorting": 0.98, "tools": 0.96 + 0.01 * seed}))
+    write_summary(tmp_path, summary(cfg, "ties", 0, {"sorting": 0.7, "tools": 0.9}, models=("b", "other")))
+    _, [first, second] = overview(read_summaries(tmp_path), ["opd", "ties"])
+    assert first[:4] == ["on-policy distillation", "method", "0.960 (tools) 0.970 (tools) 0.980 (sorting)", "0.970 0.975 0.980"]
+    assert first[4].startswith("0.975 [")
+    assert second[0] == "TIES*†"
+    assert second[2:4] == ["0.700 (sorting)", "0.800"]
+    assert second[5].startswith("-0.175 [-0.2")
+
+
+def test_domains_have_the_lowest_recovery_of_an_arms_seeds(tmp_path):
+    cfg = configured()
+    for seed, share in enumerate((0.98, 0.93, 0.97)):
+        write_summary(tmp_path, summary(cfg, "opd", seed, {"sorting": share}))
+    header, rows = domain_table(read_summaries(tmp_path), ["opd"])
+    assert header == ["domain", "base", "teacher", "on-policy distillation"]
+    assert rows == [["sorting", "0.500", "1.000", "0.930"]]
+    assert markdown(header, rows).splitlines()[2] == "| sorting | 0.500 | 1.000 | 0.930 |"
+
+
+def test_a_floor_counts_from_nine_tenths_of_the_teacher():
+    cfg = configured()
+    assert num_floors(summary(cfg, "opd", 0, {"a": 0.96, "b": 0.94, "c": 1.0})["evaluation"]) == 2
+
+
+def test_a_table_is_made_of_summaries_alone(tmp_path, capsys):
+    cfg = configured(f"results={tmp_path}", "table_only=true")
+    write_summary(tmp_path, summary(cfg, "opd", 0, {"sorting": 1.0}))
+    compare(cfg)
+    printed = capsys.readouterr().out
+    assert "on-policy distillation*" in printed
+    assert "not finished: opd-1, opd-2, sft-0" in printed
+    assert "| on-policy distillation* | method | 1.000 (sorting) |" in (tmp_path / "table.md").read_text()
+
+
+def test_a_file_that_is_no_summary_is_refused(tmp_path):
+    (tmp_path / "opd-0.json").write_text('{"schema": 2}')
+    with pytest.raises(ValueError, match="is no summary of a comparison"):
+        read_summaries(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "sentence"),
+    [
+        (["only=[none]"], "only names none, which is no arm: there are opd, sft"),
+        (["+arms={mine: {command: export}}"], "arms.mine runs 'export': use distill, specialize, merge"),
+        (["+arms={mine: {seconds_of: opd}}"], "arms.mine needs both seconds_of and like, or neither"),
+        (["+arms={mine: {seconds_of: opd, like: sft_seconds}}"], "arms.mine names sft_seconds, which is not an arm with steps of its own"),
+        (["+arms={a-b: {command: distill}}"], "arm 'a-b' cannot name a stage"),
+        (["arms.opd.seeds=0"], "arms.opd.seeds must be at least 1"),
+        (["+settings.export=[]"], "settings.export is of no command of a comparison"),
+    ],
+)
+def test_arms_that_cannot_be_run_are_refused(overrides, sentence):
+    with pytest.raises(ValueError, match=re.escape(sentence)):
+        configured(*overrides)
+
+
+def test_without_a_comparison_there_is_nothing_to_compare():
+    with pytest.raises(ValueError, match="choose a comparison, as in `opd compare experiment=twelve_domains`"):
+        compare(load_config("compare", []))
+
