@@ -13,7 +13,9 @@ An arm whose summary is there, with the same settings, is not run again, nor are
 of base and teachers: the table marks arms that were made of others.
 """
 
+import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -34,9 +36,10 @@ def compare(cfg: CompareConfig) -> None:
     if not cfg.table_only:
         chosen = {name: arm for name, arm in cfg.arms.items() if cfg.only is None or name in cfg.only}
         _run(cfg, {name: arm for name, arm in chosen.items() if arm.seconds_of is None}, results)
-        matched = {name: arm for name, arm in chosen.items() if arm.seconds_of is not None}
-        if matched:
-            _run(cfg, {name: matched_arm(cfg, arm, results) for name, arm in matched.items()}, results)
+        matched = {name: matched_arm(cfg, arm, results) for name, arm in chosen.items() if arm.seconds_of is not None}
+        if cfg.fresh:
+            _forget(cfg, matched)
+        _run(replace(cfg, fresh=False), matched, results)
     print_tables(cfg, read_summaries(results), results)
 
 
@@ -85,13 +88,23 @@ def _keep(cfg: CompareConfig, arms: dict[str, ArmConfig], results: Path, stage: 
         write_summary(results, summarize(cfg, name, arms[name], int(seed)))
 
 
+def _forget(cfg: CompareConfig, arms: dict[str, ArmConfig]) -> None:
+    """Delete what the stages of some arms have written."""
+    for name, arm in arms.items():
+        for seed in range(arm.seeds):
+            (results_folder(cfg) / f"{name}-{seed}.json").unlink(missing_ok=True)
+            for stage in arm_stages(cfg, name, arm, seed):
+                shutil.rmtree(Path(cfg.run_dir) / stage, ignore_errors=True)
+                (Path(cfg.run_dir) / "stages" / f"{stage}.json").unlink(missing_ok=True)
+
+
 def unfinished(cfg: CompareConfig, arms: dict[str, ArmConfig], results: Path) -> Iterator[tuple[str, int]]:
     """(arm, seed) of those without a summary of the same settings; seed by seed, so that every arm has its first before any has its second."""
-    found = read_summaries(results)
+    found = {} if cfg.fresh else read_summaries(results)
     for seed in range(max((arm.seeds for arm in arms.values()), default=0)):
         for name, arm in arms.items():
             is_finished = (name, seed) in found and found[name, seed]["identity"] == arm_identity(cfg, arm, seed)
-            if seed < arm.seeds and (cfg.fresh or not is_finished):
+            if seed < arm.seeds and not is_finished:
                 yield name, seed
 
 

@@ -15,8 +15,8 @@ from opd.config import SCHEMAS
 from opd.config import StudentConfig as Student
 from opd.distributed import open_store, rank_environment
 from opd.pipeline_config import PipelineConfig, StageConfig
-from opd.stages import plan
 from opd.slurm import slurm_ranks
+from opd.stages import plan
 from opd.student import build_student
 from rollout.config import ModelConfig, ServerConfig
 from rollout.model import load_model, load_tokenizer
