@@ -87,7 +87,7 @@ def summarize(cfg: CompareConfig, name: str, arm: ArmConfig, seed: int) -> dict[
 def write_summary(results: Path, summary: dict[str, Any]) -> None:
     """RESULTS/ARM-SEED.json."""
     results.mkdir(parents=True, exist_ok=True)
-    replace_text(results / f"{summary['arm']}-{summary['seed']}.json", json.dumps(summary, indent=1) + "\n")
+    replace_text(results / f"{summary['arm']}-{summary['seed']}.json", json.dumps(summary) + "\n")
 
 
 def read_summaries(results: Path) -> Summaries:
