@@ -20,8 +20,9 @@ def test_the_loop_fits_on_a_page():
     assert _depth(function.body) <= 3
 
 
-def test_the_readme_has_at_most_200_lines():
-    assert len(README.splitlines()) <= 200
+def test_the_readme_has_at_most_240_lines():
+    """A newcomer reads it whole; the tables of results are 30 of them."""
+    assert len(README.splitlines()) <= 240
 
 
 def test_the_tree_of_the_readme_names_every_file_and_no_other():
