@@ -1,5 +1,6 @@
 """Comparisons: which stages an arm becomes, what is skipped, budgets, and tables from summaries alone."""
 
+import functools
 import json
 import re
 from dataclasses import asdict
@@ -14,7 +15,9 @@ from opd.pipeline_config import PipelineConfig
 from opd.stages import plan
 
 
+@functools.cache
 def configured(*overrides: str):
+    """The shipped comparison; composed once, and changed by no test."""
     return load_config("compare", ["experiment=twelve_domains", "logger=none", *overrides])
 
 
