@@ -11,7 +11,7 @@ from opd.__main__ import load_config
 from opd.compare import arm_stages, compare, joined, matched_arm, unfinished
 from opd.compare_summary import Budget, arm_identity, measure, read_summaries, write_summary
 from opd.compare_table import domain_table, markdown, num_floors, overview
-from opd.pipeline_config import PipelineConfig
+from opd.pipeline_config import PipelineConfig, StageConfig
 from opd.stages import plan
 
 
@@ -34,23 +34,28 @@ def summary(cfg, arm: str, seed: int, accuracy: dict[str, float], budget: Budget
     }  # fmt: skip
 
 
-def planned(*names: str) -> int:
-    """The number of stages of the shipped comparison with these arms; that they can be planned says that their settings compose."""
+def stages_of(*names: str) -> dict[str, StageConfig]:
     cfg = configured()
-    stages = dict(cfg.stages)
-    for name in names:
-        stages |= arm_stages(cfg, name, cfg.arms[name], 0)
-    return len(plan(PipelineConfig(run_dir=cfg.run_dir, logger=cfg.logger, stages=stages)))
+    return {stage: found for name in names for stage, found in arm_stages(cfg, name, cfg.arms[name], 0).items()}
 
 
 def test_an_arm_of_each_command_is_two_stages_whose_settings_compose():
-    assert planned("opd", "grpo", "ties") == 13 + 2 * 3
+    stages = stages_of("grpo", "ties")
+    assert list(stages) == ["grpo-0", "grpo-0-evaluation", "ties-0", "ties-0-evaluation"]
+    composed = {name: load_config(stage.command, stage.overrides) for name, stage in stages.items()}
+    assert composed["grpo-0"].student.model == composed["ties-0"].base.model == "runs/twelve_domains/base/student"
+    assert composed["ties-0-evaluation"].student.model == "runs/twelve_domains/ties-0/student"
+    assert composed["ties-0"].domains["sorting"].teacher.model == "runs/twelve_domains/teacher_sorting/student"
 
 
 @pytest.mark.slow
-def test_every_arm_of_the_shipped_comparison_composes():
-    names = [name for name, arm in configured().arms.items() if arm.seconds_of is None]
-    assert planned(*names) == 13 + 2 * len(names)
+@pytest.mark.parametrize("experiment", ["twelve_domains", "off_support"])
+def test_every_stage_of_a_shipped_comparison_composes(experiment):
+    cfg = load_config("compare", [f"experiment={experiment}", "logger=none"])
+    stages = dict(cfg.stages)
+    for name, arm in cfg.arms.items():
+        stages |= {} if arm.seconds_of else arm_stages(cfg, name, arm, 0)
+    assert len(plan(PipelineConfig(run_dir=cfg.run_dir, logger=cfg.logger, stages=stages))) == len(stages)
 
 
 def test_seeds_come_in_turns_so_that_every_arm_has_its_first_before_any_has_its_second(tmp_path):
