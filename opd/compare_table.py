@@ -10,13 +10,17 @@ import math
 from pathlib import Path
 from typing import Any
 
-from opd.compare_config import CompareConfig
+from opd.compare_config import ArmRole, CompareConfig
 from opd.compare_summary import Summaries
 from opd.console import print_table
 from opd.intervals import Interval, Z, proportion
 
 FLOOR_SHARE = 0.9
 """A certificate that guarantees less than this much of the teacher's accuracy says little."""
+
+
+ELICITED = 0.9
+"""A control that recovers this much of a domain shows that the base had its skill."""
 
 
 def print_tables(cfg: CompareConfig, summaries: Summaries, results: Path) -> None:
@@ -30,6 +34,8 @@ def print_tables(cfg: CompareConfig, summaries: Summaries, results: Path) -> Non
         of_domains, domain_rows = domain_table(summaries, names)
         print_table("", of_domains, domain_rows, "recovery of each domain, the lowest of an arm's seeds")
         (results / "table.md").write_text(markdown(header, rows) + "\n" + markdown(of_domains, domain_rows))
+        for line in elicited(summaries, [name for name in names if cfg.arms[name].role is ArmRole.control]):
+            print(line)
     if missing:
         print(f"not finished: {', '.join(missing)}")
     if names:
@@ -65,6 +71,17 @@ def domain_table(summaries: Summaries, names: list[str]) -> tuple[list[str], lis
         base = "" if "base" not in record else f"{record['base']['accuracy']:.3f}"
         rows.append([domain, base, f"{record['teacher']['accuracy']:.3f}", *(f"{recovery:.3f}" for recovery in recoveries)])
     return ["domain", "base", "teacher", *(summaries[name, 0]["label"] for name in names)], rows
+
+
+def elicited(summaries: Summaries, controls: list[str]) -> list[str]:
+    """A sentence for each control that recovers a domain without its teacher's opinion: there, what the arms above it show is no proof of distillation."""
+    lines = []
+    for name in controls:
+        domains = summaries[name, 0]["evaluation"]["domains"]
+        found = [f"{domain} {recovery_of(record):.3f}" for domain, record in domains.items() if recovery_of(record) >= ELICITED]
+        if found:
+            lines.append(f"{summaries[name, 0]['label']}, a control, recovers {', '.join(found)}: these domains were elicited there, and need no distillation")
+    return lines
 
 
 def recovery_of(domain: dict[str, Any]) -> float:

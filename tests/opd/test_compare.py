@@ -10,7 +10,7 @@ import pytest
 from opd.__main__ import load_config
 from opd.compare import arm_stages, compare, joined, matched_arm, unfinished
 from opd.compare_summary import Budget, arm_identity, measure, read_summaries, write_summary
-from opd.compare_table import domain_table, markdown, num_floors, overview
+from opd.compare_table import domain_table, elicited, markdown, num_floors, overview
 from opd.pipeline_config import PipelineConfig, StageConfig
 from opd.stages import plan
 
@@ -116,6 +116,14 @@ def test_domains_have_the_lowest_recovery_of_an_arms_seeds(tmp_path):
     assert header == ["domain", "base", "teacher", "on-policy distillation"]
     assert rows == [["sorting", "0.500", "1.000", "0.930"]]
     assert markdown(header, rows).splitlines()[2] == "| sorting | 0.500 | 1.000 | 0.930 |"
+
+
+def test_a_control_that_recovers_a_domain_is_named_with_it(tmp_path):
+    cfg = configured()
+    write_summary(tmp_path, summary(cfg, "constant_penalty", 0, {"sorting": 0.95, "tools": 0.4}))
+    write_summary(tmp_path, summary(cfg, "wrong_teacher", 0, {"sorting": 0.1, "tools": 0.2}))
+    [line] = elicited(read_summaries(tmp_path), ["constant_penalty", "wrong_teacher"])
+    assert line.startswith("constant penalty, a control, recovers sorting 0.950: ")
 
 
 def test_a_floor_counts_from_nine_tenths_of_the_teacher():
