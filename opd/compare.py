@@ -49,13 +49,17 @@ def results_folder(cfg: CompareConfig) -> Path:
 
 
 def matched_arm(cfg: CompareConfig, arm: ArmConfig, results: Path) -> ArmConfig:
-    """An arm with as many steps as take the seconds of another. Raises ValueError where those that it follows from are not finished."""
-    found = read_summaries(results)
+    """An arm with as many steps as take the seconds of another, of each the fastest seed, since others may have shared the machine with more.
+
+    Raises ValueError where no seed of an arm that it follows from is finished.
+    """
+    fastest = {}
     for name in (arm.like, arm.seconds_of):
-        if (name, 0) not in found:
+        budgets = [summary["budget"] for (other, _), summary in read_summaries(results).items() if other == name]
+        if not budgets:
             raise ValueError(f"the arm that is to have the seconds of {arm.seconds_of} needs {name} to be finished: take {name} into `only`")
-    like, other = found[arm.like, 0]["budget"], found[arm.seconds_of, 0]["budget"]
-    steps = max(1, round(like["steps"] * other["seconds"] / like["seconds"]))
+        fastest[name] = min(budgets, key=lambda budget: budget["seconds"])
+    steps = max(1, round(fastest[arm.like]["steps"] * fastest[arm.seconds_of]["seconds"] / fastest[arm.like]["seconds"]))
     model = cfg.arms[arm.like]
     return ArmConfig(
         label=arm.label,

@@ -75,7 +75,8 @@ def test_an_arm_with_a_summary_of_the_same_settings_is_not_run_again(tmp_path):
 
 def test_an_arm_with_anothers_seconds_gets_the_steps_that_take_as_long(tmp_path):
     cfg = configured()
-    write_summary(tmp_path, summary(cfg, "opd", 0, {"sorting": 1.0}, Budget(steps=300, student_tokens=1, seconds=900.0)))
+    for seed, seconds in enumerate((1200.0, 900.0)):  # the first beside other work
+        write_summary(tmp_path, summary(cfg, "opd", seed, {"sorting": 1.0}, Budget(steps=300, student_tokens=1, seconds=seconds)))
     write_summary(tmp_path, summary(cfg, "sft", 0, {"sorting": 1.0}, Budget(steps=300, student_tokens=1, seconds=600.0)))
     arm = matched_arm(cfg, cfg.arms["sft_seconds"], tmp_path)
     assert arm.command == "distill"
