@@ -18,6 +18,9 @@
     RUN/students/            opd/checkpoint_model.py: models of checkpoints that were asked for as RUN@STEP
     RUN/evaluation.json      opd/comparison.py (in a folder of `opd evaluate`)
     RUN/export.json          opd/export.py (in a folder of `opd export`)
+    RUN/merge.json           opd/merge.py (in a folder of `opd merge`)
+    RUN/stages/              opd/stages.py (in a folder of `opd pipeline` or `opd compare`), with a folder for each stage
+    RUN/results/             opd/compare.py (in a folder of `opd compare`)
     RUN/divergence.csv       opd/bench_divergence.py (in a folder of `opd bench`)
     RUN/qat.csv              opd/bench_qat.py (the same)
     RUN/teachers.csv         opd/bench_teachers.py (the same)
