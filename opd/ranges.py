@@ -4,6 +4,7 @@ A field is known by its name, whichever dataclass it stands in.
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any
 
@@ -72,7 +73,16 @@ def check_schedules(cfg: Any) -> None:
         schedule_value(domain.loss_weight, 0, f"domains.{name}.loss_weight")
         read_grader(domain.grader, f"domains.{name}.grader")
     if "slip_rate" in names:
-        schedule_value(cfg.slip_rate, 0, "slip_rate")
+        _check_rates(cfg.slip_rate, cfg.repair_rate)
+
+
+def _check_rates(slip_rate: Any, repair_rate: Any) -> None:
+    """Raises ValueError for shares of the examples that are no schedules, or more than all of them together from some step on."""
+    steps = {0} | {int(step) for schedule in (slip_rate, repair_rate) if isinstance(schedule, Mapping) for step in schedule}
+    for step in sorted(steps, key=lambda step: (step != 0, step)):  # what does not begin at step 0 is refused as that
+        slip, repair = schedule_value(slip_rate, step, "slip_rate"), schedule_value(repair_rate, step, "repair_rate")
+        if repair and slip + repair > 1:
+            raise ValueError(f"slip_rate={slip:g} and repair_rate={repair:g} are shares of the same examples, more than all at step {step}: lower one")
 
 
 def check_evaluated(domains: dict[str, DomainConfig]) -> None:

@@ -260,6 +260,11 @@ def schedule_value(schedule: Any, step: int, name: str) -> float:
     return steps[max(start for start in steps if start <= step)]
 
 
+def schedule_values(schedule: Any) -> list[Any]:
+    """All values of a schedule, in the order of their steps; of a number, itself."""
+    return [schedule[start] for start in sorted(schedule, key=int)] if isinstance(schedule, Mapping) else [schedule]
+
+
 def _number(value: Any, name: str) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
         raise ValueError(f"{name} must be a number >= 0 or a schedule such as {{0: 1.0, 200: 0.5}}, not {value!r}")

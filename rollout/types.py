@@ -53,13 +53,14 @@ class Rollout:
         return int(self.completion_mask_T.sum())
 
 
-def completed(prompt: Prompt, tokens: list[int]) -> Rollout:
-    """A prompt with a completion that no one sampled, such as its reference answer; every token enters the loss."""
+def completed(prompt: Prompt, tokens: list[int], is_left_out: list[bool] | None = None) -> Rollout:
+    """A prompt with a completion that no one sampled, such as its reference answer; every token enters the loss, but those that is_left_out says."""
     completion_T = torch.tensor(tokens)
+    mask_T = torch.ones_like(completion_T, dtype=torch.bool) if is_left_out is None else ~torch.tensor(is_left_out)
     return Rollout(
         prompt=prompt,
         completion_T=completion_T,
-        completion_mask_T=torch.ones_like(completion_T, dtype=torch.bool),
+        completion_mask_T=mask_T,
         logprob_T=torch.zeros(len(tokens)),
         sample=0,
         finished=True,
