@@ -72,8 +72,21 @@ def check_schedules(cfg: Any) -> None:
         schedule_value(domain.prompts.share, 0, f"domains.{name}.prompts.share")
         schedule_value(domain.loss_weight, 0, f"domains.{name}.loss_weight")
         read_grader(domain.grader, f"domains.{name}.grader")
+        _check_perturbation(domain, f"domains.{name}.perturbation")
     if "slip_rate" in names:
         _check_rates(cfg.slip_rate, cfg.repair_rate)
+
+
+def _check_perturbation(domain: DomainConfig, name: str) -> None:
+    cfg = domain.perturbation
+    if cfg is None:
+        return
+    if not 0 < cfg.rate <= 1:
+        raise ValueError(f"{name}.rate must be above 0 and at most 1, not {cfg.rate}: without a perturbation write {name}=null")
+    if len(cfg.alphabet) < 2:
+        raise ValueError(f"{name}.alphabet={cfg.alphabet} has no token to replace another by: name two texts of one token each, or more")
+    if domain.grader is None:
+        raise ValueError(f"{name} would be ignored without a grader, since accuracy is all that it measures: set the domain's grader, or write {name}=null")
 
 
 def _check_rates(slip_rate: Any, repair_rate: Any) -> None:

@@ -149,6 +149,18 @@ class SamplingConfig:
         return None if self.truncates or self.temperature == 0 else self.temperature
 
 
+@dataclass(slots=True)
+class PerturbationConfig:
+    """What an environment does to sampled tokens, in an evaluation (rollout/perturbation.py).
+
+    rate: chance of each token of the alphabet to be replaced by another of it; above 0, 1 at most.
+    alphabet: texts of one token each, two at least, such as the digits.
+    """
+
+    rate: float = 0.1
+    alphabet: list[str] = field(default_factory=list)
+
+
 class SamplerKind(Enum):
     """Who draws the rollouts: the trainer's own process, processes beside it that may die and are replaced, or running vLLM servers."""
 

@@ -32,7 +32,8 @@ class Rollout:
 
     completion_T: int64 ids, the end-of-sequence token included when it was sampled.
     completion_mask_T: bool; True on tokens that enter the loss (environment tokens of an agent are False).
-    logprob_T: float32 log-probability of each token under the policy and temperature that sampled it.
+    logprob_T: float32 log-probability of each token under the policy and temperature that sampled it; NaN where it was put in place of the sampled one
+        (rollout/perturbation.py).
     routes_TMK: uint8 or int16, the experts chosen in each layer for the state that predicted each token (rollout/routes.py); None: not recorded.
     sample: index among the completions of the same prompt.
     finished: the completion ended with an end-of-sequence token; False is a truncated one.
