@@ -79,14 +79,14 @@ def check_schedules(cfg: Any) -> None:
 
 def _check_perturbation(domain: DomainConfig, name: str) -> None:
     cfg = domain.perturbation
-    if cfg is None:
+    if not 0 <= cfg.rate <= 1:
+        raise ValueError(f"{name}.rate must be from 0 to 1, not {cfg.rate}")
+    if not cfg.rate:
         return
-    if not 0 < cfg.rate <= 1:
-        raise ValueError(f"{name}.rate must be above 0 and at most 1, not {cfg.rate}: without a perturbation write {name}=null")
     if len(cfg.alphabet) < 2:
         raise ValueError(f"{name}.alphabet={cfg.alphabet} has no token to replace another by: name two texts of one token each, or more")
     if domain.grader is None:
-        raise ValueError(f"{name} would be ignored without a grader, since accuracy is all that it measures: set the domain's grader, or write {name}=null")
+        raise ValueError(f"{name} would be ignored without a grader, since accuracy is all that it measures: set the domain's grader, or {name}.rate=0")
 
 
 def _check_rates(slip_rate: Any, repair_rate: Any) -> None:

@@ -153,11 +153,11 @@ class SamplingConfig:
 class PerturbationConfig:
     """What an environment does to sampled tokens, in an evaluation (rollout/perturbation.py).
 
-    rate: chance of each token of the alphabet to be replaced by another of it; above 0, 1 at most.
+    rate: chance of each token of the alphabet to be replaced by another of it; 0 replaces none, and nothing is measured.
     alphabet: texts of one token each, two at least, such as the digits.
     """
 
-    rate: float = 0.1
+    rate: float = 0.0
     alphabet: list[str] = field(default_factory=list)
 
 
