@@ -1,9 +1,9 @@
 """Self-repair: a completion in which one character takes back the one before it, as the backspace key does.
 
-A model that is to mend its own mistakes must have seen some, and one that makes them leaves them as they are (`mistyped`). `repaired_answer` writes an answer with injected errors that are taken back at once:
-a wrong character, perhaps further ones after it, and as many backspaces. The wrong characters are named by their positions, for they are to be left
-out of the loss: learnt is how to go on after a mistake, not to make it. (Left in, they would teach a rate of errors; errors that are seen only when the
-answer is complete were rejected, since everything after the first one would have to be typed again.)
+A model that is to mend its own mistakes must have seen some; one that makes them leaves them as they are (`mistyped`). `repaired_answer` writes an answer
+with injected errors that are taken back at once: a wrong character, perhaps further ones after it, and as many backspaces. The wrong characters are named by
+their positions, for they are to be left out of the loss: learnt is how to go on after a mistake, not to make it. (Left in, they would teach a rate of
+errors; errors that are seen only when the answer is complete were rejected, since everything after the first one would have to be typed again.)
 """
 
 import random

@@ -179,6 +179,7 @@ evaluate(load_config("evaluate", json.loads(sys.argv[1])))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.multi
 def test_two_ranks_find_the_perturbed_accuracy_of_one(saved_v4, tmp_path):
     """The scores are the share of digits, so that they tell completions apart; one perturbed token more or less would show."""

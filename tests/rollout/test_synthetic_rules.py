@@ -199,7 +199,8 @@ def test_a_slip_is_what_the_domains_misconception_gives_unless_that_is_right(dom
 def test_the_slips_of_backspace_are_wrong_now_here_now_there_and_by_any_digit():
     """600 slips of six digits: one place is wrong for certain, and each of the others by a fifth."""
     rows = synthetic_rows("backspace", "train", 600)
-    wrong = [(place, int(slip) - int(right)) for row in rows for place, (slip, right) in enumerate(zip(row["slip"], row["answer"], strict=True)) if slip != right]
+    pairs = [(place, int(slip) - int(right)) for row in rows for place, (slip, right) in enumerate(zip(row["slip"], row["answer"], strict=True))]
+    wrong = [(place, distance) for place, distance in pairs if distance]
     assert len(wrong) == pytest.approx(600 * (1 + 5 * 0.2), abs=5 * (600 * 5 * 0.16) ** 0.5)
     assert all(count > 600 * 2 / 6 / 1.5 for count in Counter(place for place, _ in wrong).values())
     assert {distance for _, distance in wrong} == {*range(-9, 10)} - {0}
