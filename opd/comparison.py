@@ -11,11 +11,15 @@ the sum of two variances wherever the two find the same prompts hard. Over all d
         "difference": {"value", "low", "high"} | null,
         "certificate": {"floor", "low", "share", "holds"} | null,
         "kl": {"base", "student": {"per_token": {"value", "low", "high"}, "per_sequence": {...}}}}},
-     "difference": {"value", "low", "high"} | null, "min_recovery": number | null, "not_graded": [NAME, ...]
-     "lm_eval": {"student", "base": the records of opd/harness.py, where tasks of it were asked for}}
+     "difference": {"value", "low", "high"} | null, "min_recovery": number | null, "not_graded": [NAME, ...],
+     "lm_eval": {"student", "base": the records of opd/harness.py}, where tasks of it were asked for}
+    A domain with a perturbation also has
+        "perturbed": {"rate", "base", "teacher", "student": {"accuracy", "low", "high", "truncated", "replaced"}}
 
 difference: accuracy of the student less that of the base at temperature 1; null without a base or a grader.
 certificate: what the student's divergence says of its accuracy (opd/certificate.py); null without a grader or a divergence.
+perturbed: the same prompts, where each sampled token of the domain's alphabet is replaced with probability `rate` (rollout/perturbation.py); an
+    addition to schema 1, which a reader that does not know it may pass over. Every other figure is of completions without it.
 """
 
 from dataclasses import asdict, dataclass
@@ -26,6 +30,20 @@ from opd.intervals import Interval, mean, ratio
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PerturbedResult:
+    """One model on one domain's held-out prompts, under an environment that replaces tokens.
+
+    rate: chance of a token of the alphabet to be replaced. accuracy: at temperature 1.
+    truncated: share of the completions that hit max_new_tokens. replaced: tokens that were replaced, per completion.
+    """
+
+    rate: float
+    accuracy: Interval
+    truncated: float
+    replaced: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class DomainResult:
     """One model on one domain's held-out prompts.
 
@@ -33,6 +51,7 @@ class DomainResult:
     scores: of each prompt at temperature 1, in the order of the prompts; accuracy: their mean; greedy: at temperature 0; None where the domain has no
         grader.
     kl_per_token, kl_per_sequence: from the domain's teacher, in nats; None where it was not asked for.
+    perturbed: what the domain's perturbation leaves of its accuracy; None where it has none.
     """
 
     prompts: int
@@ -42,6 +61,7 @@ class DomainResult:
     greedy: Interval | None
     kl_per_token: Interval | None
     kl_per_sequence: Interval | None
+    perturbed: PerturbedResult | None = None
 
 
 def comparison(base: dict[str, DomainResult], teacher: dict[str, DomainResult], student: dict[str, DomainResult], dropped: dict[str, int]) -> dict:
@@ -60,6 +80,8 @@ def comparison(base: dict[str, DomainResult], teacher: dict[str, DomainResult], 
         kl = {role: found for role, found in roles.items() if role != "teacher" and found is not None and found.kl_per_token is not None}
         if kl:
             record["kl"] = {role: {"per_token": asdict(r.kl_per_token), "per_sequence": asdict(r.kl_per_sequence)} for role, r in kl.items()}
+        if result.perturbed is not None:
+            record["perturbed"] = _perturbed_record(roles)
         domains[name] = record
     unknown = not recoveries or None in recoveries.values()
     return {
@@ -111,9 +133,19 @@ def _accuracy_record(result: DomainResult) -> dict:
     return {"accuracy": accuracy.value, "low": accuracy.low, "high": accuracy.high, "greedy": result.greedy.value, **counts}
 
 
+def _perturbed_record(roles: dict[str, DomainResult | None]) -> dict:
+    found = {role: result.perturbed for role, result in roles.items() if result is not None}
+    figures = {
+        role: {"accuracy": p.accuracy.value, "low": p.accuracy.low, "high": p.accuracy.high, "truncated": p.truncated, "replaced": p.replaced}
+        for role, p in found.items()
+    }
+    return {"rate": found["student"].rate, **figures}
+
+
 def print_comparison(record: dict) -> None:
-    """The table of a comparison: per domain accuracy of base, teacher and student, recovery, and KL to the teacher. Below it the difference of student and
-    base, where there is one, and the domains with many completions that were cut.
+    """The table of a comparison: per domain accuracy of base, teacher and student, recovery, and KL to the teacher. Below it accuracy under
+    perturbation beside that without, for domains that have one; the difference of student and base, where there is one; and the domains with many
+    completions that were cut.
     """
     roles = ("base", "teacher", "student")
     rows = []
@@ -132,12 +164,30 @@ def print_comparison(record: dict) -> None:
         "with its 95 % interval; KL(student || teacher) in nats per completion; floor: accuracy that it guarantees, and at its upper end"
     )
     print_table("", ["domain", *roles, "recovery", "greedy: " + " ".join(roles), "KL to teacher", "floor"], rows, caption)
+    _print_perturbed(record["domains"])
     if record.get("difference") is not None:
         found = {"all": record} | record["domains"]
         cells = [f"{name} {_interval_cell(part['difference'], '+')}" for name, part in found.items() if part.get("difference") is not None]
         print(f"student less base, accuracy on the same prompts: {'; '.join(cells)}")
     if cut:
         print(f"more than 1 % of the student's completions were cut at max_new_tokens in {', '.join(cut)}: raise evaluation.max_new_tokens")
+
+
+def _print_perturbed(domains: dict[str, dict]) -> None:
+    """Accuracy without and with perturbation, side by side, of the domains that have one."""
+    roles, rows = ("base", "teacher", "student"), []
+    for name, domain in domains.items():
+        perturbed = domain.get("perturbed")
+        if perturbed is not None:
+            cells = [_accuracy_cell(part.get(role)) for role in roles for part in (domain, perturbed)]
+            rows.append([name, f"{perturbed['rate']:g}", *cells, f"{perturbed['student']['replaced']:.2f}"])
+    if rows:
+        caption = "accuracy at temperature 1; perturbed: an environment replaces each sampled token of the domain's alphabet by another, with this probability"
+        titles = [title for role in roles for title in (role, f"{role}, perturbed")]
+        print_table("", ["domain", "probability", *titles, "replaced per answer"], rows, caption)
+    cut = [name for name, domain in domains.items() if "perturbed" in domain and domain["perturbed"]["student"]["truncated"] > 0.01]
+    if cut:
+        print(f"more than 1 % of the student's perturbed completions were cut at max_new_tokens in {', '.join(cut)}: raise evaluation.max_new_tokens")
 
 
 def _accuracy_cell(record: dict | None) -> str:

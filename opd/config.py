@@ -221,6 +221,8 @@ class SpecializeConfig(RunConfig):
 
     examples_per_step: examples of one optimizer step, over all ranks.
     slip_rate: fraction of examples (number or schedule) trained on the row's `slip`, a wrong answer, in place of its answer.
+    repair_rate: fraction (number or schedule) trained on the row's `repaired`, its answer with errors that are taken back, which are left out of the loss
+        (rollout/self_repair.py). An example is a slip, or repaired, or neither, so that both rates together are 1 at most.
     max_tokens: prompt and answer together at most, in the fine-tuning.
     rollout: how the student is sampled for GRPO, how much per step, and in groups of how many completions.
     grpo: training on the grades of the student's own answers.
@@ -228,6 +230,7 @@ class SpecializeConfig(RunConfig):
 
     examples_per_step: int = 128
     slip_rate: Any = 0.0
+    repair_rate: Any = 0.0
     max_tokens: int = 1024
     rollout: RolloutConfig = field(default_factory=group_rollouts)
     grpo: GrpoConfig = field(default_factory=GrpoConfig)

@@ -1,4 +1,5 @@
-"""Evaluation on held-out prompts: accuracy at temperature 1 (greedy beside it), and the divergence from each domain's teacher.
+"""Evaluation on held-out prompts: accuracy at temperature 1 (greedy beside it), and the divergence from each domain's teacher; where a domain asks for it
+also the accuracy under an environment that replaces tokens (rollout/perturbation.py), from completions of its own, which enter no other figure.
 
 A figure is a sum over all held-out prompts divided by their number, with its 95 % interval; ranks answer a share of the prompts each. Random
 numbers are keyed apart from training's, and are the same for every model that is evaluated. `opd evaluate` writes what opd/comparison.py defines.
@@ -14,7 +15,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from opd.batch import forward_batches
-from opd.comparison import DomainResult, comparison, print_comparison, require_certificates
+from opd.comparison import DomainResult, PerturbedResult, comparison, print_comparison, require_certificates
 from opd.config import DistillConfig, EvaluateConfig, RunConfig, rollout_settings
 from opd.distributed import Group, gather_objects, is_main, num_ranks, rank, reduce_sum, start_processes
 from opd.estimators import distillation_loss, signal_of, student_states
@@ -28,6 +29,7 @@ from rollout.config import SamplingConfig
 from rollout.files import replace_text
 from rollout.grading import grade_rollout, require_gradable
 from rollout.model import context_length, end_tokens, load_model, load_tokenizer, logit_transform
+from rollout.perturbation import Perturbation, build_perturbation
 from rollout.prompts import DomainPrompts, load_held_out
 from rollout.sampler import LocalSampler, WeightSource
 from rollout.types import Prompt, Rollout
@@ -52,6 +54,7 @@ class Evaluator:
         require_gradable(held_out, {name: domain.grader for name, domain in cfg.domains.items()})
         self.prompts = {name: _held_out(rows, cfg.evaluation.prompts) for name, rows in held_out.items()}
         self.dropped = {name: rows.num_dropped for name, rows in held_out.items()}
+        self.perturbations = {name: self._perturbation(name, student, cfg.seed) for name in self.prompts if cfg.domains[name].perturbation.rate}
         if teachers is not None:
             teachers.require_context({name: rows.longest + self.sampling.max_new_tokens for name, rows in held_out.items()})
 
@@ -81,9 +84,24 @@ class Evaluator:
             scores=scores,
             accuracy=accuracy,
             greedy=greedy,
+            perturbed=self._perturbed(name, sampler) if name in self.perturbations else None,
             kl_per_token=kl_per_token,
             kl_per_sequence=kl_per_sequence,
         )
+
+    def _perturbation(self, name: str, student: PreTrainedModel, seed: int) -> Perturbation:
+        ends = end_tokens(student, self.tokenizer)
+        return build_perturbation(self.domains[name].perturbation, self.tokenizer, ends, seed, f"domains.{name}.perturbation")
+
+    def _perturbed(self, name: str, sampler: LocalSampler) -> PerturbedResult:
+        """Accuracy of samples of their own, at temperature 1; what they diverge is not asked, since they are not the model's alone."""
+        own, count = self.prompts[name][rank(Group.data) :: num_ranks(Group.data)], len(self.prompts[name])
+        sampled = sampler.sample_perturbed(own, replace(self.sampling, temperature=1.0), self.perturbations[name])
+        totals = [sum(not rollout.finished for rollout in sampled), sum(int((~rollout.completion_mask_T).sum()) for rollout in sampled)]
+        unfinished, replaced = reduce_sum(torch.tensor(totals, dtype=torch.float64), Group.data).tolist()
+        scores = self._scores(name, sampled)
+        rate = self.perturbations[name].rate
+        return PerturbedResult(rate=rate, accuracy=proportion(sum(scores), count), truncated=unfinished / count, replaced=replaced / count)
 
     def _scores(self, name: str, rollouts: list[Rollout]) -> tuple[float, ...]:
         """Scores of all ranks' rollouts, in the order of the domain's prompts; `rollouts` are this rank's."""
@@ -122,6 +140,10 @@ def evaluation_metrics(results: dict[str, DomainResult]) -> dict[str, float]:
                 metrics[f"evaluation/{name}/{figure}_high"] = interval.high
         if result.greedy is not None:
             metrics[f"evaluation/{name}/greedy"] = result.greedy.value
+        if result.perturbed is not None:
+            metrics[f"evaluation/{name}/perturbed"] = result.perturbed.accuracy.value
+            metrics[f"evaluation/{name}/perturbed_low"] = result.perturbed.accuracy.low
+            metrics[f"evaluation/{name}/perturbed_high"] = result.perturbed.accuracy.high
     return metrics
 
 

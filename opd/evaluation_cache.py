@@ -15,7 +15,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from opd.comparison import DomainResult
+from opd.comparison import DomainResult, PerturbedResult
 from opd.distributed import broadcast_object, is_main
 from opd.intervals import Interval
 from rollout.files import read_json, replace_text
@@ -66,6 +66,7 @@ def _key(evaluator: "Evaluator", sampler: LocalSampler, name: str, with_kl: bool
         "domain": name,
         "prompts": prompts,
         "grader": grader_identity(domain.grader),
+        "perturbation": asdict(domain.perturbation),
         "sampling": asdict(evaluator.sampling),
         "policy": [policy.seed, sorted(policy.end_tokens), policy.vocab_size],
         "device": sampler.model.device.type,
@@ -82,4 +83,5 @@ def _config_hash(sampler: LocalSampler) -> str:
 def _from_record(record: dict[str, Any]) -> DomainResult:
     intervals = {name: None if record[name] is None else Interval(**record[name]) for name in INTERVALS}
     scores = None if record["scores"] is None else tuple(record["scores"])
-    return DomainResult(**record | intervals | {"scores": scores})
+    perturbed = record["perturbed"] and PerturbedResult(**record["perturbed"] | {"accuracy": Interval(**record["perturbed"]["accuracy"])})
+    return DomainResult(**record | intervals | {"scores": scores, "perturbed": perturbed})

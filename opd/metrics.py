@@ -65,6 +65,7 @@ Step 0 holds what was measured before training. Names:
     teacher/T/gradient_share                  opd/gradient_share.py
     system/teacher_loads                      readings of teachers and heads from disk in this step, over all ranks; like seconds, not the same after a resume
     evaluation/D/truncated, accuracy, accuracy_low, accuracy_high, greedy, kl_per_token, kl_per_sequence (with _low, _high)
+    evaluation/D/perturbed, perturbed_low, perturbed_high       accuracy where an environment replaces tokens (domains.D.perturbation)
 
 Means are always sums over the whole step divided by counts over the whole step, never means of means.
 

@@ -4,6 +4,7 @@ A field is known by its name, whichever dataclass it stands in.
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any
 
@@ -71,8 +72,30 @@ def check_schedules(cfg: Any) -> None:
         schedule_value(domain.prompts.share, 0, f"domains.{name}.prompts.share")
         schedule_value(domain.loss_weight, 0, f"domains.{name}.loss_weight")
         read_grader(domain.grader, f"domains.{name}.grader")
+        _check_perturbation(domain, f"domains.{name}.perturbation")
     if "slip_rate" in names:
-        schedule_value(cfg.slip_rate, 0, "slip_rate")
+        _check_rates(cfg.slip_rate, cfg.repair_rate)
+
+
+def _check_perturbation(domain: DomainConfig, name: str) -> None:
+    cfg = domain.perturbation
+    if not 0 <= cfg.rate <= 1:
+        raise ValueError(f"{name}.rate must be from 0 to 1, not {cfg.rate}")
+    if not cfg.rate:
+        return
+    if len(cfg.alphabet) < 2:
+        raise ValueError(f"{name}.alphabet={cfg.alphabet} has no token to replace another by: name two texts of one token each, or more")
+    if domain.grader is None:
+        raise ValueError(f"{name} would be ignored without a grader, since accuracy is all that it measures: set the domain's grader, or {name}.rate=0")
+
+
+def _check_rates(slip_rate: Any, repair_rate: Any) -> None:
+    """Raises ValueError for shares of the examples that are no schedules, or more than all of them together from some step on."""
+    steps = {0} | {int(step) for schedule in (slip_rate, repair_rate) if isinstance(schedule, Mapping) for step in schedule}
+    for step in sorted(steps, key=lambda step: (step != 0, step)):  # what does not begin at step 0 is refused as that
+        slip, repair = schedule_value(slip_rate, step, "slip_rate"), schedule_value(repair_rate, step, "repair_rate")
+        if repair and slip + repair > 1:
+            raise ValueError(f"slip_rate={slip:g} and repair_rate={repair:g} are shares of the same examples, more than all at step {step}: lower one")
 
 
 def check_evaluated(domains: dict[str, DomainConfig]) -> None:

@@ -2,11 +2,12 @@
 
 The same engine, micro-batches and per-domain loss as distillation; the objective of the fine-tuning is the negative log-likelihood of the answer's tokens
 and the closing end-of-sequence token. Steps are counted on from stage to stage, and checkpoints hold both. `slip_rate` trains a share of the examples on
-the row's wrong answer instead, which is how the quickstart makes a base model that has a skill but not reliably (rollout/synthetic.py).
+the row's wrong answer instead, which is how the quickstart makes a base model that has a skill but not reliably (rollout/synthetic.py). `repair_rate`
+trains a share on the answer with errors that are taken back (rollout/self_repair.py); the errors are context and leave the loss, so that the model learns
+what comes after a mistake and not to make one. One random number decides for each example: no example is both, and the two rates add up to 1 at most.
 """
 
 import random
-from collections.abc import Mapping
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -23,8 +24,8 @@ from opd.stopping import StopRequest
 from opd.student import build_student, copy_for_sampling, load_student_tokenizer, seed_everything
 from opd.tracker import Tracker
 from opd.update import supervised_update
-from rollout.chat import encode_answer
-from rollout.config import schedule_value
+from rollout.chat import encode_answer, encode_repaired
+from rollout.config import schedule_value, schedule_values
 from rollout.model import context_length, end_tokens
 from rollout.prompts import PromptMixture, load_prompts, require_answers, require_no_overlap
 from rollout.sampler import LocalSampler
@@ -103,15 +104,16 @@ class ExampleStream:
     """Prompts with their answers as completions, step by step; resumable like a rollout stream."""
 
     def __init__(self, cfg: SpecializeConfig, tokenizer: PreTrainedTokenizerBase, context: int):
-        """Raises ValueError for what `load_prompts` refuses, rows that overlap with held-out prompts, and a row without an answer (or slip) that fits."""
+        """Raises ValueError for what `load_prompts` refuses, rows that overlap with held-out prompts, a row without an answer (or slip, or repaired text)
+        that fits, and errors that are no whole tokens.
+        """
         self.cfg, self.tokenizer = cfg, tokenizer
         self.longest = min(cfg.max_tokens, context)
         held_out = {name: domain.held_out for name, domain in cfg.domains.items()}
         prompts = load_prompts({name: domain.prompts for name, domain in cfg.domains.items()}, tokenizer, self.longest - 1, held_out)
         require_no_overlap(prompts)
         require_answers(prompts, prompts, "learn from")
-        rates = cfg.slip_rate.values() if isinstance(cfg.slip_rate, Mapping) else [cfg.slip_rate]
-        for field in ("answer", "slip") if any(rates) else ("answer",):
+        for field in ["answer"] + ["slip"] * any(schedule_values(cfg.slip_rate)) + ["repaired"] * any(schedule_values(cfg.repair_rate)):
             for name, domain in prompts.items():
                 for source, rows in domain.sources.items():
                     self._check(rows, field, f"{name}/{source}")
@@ -121,7 +123,8 @@ class ExampleStream:
         """This rank's examples of a step."""
         rows = self.mixture.next_rows(step)[rank(Group.data) :: num_ranks(Group.data)]
         slip_rate = schedule_value(self.cfg.slip_rate, step, "slip_rate")
-        return [self._example(prompt, row, slip_rate) for prompt, row in rows]
+        repair_rate = schedule_value(self.cfg.repair_rate, step, "repair_rate")
+        return [self._example(prompt, row, slip_rate, repair_rate) for prompt, row in rows]
 
     def state(self) -> dict:
         return {"prompts": self.mixture.state()}
@@ -133,16 +136,24 @@ class ExampleStream:
         """Nothing is kept: the examples of a step follow from its number."""
 
     def _check(self, rows: list[dict], field: str, where: str) -> None:
-        missing = [row["index"] for row in rows if row[field] is None]
+        missing = [row["index"] for row in rows if row.get(field) is None]
+        if missing and field == "repaired":
+            raise ValueError(f"row {where}:{missing[0]} has no repaired text, which synthetic domains with a backspace have alone: set repair_rate=0")
         if missing:
             raise ValueError(f"row {where}:{missing[0]} has no {field}: set slip_rate=0, or map the column with prompts.columns.{field}")
-        encoded = self.tokenizer([row[field] for row in rows], add_special_tokens=False)["input_ids"]
+        if field == "repaired":
+            for row in rows:
+                encode_repaired(row[field], self.tokenizer, f"{where}:{row['index']}")
+        texts = [row[field].text if field == "repaired" else row[field] for row in rows]
+        encoded = self.tokenizer(texts, add_special_tokens=False)["input_ids"]
         for row, tokens in zip(rows, encoded, strict=True):
             length = len(row["tokens"]) + len(tokens) + 1
             if length > self.longest:
-                raise ValueError(f"row {where}:{row['index']} has {length} tokens with its {field}, more than {self.longest}: raise max_tokens or shorten it")
+                name = "repaired text" if field == "repaired" else field
+                raise ValueError(f"row {where}:{row['index']} has {length} tokens with its {name}, more than {self.longest}: raise max_tokens or shorten it")
 
-    def _example(self, prompt: Prompt, row: dict, slip_rate: float) -> Rollout:
-        takes_slip = random.Random(f"{self.cfg.seed}/slip/{prompt.request}").random() < slip_rate
-        text = row["slip"] if takes_slip else row["answer"]
-        return completed(prompt, encode_answer(text, self.tokenizer))
+    def _example(self, prompt: Prompt, row: dict, slip_rate: float, repair_rate: float) -> Rollout:
+        chance = random.Random(f"{self.cfg.seed}/slip/{prompt.request}").random()
+        if slip_rate <= chance < slip_rate + repair_rate:
+            return completed(prompt, *encode_repaired(row["repaired"], self.tokenizer, f"{prompt.domain}/{prompt.row}"))
+        return completed(prompt, encode_answer(row["slip"] if chance < slip_rate else row["answer"], self.tokenizer))

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rollout.config import PromptsConfig
 from rollout.errors import first_sentence
+from rollout.self_repair import RepairedAnswer
 
 Turns = list[tuple[str, str]]
 """What a row itself says: role and text of each turn."""
@@ -48,6 +49,28 @@ def turns_of(row: dict[str, Any], raw: bool, name: str) -> Turns:
 def encode_answer(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Token ids of a reference answer as a completion: its text and the end of the sequence."""
     return [*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+
+
+def encode_repaired(repaired: RepairedAnswer, tokenizer: PreTrainedTokenizerBase, where: str) -> tuple[list[int], list[bool]]:
+    """(token ids of an answer with repaired errors and the end of the sequence, which of them are errors).
+
+    Characters between two tokens (spaces, with some tokenizers) count as the later one's. Raises ValueError, naming the row, where a token holds an error
+    and a right character, where an error is in no token, and for a tokenizer that does not say where its tokens stand.
+    """
+    if not tokenizer.is_fast:
+        raise ValueError(f"the errors of row {where} cannot be found among its tokens, since {type(tokenizer).__name__} gives no offsets: set repair_rate=0")
+    encoded = tokenizer(repaired.text, add_special_tokens=False, return_offsets_mapping=True)
+    errors, is_error, found, end = set(repaired.errors), [], set(), 0
+    for token, (first, last) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True):
+        own = set(range(min(first, end), last))  # a character of several tokens is in each of them
+        if own & errors and own - errors:
+            part = repaired.text[min(own) : max(own) + 1]
+            raise ValueError(f"the errors of row {where} are no whole tokens: {part!r} is one (id {token}) and only partly wrong; set repair_rate=0")
+        is_error.append(bool(own & errors))
+        found, end = found | own, max(end, last)
+    if not errors <= found:
+        raise ValueError(f"the errors of row {where} are no whole tokens: {repaired.text!r} has one that is in none; set repair_rate=0")
+    return [*encoded["input_ids"], tokenizer.eos_token_id], [*is_error, False]
 
 
 def decode_completion(tokens: list[int], tokenizer: PreTrainedTokenizerBase) -> str:

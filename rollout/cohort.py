@@ -23,6 +23,7 @@ import torch
 from transformers import DynamicCache, PreTrainedModel
 
 from rollout.config import SamplingConfig
+from rollout.perturbation import Perturbation
 from rollout.routes import RouteListener
 from rollout.sampling import draw, uniform
 from rollout.types import Prompt
@@ -39,6 +40,7 @@ AppendToLog = Callable[[np.ndarray], None]
 class Completion:
     """A completion under way. tokens and logprobs may begin with what was logged before an interruption.
 
+    logprobs: NaN of a token that an environment wrote.
     routes: of each token, [M, K], where they are recorded (rollout/routes.py); of logged tokens from when they are fed again.
     """
 
@@ -123,8 +125,8 @@ def form_cohorts(completions: list[Completion], width: int, completions_per_prom
 class Cohort:
     """Rows, their tokens, and the model's cache."""
 
-    def __init__(self, policy: Policy, rows: list[Completion], cfg: SamplingConfig):
-        self.policy, self.rows, self.cfg = policy, rows, cfg
+    def __init__(self, policy: Policy, rows: list[Completion], cfg: SamplingConfig, perturbation: Perturbation | None = None):
+        self.policy, self.rows, self.cfg, self.perturbation = policy, rows, cfg, perturbation
         self.device, self.end_tokens = policy.model.device, end_tokens_of(policy, cfg)
         self.is_end_V = np.zeros(max(policy.model.config.get_text_config().vocab_size, 1 + max(self.end_tokens, default=0)), dtype=bool)
         self.is_end_V[list(self.end_tokens)] = True
@@ -220,6 +222,8 @@ class Cohort:
         if not np.isfinite(logprobs).all():
             prompt = self.rows[int(rows[~np.isfinite(logprobs)][0])].prompt
             raise ValueError(f"the model gave NaN or infinity on request {prompt.request} of domain {prompt.domain}: its weights have diverged")
+        if self.perturbation is not None:
+            tokens, logprobs = self.perturbation.apply(self.key_W[rows], position, tokens, logprobs)
         if append_to_log is not None and len(rows):
             self._log(append_to_log, self._records(rows, position - self.length_W[rows], tokens, logprobs))
         self.tokens_WL[rows, position] = tokens

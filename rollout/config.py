@@ -149,6 +149,18 @@ class SamplingConfig:
         return None if self.truncates or self.temperature == 0 else self.temperature
 
 
+@dataclass(slots=True)
+class PerturbationConfig:
+    """What an environment does to sampled tokens, in an evaluation (rollout/perturbation.py).
+
+    rate: chance of each token of the alphabet to be replaced by another of it; 0 replaces none, and nothing is measured.
+    alphabet: texts of one token each, two at least, such as the digits.
+    """
+
+    rate: float = 0.0
+    alphabet: list[str] = field(default_factory=list)
+
+
 class SamplerKind(Enum):
     """Who draws the rollouts: the trainer's own process, processes beside it that may die and are replaced, or running vLLM servers."""
 
@@ -258,6 +270,11 @@ def schedule_value(schedule: Any, step: int, name: str) -> float:
     if 0 not in steps or min(steps) < 0:
         raise ValueError(f"the schedule {name} must begin at step 0, as in {{0: 1.0, 200: 0.5}}")
     return steps[max(start for start in steps if start <= step)]
+
+
+def schedule_values(schedule: Any) -> list[Any]:
+    """All values of a schedule, in the order of their steps; of a number, itself."""
+    return [schedule[start] for start in sorted(schedule, key=int)] if isinstance(schedule, Mapping) else [schedule]
 
 
 def _number(value: Any, name: str) -> float:

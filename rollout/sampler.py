@@ -11,7 +11,7 @@ With a log every token is on record before it is used, and what a killed process
 import inspect
 from collections.abc import Iterable, Iterator
 from contextlib import closing, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Protocol
 
@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from rollout.cohort import AppendToLog, Cohort, Completion, DecodingFigures, Policy, end_tokens_of, form_cohorts
 from rollout.config import SamplingConfig
 from rollout.experts import find_packed, is_packed_buffer, pack_weight
+from rollout.perturbation import Perturbation
 from rollout.types import Prompt, Rollout
 from rollout.wal import Key, LoggedCompletion, RolloutLog, SegmentWriter, prompt_checksum, token_key
 from rollout.weights import hash_tensors
@@ -114,14 +115,16 @@ class LocalSampler:
     def sample(self, prompts: list[Prompt], cfg: SamplingConfig, completions_per_prompt: int = 1, log: StepLog | None = None) -> list[Rollout]:
         """As the protocol says; `figures` are then those of this call. Raises ValueError also where the log cannot be written."""
         completions = [Completion(prompt, sample) for prompt in prompts for sample in range(completions_per_prompt)]
-        self.figures = DecodingFigures()
         with nullcontext() if log is None else log.opened(completions, self._key(cfg), self.policy_step) as append:
-            for rows in form_cohorts(completions, cfg.decode_width, completions_per_prompt):
-                cohort = Cohort(self.policy, rows, cfg)
-                for _ in cohort.decode(append):
-                    pass
-                self.figures.add(cohort.figures)
+            self._decode(form_cohorts(completions, cfg.decode_width, completions_per_prompt), cfg, append=append)
         return [rollout_of(completion, end_tokens_of(self.policy, cfg), self.policy_step) for completion in completions]
+
+    def sample_perturbed(self, prompts: list[Prompt], cfg: SamplingConfig, perturbation: Perturbation) -> list[Rollout]:
+        """As `sample`, with an environment that replaces tokens: its own have NaN for a log-probability, and stay out of the rollout's mask."""
+        completions = [Completion(prompt, 0) for prompt in prompts]
+        self._decode(form_cohorts(completions, cfg.decode_width, 1), cfg, perturbation)
+        rollouts = [rollout_of(completion, end_tokens_of(self.policy, cfg), self.policy_step) for completion in completions]
+        return [replace(rollout, completion_mask_T=~rollout.logprob_T.isnan()) for rollout in rollouts]
 
     def take_up_weights(self, policy_step: int) -> bool:
         """It publishes none."""
@@ -132,6 +135,16 @@ class LocalSampler:
 
     def close(self) -> None:
         """It has nothing to let go of."""
+
+    def _decode(
+        self, cohorts: list[list[Completion]], cfg: SamplingConfig, perturbation: Perturbation | None = None, append: AppendToLog | None = None
+    ) -> None:
+        self.figures = DecodingFigures()
+        for rows in cohorts:
+            cohort = Cohort(self.policy, rows, cfg, perturbation)
+            for _ in cohort.decode(append):
+                pass
+            self.figures.add(cohort.figures)
 
     def _key(self, cfg: SamplingConfig) -> int:
         return sampling_key(hash_tensors(self.model.state_dict().items()), self.policy, cfg)

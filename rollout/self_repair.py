@@ -1,9 +1,9 @@
 """Self-repair: a completion in which one character takes back the one before it, as the backspace key does.
 
-A model that is to mend its own mistakes must have seen some. `repaired_answer` writes an answer with injected errors that are taken back at once:
-a wrong character, perhaps further ones after it, and as many backspaces. The wrong characters are named by their positions, for they are to be left
-out of the loss: learnt is how to go on after a mistake, not to make it. (Left in, they would teach a rate of errors; errors that are seen only when the
-answer is complete were rejected, since everything after the first one would have to be typed again.)
+A model that is to mend its own mistakes must have seen some; one that makes them leaves them as they are (`mistyped`). `repaired_answer` writes an answer
+with injected errors that are taken back at once: a wrong character, perhaps further ones after it, and as many backspaces. The wrong characters are named by
+their positions, for they are to be left out of the loss: learnt is how to go on after a mistake, not to make it. (Left in, they would teach a rate of
+errors; errors that are seen only when the answer is complete were rejected, since everything after the first one would have to be typed again.)
 """
 
 import random
@@ -13,7 +13,7 @@ BACKSPACE = "<"
 MOST_ERRORS = 4
 """Each adds two characters: itself and its backspace."""
 ERROR_RATE = 0.2
-"""Chance of an error before each character of the answer, and of each further one after an error that is not taken back yet."""
+"""Chance of an error before each character of the answer, and of each further one after an error that is not taken back yet; or in place of a character."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,6 +50,13 @@ def repaired_answer(answer: str, alphabet: str, rng: random.Random) -> RepairedA
             text += rng.choice([wrong for wrong in alphabet if wrong != right] if number == 0 else alphabet)
         text += BACKSPACE * stretch + right
     return RepairedAnswer(text=text, errors=tuple(errors))
+
+
+def mistyped(answer: str, alphabet: str, rng: random.Random) -> str:
+    """The answer with wrong characters from the alphabet in the place of some, one at least, and none taken back."""
+    certain = rng.randrange(len(answer))
+    wrong = [place == certain or rng.random() < ERROR_RATE for place in range(len(answer))]
+    return "".join(rng.choice([other for other in alphabet if other != right]) if is_wrong else right for is_wrong, right in zip(wrong, answer, strict=True))
 
 
 def _error_stretch(is_certain: bool, most: int, rng: random.Random) -> int:

@@ -7,6 +7,8 @@ conf/domain/NAME.yaml. What a rule has to keep to, so that a student of 0.4 M pa
       significant digit first for that;
     - nothing that is right half of the time by chance: parity asks for that of every prefix, the regular expression for the whole text;
     - the slip has the length and the characters of an answer and comes from one misconception, with a second form only where that is right by chance.
+      Only in backspace are its errors at random places: a misconception is over as soon as it is known for one, and what is to be learnt there is what
+      to do after an error, wherever it happens.
 
 `difficulty` (1, the default, to 3) makes a question longer. A prompt's split does not depend on it, for that is the prompt's own hash.
 
@@ -23,14 +25,14 @@ conf/domain/NAME.yaml. What a rule has to keep to, so that a student of 0.4 M pa
     calendar      D:3+tsw=      weekdays three days later           the weekday itself counted as a day     5, 6, 7 weekdays
     run_length    R:aaab=       letters with their counts           counts of repeats, the first left out   4, 5, 6 runs
     regex         X:[b-e]kdb=   matches blanked                     only the ends of the range match        6, 8, 10 letters
-    backspace     E:397758=     sorting; `<` takes back             downwards                               6, 8, 10 digits
+    backspace     E:397758=     sorting; `<` takes back             some digits mistyped                    6, 8, 10 digits
 """
 
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from rollout.self_repair import RepairedAnswer, repaired_answer
+from rollout.self_repair import RepairedAnswer, mistyped, repaired_answer
 
 DIFFICULTIES = range(1, 4)
 LONGEST_ANSWER = 16
@@ -93,6 +95,11 @@ def _sort_answer(question: str) -> str:
 def _sort_slip(question: str) -> str:
     """Sorted downwards; where that is the same (all digits equal), with another last digit."""
     return _unlike(_sort_answer(question), "".join(sorted(question, reverse=True)), DIGITS)
+
+
+def _sort_mistyped(question: str) -> str:
+    """Wrong digits in the place of some, which the question alone decides."""
+    return mistyped(_sort_answer(question), DIGITS, random.Random(f"mistyped/{question}"))
 
 
 def _sort_repair(answer: str, rng: random.Random) -> RepairedAnswer:
@@ -296,5 +303,5 @@ SYNTHETIC_DOMAINS = {
     "calendar": SyntheticDomain(letter="D", question=_calendar_question, answer=_calendar_answer, slip=_calendar_slip),
     "run_length": SyntheticDomain(letter="R", question=_run_question, answer=_run_answer, slip=_run_slip),
     "regex": SyntheticDomain(letter="X", question=_regex_question, answer=_regex_answer, slip=_regex_slip),
-    "backspace": SyntheticDomain(letter="E", question=_sort_question, answer=_sort_answer, slip=_sort_slip, repair=_sort_repair),
+    "backspace": SyntheticDomain(letter="E", question=_sort_question, answer=_sort_answer, slip=_sort_mistyped, repair=_sort_repair),
 }

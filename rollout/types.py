@@ -32,7 +32,8 @@ class Rollout:
 
     completion_T: int64 ids, the end-of-sequence token included when it was sampled.
     completion_mask_T: bool; True on tokens that enter the loss (environment tokens of an agent are False).
-    logprob_T: float32 log-probability of each token under the policy and temperature that sampled it.
+    logprob_T: float32 log-probability of each token under the policy and temperature that sampled it; NaN where it was put in place of the sampled one
+        (rollout/perturbation.py).
     routes_TMK: uint8 or int16, the experts chosen in each layer for the state that predicted each token (rollout/routes.py); None: not recorded.
     sample: index among the completions of the same prompt.
     finished: the completion ended with an end-of-sequence token; False is a truncated one.
@@ -53,13 +54,14 @@ class Rollout:
         return int(self.completion_mask_T.sum())
 
 
-def completed(prompt: Prompt, tokens: list[int]) -> Rollout:
-    """A prompt with a completion that no one sampled, such as its reference answer; every token enters the loss."""
+def completed(prompt: Prompt, tokens: list[int], is_left_out: list[bool] | None = None) -> Rollout:
+    """A prompt with a completion that no one sampled, such as its reference answer; every token enters the loss, but those that is_left_out says."""
     completion_T = torch.tensor(tokens)
+    mask_T = torch.ones_like(completion_T, dtype=torch.bool) if is_left_out is None else ~torch.tensor(is_left_out)
     return Rollout(
         prompt=prompt,
         completion_T=completion_T,
-        completion_mask_T=torch.ones_like(completion_T, dtype=torch.bool),
+        completion_mask_T=mask_T,
         logprob_T=torch.zeros(len(tokens)),
         sample=0,
         finished=True,

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
-from rollout.config import Dtype, HeldOutConfig, ModelConfig, PromptsConfig
+from rollout.config import Dtype, HeldOutConfig, ModelConfig, PerturbationConfig, PromptsConfig
 
 
 class SignalKind(Enum):
@@ -45,6 +45,7 @@ class DomainConfig:
     held_out: prompts for evaluation.
     grader: how a completion is compared with the reference answer: a kind, such as exact, or a mapping of a kind and its settings
         (rollout/grader_config.py); null where it cannot be.
+    perturbation: what an environment does to the sampled tokens in a further measurement of accuracy, of all evaluations.
     loss_weight: w_d of the objective (number or schedule); the weights of the domains present in a step are divided by their sum.
     """
 
@@ -52,6 +53,7 @@ class DomainConfig:
     prompts: PromptsConfig = field(default_factory=PromptsConfig)
     held_out: HeldOutConfig = field(default_factory=HeldOutConfig)
     grader: Any = None
+    perturbation: PerturbationConfig = field(default_factory=PerturbationConfig)
     loss_weight: Any = 1.0
 
 

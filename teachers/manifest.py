@@ -4,7 +4,7 @@ RUN/teachers.json, and "teachers" in the opd.json of each checkpoint (schema ver
     {"from_step": S,            the first step, as metrics.jsonl counts them (1, 2, ...), that these teachers scored; it ends where the next one begins,
                                 and holds no step where that begins at the same
      "domains": {D: {"teacher": IDENTITY, "settings": all other settings of the domain, as in config.yaml}, ...},     in the order of the run;
-                                "grader" is its identity: `grader_identity` of rollout/grading.py
+                                "grader" is its identity: `grader_identity` of rollout/grading.py; "perturbation" where there is one
      "check": JSON or null,     verdict of the start-up check on this span's teachers; later spans have none, since it judges the initial student
      "dropped": {D: {"step": K, "reason": text}, ...}}      domains whose teacher failed: step K and those after it went on without them
 IDENTITY of a teacher loaded here: its settings (teachers/config.py; what is null is left out), "hash" (of its weights, teachers/fingerprint.py),
@@ -108,6 +108,8 @@ def describe_domains(domains: dict[str, DomainConfig], identities: dict[str, dic
     for name, domain in domains.items():
         settings = _plain(domain)
         del settings["teacher"]
+        if not domain.perturbation.rate:
+            del settings["perturbation"]
         described[name] = {"teacher": identities[name], "settings": settings | {"grader": grader_identity(domain.grader)}}
     return described
 

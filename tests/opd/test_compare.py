@@ -49,7 +49,7 @@ def test_an_arm_of_each_command_is_two_stages_whose_settings_compose():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("experiment", ["twelve_domains", "off_support"])
+@pytest.mark.parametrize("experiment", ["twelve_domains", "off_support", "self_repair"])
 def test_every_stage_of_a_shipped_comparison_composes(experiment):
     cfg = load_config("compare", [f"experiment={experiment}", "logger=none"])
     stages = dict(cfg.stages)
@@ -117,6 +117,16 @@ def test_domains_have_the_lowest_recovery_of_an_arms_seeds(tmp_path):
     assert header == ["domain", "base", "teacher", "on-policy distillation"]
     assert rows == [["sorting", "0.500", "1.000", "0.930"]]
     assert markdown(header, rows).splitlines()[2] == "| sorting | 0.500 | 1.000 | 0.930 |"
+
+
+def test_a_perturbed_domain_also_shows_the_accuracies_under_it_of_every_seed(tmp_path):
+    cfg = configured()
+    for seed, share in enumerate((0.9, 0.8)):
+        found = summary(cfg, "opd", seed, {"sorting": 1.0})
+        found["evaluation"]["domains"]["sorting"]["perturbed"] = {role: {"accuracy": share} for role in ("base", "teacher", "student")}
+        write_summary(tmp_path, found)
+    _, rows = domain_table(read_summaries(tmp_path), ["opd"])
+    assert rows[1] == ["sorting, accuracy perturbed", "0.900", "0.900", "0.900 0.800"]
 
 
 def test_a_control_that_recovers_a_domain_is_named_with_it(tmp_path):

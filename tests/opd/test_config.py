@@ -16,6 +16,7 @@ import rollout.grader_config
 import teachers.config
 from opd.__main__ import CONF, load_config, split_command
 from opd.config import SCHEMAS, DistillConfig, OptimizerKind, RunConfig, parse
+from rollout.config import PerturbationConfig
 
 GROUPS = sorted((path.parent.name, path.stem) for path in CONF.glob("*/*.yaml"))
 MODULES = (opd.bench_config, opd.config, opd.plan_config, opd.start_config, rollout.config, rollout.grader_config, teachers.config)
@@ -257,3 +258,24 @@ def test_data_files_only_are_in_conf():
 def test_a_number_out_of_its_range_is_refused_by_name(override, sentence):
     with pytest.raises(ValueError, match=sentence):
         load_config("distill", [override])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "sentence"),
+    [
+        (["domains.backspace.perturbation.rate=-0.1"], r"domains\.backspace\.perturbation\.rate must be from 0 to 1, not -0\.1"),
+        (["domains.backspace.perturbation.rate=1.5"], r"perturbation\.rate must be from 0 to 1, not 1\.5"),
+        (["domains.backspace.perturbation.alphabet=['1']"], r"alphabet=\['1'\] has no token to replace another by"),
+        (["domains.backspace.grader=null"], r"domains\.backspace\.perturbation would be ignored without a grader, .*\.rate=0"),
+    ],
+)
+@pytest.mark.parametrize("command", ["evaluate", "distill"])
+def test_a_perturbation_that_cannot_be_is_refused(command, overrides, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        load_config(command, ["domain=[backspace]", *overrides])
+
+
+def test_a_perturbation_can_be_written_into_a_domain_and_taken_out():
+    written = load_config("evaluate", ["domain=[sorting]", "domains.sorting.perturbation={rate: 0.2, alphabet: [0, 1]}"]).domains["sorting"]
+    assert written.perturbation == PerturbationConfig(rate=0.2, alphabet=["0", "1"])
+    assert load_config("evaluate", ["domain=[backspace]", "domains.backspace.perturbation.rate=0", "domains.backspace.grader=null"]).domains

@@ -2,21 +2,24 @@
 
 import json
 import math
+import os
 import statistics
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
 import torch
 
 from opd.__main__ import load_config
-from opd.comparison import DomainResult, comparison, paired_difference, print_comparison, require_certificates
+from opd.comparison import DomainResult, PerturbedResult, comparison, paired_difference, print_comparison, require_certificates
 from opd.config import DistillConfig, EvaluationConfig
 from opd.evaluate import Evaluator, evaluate, evaluation_metrics, in_prompt_order
 from opd.export import export
 from opd.intervals import Interval, proportion
 from opd.loss_config import DivergenceKind, LossConfig
 from opd.rollouts import FirstRequest
-from rollout.config import HeldOutConfig, PromptsConfig, SamplingConfig
+from rollout.config import HeldOutConfig, PerturbationConfig, PromptsConfig, SamplingConfig
 from rollout.grader_config import GraderKind
 from rollout.sampler import LocalSampler
 from rollout.types import Rollout
@@ -120,6 +123,110 @@ def test_held_out_prompts_without_answers_are_refused_where_they_are_graded(cfg,
     cfg.domains["law"].held_out = HeldOutConfig(path=str(tmp_path / "held_out.jsonl"))
     with pytest.raises(ValueError, match="no answer to grade against"):
         Evaluator(cfg, session_v4_model, tokenizer, None)
+
+
+# Under perturbation
+
+CHARACTERS = list("0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ +-*/=:;.,()[]{}<>!?_|'")
+
+
+@pytest.fixture
+def perturbed(cfg, session_v4_model, tokenizer, device) -> Evaluator:
+    """As `evaluator`, where every other character that is written in one of the two domains becomes another."""
+    cfg.domains["law"].perturbation = PerturbationConfig(rate=0.5, alphabet=CHARACTERS)
+    return Evaluator(cfg, session_v4_model, tokenizer, TeacherPool(cfg.domains, TeachersConfig(max_resident=2), tokenizer, device))
+
+
+def test_perturbed_accuracy_is_the_share_of_right_completions_as_the_environment_left_them(perturbed, sampler, tokenizer):
+    """The reference answers of every third prompt are made what is left of its completion."""
+    prompts = perturbed.prompts["law"]
+    rollouts = sampler.sample_perturbed(prompts, SamplingConfig(max_new_tokens=5, decode_width=6), perturbed.perturbations["law"])
+    left = [tokenizer.decode(rollout.completion_T, skip_special_tokens=True) for rollout in rollouts]
+    answers = [text if number % 3 == 0 else "never" for number, text in enumerate(left)]
+    perturbed.prompts["law"] = [replace(prompt, answer=answer) for prompt, answer in zip(prompts, answers, strict=True)]
+    found = perturbed.evaluate_domain("law", sampler).perturbed
+    assert found.rate == 0.5
+    assert found.accuracy.value == ROWS / 3 / ROWS
+    assert found.truncated == sum(not rollout.finished for rollout in rollouts) / ROWS
+    assert found.replaced == sum(int((~rollout.completion_mask_T).sum()) for rollout in rollouts) / ROWS > 1
+
+
+def test_a_perturbation_changes_no_other_figure_and_no_other_domain(evaluator, perturbed, sampler):
+    spoilt, clean = perturbed.evaluate(sampler), evaluator.evaluate(sampler)
+    assert spoilt["law"].perturbed is not None
+    assert {name: replace(result, perturbed=None) for name, result in spoilt.items()} == clean
+
+
+def test_metrics_have_the_accuracy_under_perturbation(perturbed, sampler):
+    found = evaluation_metrics(perturbed.evaluate(sampler))
+    names = {name for name in found if "perturbed" in name}
+    assert names == {f"evaluation/law/{name}" for name in ("perturbed", "perturbed_low", "perturbed_high")}
+
+
+def test_an_alphabet_that_the_tokenizer_does_not_have_is_refused_before_anything_is_evaluated(cfg, session_v4_model, tokenizer):
+    cfg.domains["law"].perturbation = PerturbationConfig(rate=0.1, alphabet=["1", "12"])
+    with pytest.raises(ValueError, match=r"domains\.law\.perturbation\.alphabet has '12', which is 2 tokens"):
+        Evaluator(cfg, session_v4_model, tokenizer, None)
+
+
+ON_RANKS = """
+import json, sys
+
+from opd.__main__ import load_config
+from opd.evaluate import evaluate
+
+evaluate(load_config("evaluate", json.loads(sys.argv[1])))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.multi
+def test_two_ranks_find_the_perturbed_accuracy_of_one(saved_v4, tmp_path):
+    """The scores are the share of digits, so that they tell completions apart; one perturbed token more or less would show."""
+    (tmp_path / "digits.py").write_text("def score(completion, answer):\n    return sum(map(str.isdigit, completion)) / 8\n")
+    settings = ["domain=[backspace]", "domains.backspace.held_out.rows=16", "evaluation.max_new_tokens=8", "evaluation.decode_width=8", "threads=1"]
+    settings += [f"student.model={saved_v4}", f"domains.backspace.teacher.model={saved_v4}", "domains.backspace.perturbation.rate=0.7"]
+    settings += ["domains.backspace.grader={kind: python, function: 'digits:score', seconds: 60}"]
+    found = []
+    for ranks in (1, 2):
+        store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True", "OMP_NUM_THREADS": "1"}
+        places = [{"RANK": str(place), "LOCAL_RANK": str(place), "WORLD_SIZE": str(ranks)} for place in range(ranks)]
+        command = [sys.executable, "-c", ON_RANKS, json.dumps([*settings, f"run_dir={tmp_path / str(ranks)}"])]
+        processes = [subprocess.Popen(command, cwd=tmp_path, env=os.environ | shared | place) for place in places]
+        assert [process.wait(timeout=300) for process in processes] == [0] * ranks
+        found.append(json.loads((tmp_path / str(ranks) / "evaluation.json").read_text())["domains"]["backspace"])
+    assert found[0]["perturbed"] == found[1]["perturbed"]
+    assert found[0]["perturbed"]["student"]["replaced"] > 0.3
+    assert found[0]["perturbed"]["student"] == found[0]["perturbed"]["teacher"]
+
+
+def test_the_record_and_the_table_have_accuracy_without_and_with_perturbation_side_by_side(capsys):
+    def spoilt(right: int, left: int) -> DomainResult:
+        return replace(result(right), perturbed=PerturbedResult(rate=0.1, accuracy=proportion(left, 200), truncated=0.0, replaced=0.7))
+
+    record = comparison({"law": spoilt(60, 40)}, {"law": spoilt(200, 198)}, {"law": spoilt(199, 180)}, {"law": 0})
+    perturbed = record["domains"]["law"]["perturbed"]
+    assert perturbed["rate"] == 0.1
+    assert {role: perturbed[role]["accuracy"] for role in ("base", "teacher", "student")} == {"base": 0.2, "teacher": 0.99, "student": 0.9}
+    assert perturbed["student"] | {"low": 0, "high": 0} == {"accuracy": 0.9, "low": 0, "high": 0, "truncated": 0.0, "replaced": 0.7}
+    print_comparison(record)
+    printed = capsys.readouterr().out
+    assert "student, perturbed" in printed
+    assert "0.900 [" in printed
+
+
+def test_a_record_without_perturbation_has_no_word_of_it(capsys):
+    record = comparison({}, {"law": result(198)}, {"law": result(180)}, {"law": 0})
+    assert "perturbed" not in record["domains"]["law"]
+    print_comparison(record)
+    assert "perturbed" not in capsys.readouterr().out
+
+
+def test_perturbed_completions_that_are_often_cut_are_named(capsys):
+    cut = replace(result(180), perturbed=PerturbedResult(rate=0.1, accuracy=proportion(90, 200), truncated=0.02, replaced=0.7))
+    print_comparison(comparison({}, {"law": cut}, {"law": cut}, {"law": 0}))
+    assert "of the student's perturbed completions were cut at max_new_tokens in law" in " ".join(capsys.readouterr().out.split())
 
 
 def result(right: int | None, trials: int = 200) -> DomainResult:

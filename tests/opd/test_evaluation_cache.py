@@ -8,7 +8,7 @@ import torch
 from opd.config import DistillConfig, EvaluationConfig
 from opd.evaluate import Evaluator
 from opd.evaluation_cache import EvaluationCache
-from rollout.config import HeldOutConfig, PromptsConfig
+from rollout.config import HeldOutConfig, PerturbationConfig, PromptsConfig
 from rollout.sampler import LocalSampler
 from teachers.config import DomainConfig, TeacherConfig, TeachersConfig
 from teachers.pool import TeacherPool
@@ -60,6 +60,14 @@ def test_what_was_measured_is_the_same_from_the_cache_and_not_measured_again(cfg
     assert first["code"].accuracy is None
 
 
+def test_what_a_perturbation_leaves_is_the_same_from_the_cache(cfg, make, tmp_path):
+    domain = replace(cfg.domains["law"], perturbation=PerturbationConfig(rate=0.5, alphabet=["1", "2"]))
+    evaluator, sampler = make(replace(cfg, domains={"law": domain}))
+    first = EvaluationCache(str(tmp_path)).results(evaluator, sampler, ["law"])
+    assert first["law"].perturbed.rate == 0.5
+    assert EvaluationCache(str(tmp_path)).results(evaluator, sampler, ["law"]) == first
+
+
 def test_without_a_folder_everything_is_measured(cfg, make):
     evaluator, sampler = make(cfg)
     for _ in range(2):
@@ -67,7 +75,7 @@ def test_without_a_folder_everything_is_measured(cfg, make):
     assert evaluator.measured == NAMES * 2
 
 
-@pytest.mark.parametrize("changed", ["weights", "seed", "prompts", "grader", "length", "teacher", "divergence"])
+@pytest.mark.parametrize("changed", ["weights", "seed", "prompts", "grader", "length", "teacher", "divergence", "perturbation"])
 def test_whatever_a_result_follows_from_makes_it_measured_again(cfg, make, tmp_path, changed, teacher_folders, session_v4_model):
     evaluator, sampler = make(cfg)
     EvaluationCache(str(tmp_path)).results(evaluator, sampler, ["law"])
@@ -76,6 +84,8 @@ def test_whatever_a_result_follows_from_makes_it_measured_again(cfg, make, tmp_p
         domain = replace(domain, held_out=replace(domain.held_out, rows=5))
     elif changed == "grader":
         domain = replace(domain, grader="backspace")
+    elif changed == "perturbation":
+        domain = replace(domain, perturbation=PerturbationConfig(rate=0.5, alphabet=["1", "2"]))
     elif changed == "teacher":
         domain = replace(domain, teacher=TeacherConfig(model=str(teacher_folders["qwen3_moe"])))
     elif changed == "length":

@@ -1,12 +1,20 @@
-"""Supervised examples: answers with their end, slips in the share asked for, the same whatever was drawn before, and refusals at the start."""
+"""Supervised examples: answers with their end, slips and repaired errors in the shares asked for, the same whatever was drawn before, and refusals at
+the start.
+"""
 
 import json
 
 import pytest
+import torch
 
-from opd.config import SpecializeConfig
+from opd.batch import supervised_batches
+from opd.config import BatchConfig, SpecializeConfig
+from opd.estimators import cross_entropy, student_states
 from opd.specialize import ExampleStream
 from rollout.config import HeldOutConfig, PromptsConfig
+from rollout.self_repair import after_backspaces
+from rollout.synthetic import synthetic_rows
+from rollout.types import IDENTITY
 from teachers.config import DomainConfig
 
 
@@ -64,6 +72,71 @@ def test_a_stream_taken_up_again_gives_the_same_examples(tokenizer):
     assert texts(expected, tokenizer) != texts(one.next(2), tokenizer)
 
 
+# Repaired errors
+
+
+def repaired(tokenizer, step_size: int = 40, **fields) -> ExampleStream:
+    return ExampleStream(config("synthetic:backspace", step_size, **fields), tokenizer, 256)
+
+
+def test_the_errors_of_a_repaired_answer_and_nothing_else_are_left_out_of_the_loss(tokenizer):
+    rows = synthetic_rows("backspace", "train", 30)
+    for example in repaired(tokenizer, repair_rate=1.0).next(0):
+        expected = rows[int(example.prompt.row.split(":")[1])]["repaired"]
+        assert tokenizer.decode(example.completion_T) == expected.text + "<eos>"
+        assert (~example.completion_mask_T).nonzero().flatten().tolist() == list(expected.errors)
+
+
+def test_states_that_predict_errors_get_no_gradient_and_all_others_do(tokenizer, v4_model):
+    examples = repaired(tokenizer, step_size=6, repair_rate=1.0).next(0)
+    [batch] = supervised_batches(examples, {"tools": 0.1}, BatchConfig())
+    student = student_states(v4_model, batch, IDENTITY)
+    student.hidden_ND.retain_grad()
+    cross_entropy(student, batch.target_N, batch.weight_N, len(tokenizer))[0].backward()
+    is_learnt_N = torch.cat([example.completion_mask_T for example in batch.rollouts])
+    assert ((student.hidden_ND.grad != 0).any(1) == is_learnt_N).all()
+    assert 6 <= (~is_learnt_N).sum() < len(is_learnt_N) / 2
+
+
+def test_an_error_is_context_for_what_comes_after_it(tokenizer, v4_model):
+    """Another wrong token in its place changes the loss of the tokens behind it."""
+    [example] = repaired(tokenizer, step_size=1, repair_rate=1.0).next(0)
+    first = int((~example.completion_mask_T).nonzero()[0])
+
+    def losses(error: str) -> torch.Tensor:
+        example.completion_T[first] = tokenizer.convert_tokens_to_ids(error)
+        [batch] = supervised_batches([example], {"tools": 1.0}, BatchConfig())
+        with torch.no_grad():
+            return cross_entropy(student_states(v4_model, batch, IDENTITY), batch.target_N, batch.weight_N, len(tokenizer))[1].loss_N
+
+    assert (losses("5") != losses("a"))[first + 1 :].any()
+
+
+@pytest.mark.parametrize(("slip_rate", "repair_rate"), [(0.0, 0.25), (0.5, 0.25), (0.5, 0.5), (0.0, 1.0)])
+def test_an_example_is_a_slip_or_repaired_or_right_at_the_rates_asked_for(slip_rate, repair_rate, tokenizer):
+    """400 draws, within five standard errors."""
+    rows = synthetic_rows("backspace", "train", 30)
+    kinds = {"slip": 0, "repaired": 0, "answer": 0}
+    for example in repaired(tokenizer, 400, slip_rate=slip_rate, repair_rate=repair_rate).next(0):
+        text, row = tokenizer.decode(example.completion_T).removesuffix("<eos>"), rows[int(example.prompt.row.split(":")[1])]
+        assert after_backspaces(text) in (row["answer"], row["slip"])
+        kinds[{row["slip"]: "slip", row["repaired"].text: "repaired", row["answer"]: "answer"}[text]] += 1
+    for kind, rate in (("slip", slip_rate), ("repaired", repair_rate), ("answer", 1 - slip_rate - repair_rate)):
+        assert kinds[kind] == pytest.approx(400 * rate, abs=5 * (400 * rate * (1 - rate)) ** 0.5)
+
+
+def test_a_repair_rate_changes_no_example_that_is_a_slip(tokenizer):
+    alone, beside = (texts(repaired(tokenizer, slip_rate=0.4, repair_rate=rate).next(0), tokenizer) for rate in (0.0, 0.6))
+    slips = {row["slip"] + "<eos>" for row in synthetic_rows("backspace", "train", 30)}
+    assert [text in slips for text in alone] == [text in slips for text in beside]
+    assert alone != beside
+
+
+def test_the_repair_rate_follows_its_schedule(tokenizer):
+    stream = repaired(tokenizer, repair_rate={0: 0.0, 3: 1.0})
+    assert [{"<" in text.removesuffix("<eos>") for text in texts(stream.next(step), tokenizer)} for step in (2, 3)] == [{False}, {True}]
+
+
 @pytest.mark.parametrize(
     ("rows", "fields", "message"),
     [
@@ -71,12 +144,21 @@ def test_a_stream_taken_up_again_gives_the_same_examples(tokenizer):
         ([{"prompt": "a", "answer": "b"}], {"slip_rate": 0.5}, r"row tools/prompts:0 has no slip: set slip_rate=0"),
         ([{"prompt": "a", "answer": "b"}], {"slip_rate": {0: 0.0, 9: 0.1}}, r"row tools/prompts:0 has no slip"),
         ([{"prompt": "a", "answer": "b"}, {"prompt": "a", "answer": "b" * 20}], {"max_tokens": 16}, r"prompts:1 has 25 tokens with its answer, more than 16"),
+        ([{"prompt": "a", "answer": "b"}], {"repair_rate": 0.5}, r"row tools/prompts:0 has no repaired text, .*: set repair_rate=0"),
+        ([{"prompt": "a", "answer": "b"}], {"repair_rate": {0: 0.0, 9: 0.1}}, r"row tools/prompts:0 has no repaired text"),
         ([{"prompt": "a", "answer": "b", "slip": "b" * 20}], {"max_tokens": 16, "slip_rate": 0.5}, r"25 tokens with its slip, more than 16"),
     ],
 )
 def test_rows_that_cannot_be_trained_on_are_refused_before_training(rows, fields, message, tokenizer, file):
     with pytest.raises(ValueError, match=message):
         ExampleStream(config(file(rows), rows=None, **fields), tokenizer, 256)
+
+
+def test_a_repaired_text_that_does_not_fit_is_refused(tokenizer):
+    """Prompt and answer with its end are nineteen tokens; each error adds two."""
+    with pytest.raises(ValueError, match=r"row tools/prompts:0 has 21 tokens with its repaired text, more than 19"):
+        repaired(tokenizer, repair_rate=0.1, max_tokens=19)
+    repaired(tokenizer, repair_rate=0.0, max_tokens=19)
 
 
 def test_an_answer_may_be_as_long_as_the_context(tokenizer, file):

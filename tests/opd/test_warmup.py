@@ -4,6 +4,7 @@ The teacher learnt eight rows of the tool domain by heart; the student of other 
 """
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +14,8 @@ from opd.distill import distill
 from opd.specialize import specialize
 from opd.update import supervised_update
 from opd.warmup import _examples
+from rollout.config import ModelConfig
+from rollout.model import load_model
 
 ROWS = 8
 
@@ -33,6 +36,10 @@ def settings(models, tmp_path) -> list[str]:
     chosen = ["domain=[tools]", f"domains.tools.prompts.rows={ROWS}", f"domains.tools.teacher.model={models['teacher']}", f"student.model={models['student']}"]
     chosen += ["rollout.prompts_per_step=8", "rollout.max_new_tokens=14", "rollout.decode_width=8", "logger=none", "optim.warmup_steps=0", "optim.lr=3e-3"]
     return [*chosen, f"run_dir={tmp_path / 'run'}", "check.prompts=8", "check.signal=warn", "student.router_probe_every=0"]
+
+
+def weights(folder: str | Path) -> dict[str, torch.Tensor]:
+    return load_model(ModelConfig(model=str(folder)), "student").state_dict()
 
 
 def run(settings: list[str], tmp_path) -> list[dict]:
@@ -63,6 +70,19 @@ def test_the_record_of_step_0_says_what_the_warmup_did(settings, tmp_path, devic
     assert first["warmup/tools/teacher_length"] == pytest.approx(13, abs=2)  # twelve characters and the end of sequence
     assert first["warmup/tools/last_loss"] < 0.5 * first["warmup/tools/first_loss"]
     assert {"check/tools/overlap", "data/tools/rows"} <= set(first)
+
+
+def test_a_run_of_no_step_after_its_warmup_ends_with_the_warmed_up_student(settings, models, tmp_path, device, kill_at):
+    """Fine-tuning on the teachers' answers and nothing else; the same command again finds it done. """
+    warmup = ["warmup=sft", "warmup.steps=3", "warmup.prompts=4"]
+    [only] = run([*settings, *warmup, "num_steps=0"], tmp_path)
+    assert only["step"] == 0
+    ended = weights(tmp_path / "run" / "student")
+    initial = weights(models["student"])
+    assert any(not torch.equal(ended[name], initial[name]) for name in ended)
+    kill_at("opd.warmup.teacher_answers", call=1)
+    assert run([*settings, *warmup, "num_steps=0"], tmp_path) == [only]
+    assert all(torch.equal(one, ended[name]) for name, one in weights(tmp_path / "run" / "student").items())
 
 
 def test_the_learning_rate_of_distillation_begins_anew(settings, tmp_path, device):

@@ -7,10 +7,13 @@ themselves are made from it with a post-processor, as Llama's and DeepSeek's hav
 import copy
 
 import pytest
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
+from transformers import PreTrainedTokenizerFast
 
-from rollout.chat import decode_completion, encode_prompts
+from rollout.chat import decode_completion, encode_prompts, encode_repaired
 from rollout.config import PromptsConfig
+from rollout.self_repair import RepairedAnswer
 
 BOS, EOS = 1, 2
 
@@ -133,3 +136,60 @@ def test_the_row_of_an_empty_raw_prompt_is_named(tokenizer):
 
 def test_a_completion_is_decoded_without_its_end_and_other_special_tokens(tokenizer):
     assert decode_completion([*tokenizer("{p(1); k(2)}")["input_ids"], EOS], tokenizer) == "{p(1); k(2)}"
+
+
+# Answers with repaired errors
+
+
+def tokenizer_of_pieces(pieces: list[str], separator: str = "") -> PreTrainedTokenizerFast:
+    """The longest pieces win; the separator belongs to no token."""
+    tokens = ["<unk>", "<pad>", "<eos>", *pieces]
+    backend = Tokenizer(models.WordLevel({token: index for index, token in enumerate(tokens)}, unk_token="<unk>"))
+    ordered = sorted(pieces, key=len, reverse=True)
+    splits = [pre_tokenizers.Split(Regex(separator), behavior="removed")] if separator else []
+    backend.pre_tokenizer = pre_tokenizers.Sequence([*splits, pre_tokenizers.Split(Regex("|".join(ordered)), behavior="isolated")])
+    return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", pad_token="<pad>", eos_token="<eos>")
+
+
+def errors_of(text: str, errors: tuple[int, ...], tokenizer) -> list[tuple[str, bool]]:
+    tokens, is_error = encode_repaired(RepairedAnswer(text=text, errors=errors), tokenizer, "law/prompts:3")
+    return list(zip(tokenizer.convert_ids_to_tokens(tokens), is_error, strict=True))
+
+
+def test_a_repaired_answer_of_characters_has_its_errors_where_the_text_has_them_and_an_end(tokenizer):
+    assert errors_of("19<8<2", (1, 3), tokenizer) == [("1", False), ("9", True), ("<", False), ("8", True), ("<", False), ("2", False), ("<eos>", False)]
+
+
+def test_a_token_of_several_wrong_characters_is_one_error():
+    found = errors_of("198<<2", (1, 2), tokenizer_of_pieces(["1", "2", "98", "<<"]))
+    assert found == [("1", False), ("98", True), ("<<", False), ("2", False), ("<eos>", False)]
+
+
+@pytest.mark.parametrize(("errors", "part"), [((1,), "19"), ((0,), "19"), ((3,), "8<")])
+def test_a_token_that_is_partly_wrong_is_refused_with_its_row(errors, part):
+    with pytest.raises(ValueError, match=rf"the errors of row law/prompts:3 are no whole tokens: '{part}' is one"):
+        errors_of("19<8<2", errors, tokenizer_of_pieces(["19", "<", "8<", "2"]))
+
+
+def test_a_character_between_two_tokens_is_the_later_ones():
+    """So a wrong token with its space is an error where both are wrong, and refused where the space is right."""
+    spaced = tokenizer_of_pieces(["1", "9", "<", "2"], separator=" ")
+    assert errors_of("1 9<2", (1, 2), spaced) == [("1", False), ("9", True), ("<", False), ("2", False), ("<eos>", False)]
+    with pytest.raises(ValueError, match="' 9' is one"):
+        errors_of("1 9<2", (2,), spaced)
+    with pytest.raises(ValueError, match="has one that is in none"):
+        errors_of("12 ", (2,), spaced)
+
+
+def test_each_of_the_tokens_of_a_wrong_character_is_an_error():
+    """Three bytes of one character, as byte-level tokenizers have them."""
+    backend = Tokenizer(models.BPE({token: index for index, token in enumerate(["<unk>", "<eos>", *pre_tokenizers.ByteLevel.alphabet()])}, []))
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    _, is_error = encode_repaired(RepairedAnswer(text="a€<b", errors=(1,)), PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>"), "law")
+    assert is_error == [False, True, True, True, False, False, False]
+
+
+def test_a_tokenizer_without_offsets_is_refused(tokenizer, monkeypatch):
+    monkeypatch.setattr(type(tokenizer), "is_fast", False)
+    with pytest.raises(ValueError, match=r"row law/prompts:3 cannot be found among its tokens, since .* gives no offsets: set repair_rate=0"):
+        errors_of("19<2", (1,), tokenizer)

@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from rollout.self_repair import MOST_ERRORS, after_backspaces, repaired_answer
+from rollout.self_repair import ERROR_RATE, MOST_ERRORS, after_backspaces, mistyped, repaired_answer
 
 DIGITS = "0123456789"
 
@@ -72,3 +72,11 @@ def test_errors_come_singly_and_in_stretches_at_every_place(cases):
     assert {1, 2, 3} <= stretches
     first_places = {repaired.errors[0] for answer, repaired in cases if len(answer) == 6}
     assert first_places == set(range(6))
+
+
+def test_a_mistyped_answer_has_an_error_at_least_and_others_by_chance_and_is_as_long():
+    rng = random.Random(0)
+    answers = ["".join(rng.choices(DIGITS, k=8)) for _ in range(1000)]
+    errors = [sum(one != other for one, other in zip(answer, mistyped(answer, DIGITS, rng), strict=True)) for answer in answers]
+    assert min(errors) == 1
+    assert sum(errors) == pytest.approx(1000 * (1 + 7 * ERROR_RATE), abs=5 * (7000 * ERROR_RATE * (1 - ERROR_RATE)) ** 0.5)

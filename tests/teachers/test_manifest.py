@@ -9,7 +9,7 @@ import shutil
 
 import pytest
 
-from rollout.config import Dtype, PromptsConfig
+from rollout.config import Dtype, PerturbationConfig, PromptsConfig
 from rollout.grader_process import end_processes
 from teachers.config import DomainConfig, TeacherConfig
 from teachers.manifest import TeacherManifest, changes, describe_domains, teacher_identity
@@ -181,6 +181,13 @@ def test_a_grader_is_described_with_the_settings_it_has_and_one_without_any_as_i
     domains = {name: DomainConfig(grader=grader) for name, grader in {"law": "exact", "code": {"kind": "numeric", "tolerance": 0.5}, "math": None}.items()}
     described = describe_domains(domains, {name: {} for name in domains})
     assert [described[name]["settings"]["grader"] for name in domains] == ["exact", {"kind": "numeric", "tolerance": 0.5, "relative_tolerance": 0.0}, None]
+
+
+def test_a_perturbation_is_described_where_there_is_one_and_else_left_out_as_in_manifests_of_before():
+    domains = {"law": DomainConfig(perturbation=PerturbationConfig(rate=0.1, alphabet=["0", "1"])), "code": DomainConfig()}
+    described = describe_domains(domains, {name: {} for name in domains})
+    assert described["law"]["settings"]["perturbation"] == {"rate": 0.1, "alphabet": ["0", "1"]}
+    assert "perturbation" not in described["code"]["settings"]
 
 
 def test_a_function_that_grades_is_described_with_the_hash_of_its_file(tmp_path, monkeypatch):
