@@ -80,6 +80,15 @@ class ProfileConfig:
 
 
 @dataclass(slots=True)
+class SamplesConfig:
+    """every: steps between two of which a few rollouts per domain are kept in RUN/samples, with text, grade and the divergence of each token
+    (opd/samples.py); the last step's are kept too. 0 keeps none.
+    """
+
+    every: int = 50
+
+
+@dataclass(slots=True)
 class AlarmsConfig:
     """enabled: judge the metrics of each step, and log one line when one of them begins to look like a known failure."""
 

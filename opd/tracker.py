@@ -25,6 +25,7 @@ from opd.job_config import LoggerConfig, LoggerKind
 from opd.metrics import SCHEMA, headline
 from opd.profiling import StepProfiler
 from opd.run import config_dict
+from opd.samples import forget_after
 from opd.teacher_answers import length_ratios
 from opd.throughput import memory_metrics, phase_metrics, present_device
 from rollout.errors import first_sentence
@@ -59,7 +60,9 @@ class Tracker:
             self.wandb_run.finish(exit_code=PREEMPTED if exception[0] is Preempted else int(exception[0] is not None))
 
     def resume(self, step: int) -> None:
-        """Forget the records of steps that will be done again: those after `step`, and with 0 all."""
+        """Forget the records and samples of steps that will be done again: those after `step`, and with 0 all."""
+        if is_main():
+            forget_after(self.file.parent, step)
         if is_main() and self.file.exists():
             whole = [line for line in self.file.read_text().splitlines() if line.endswith("}")]  # a kill may have cut the last one
             kept = [line for line in whole if json.loads(line)["step"] <= step] if step else []
