@@ -38,6 +38,7 @@ COMMANDS = {
     "plan": "the memory that distill with the same settings takes on each rank, from the models' configs alone, and what does not fit",
     "evaluate": "accuracy and recovery on held-out prompts",
     "export": "write the folder to serve, its experts packed in FP4, and verify it",
+    "report": "one HTML page on a run, as in `opd report RUN`: its table, curves, teachers' conflict, rollouts and settings",
     "bench": "time and memory beside other ways and libraries; the word after it says of what: divergence, qat, teachers, rollout, step",
 }
 FUNCTIONS = {"pipeline": "run_pipeline", "rehearsal": "rehearse"}
@@ -82,7 +83,14 @@ def split_command(arguments: list[str]) -> tuple[str, list[str]]:
         raise ValueError(f"there is no command {arguments[0]!r}{nearest(arguments[0], list(COMMANDS))}; the commands are {', '.join(COMMANDS)}")
     if arguments[0] == "bench":
         return _bench_command(arguments[1:])
+    if arguments[0] == "report" and len(arguments) > 1 and not any(sign in arguments[1] for sign in "=~"):
+        return "report", [f"run_dir={_quoted(arguments[1])}", *arguments[2:]]
     return arguments[0], arguments[1:]
+
+
+def _quoted(text: str) -> str:
+    """A value as Hydra reads it back, whatever is in it."""
+    return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
 
 
 def _bench_command(arguments: list[str]) -> tuple[str, list[str]]:
@@ -172,11 +180,11 @@ def _run(command: str, cfg) -> None:
     """Call the function that has the command's name, in the module of that name (but for FUNCTIONS)."""
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     _show_messages()
-    if command != "pipeline":
+    if command not in ("pipeline", "report"):
         from opd.distributed import set_threads
 
         set_threads(cfg.threads)
-    if command != "pipeline" and not command.startswith("bench"):
+    if command not in ("pipeline", "report") and not command.startswith("bench"):
         from opd.checkpoint_model import resolve_models
 
         resolve_models(cfg)

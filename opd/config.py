@@ -13,7 +13,7 @@ from omegaconf.errors import OmegaConfBaseException
 from opd.bench_config import DivergenceBenchConfig, QatBenchConfig, RolloutBenchConfig, StepBenchConfig, TeachersBenchConfig
 from opd.export_config import ExportConfig, check_export
 from opd.grpo_config import GrpoConfig, check_grpo, group_rollouts
-from opd.job_config import AlarmsConfig, CheckpointConfig, LaunchConfig, LoggerConfig, ProfileConfig, RanksConfig, SamplesConfig
+from opd.job_config import AlarmsConfig, CheckpointConfig, LaunchConfig, LoggerConfig, ProfileConfig, RanksConfig, ReportConfig, SamplesConfig
 from opd.loss_config import LossConfig
 from opd.plan_config import PlanConfig
 from opd.quant_config import QuantConfig
@@ -298,6 +298,7 @@ SCHEMAS: dict[str, type] = {
     "specialize": SpecializeConfig,
     "evaluate": EvaluateConfig,
     "export": ExportConfig,
+    "report": ReportConfig,
     "pipeline": PipelineConfig,
     "bench_divergence": DivergenceBenchConfig,
     "bench_qat": QatBenchConfig,

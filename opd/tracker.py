@@ -122,7 +122,8 @@ class Tracker:
         return metrics | self.alarms.observe(step, metrics) if self.alarms is not None else metrics
 
 
-def _start_wandb(run_dir: Path, cfg: LoggerConfig, config: dict[str, Any]):
+def _start_wandb(run_dir: Path, cfg: LoggerConfig, config: dict[str, Any] | None):
+    """config: of a run that trains; None leaves the run's own."""
     import wandb
 
     id_file = run_dir / "wandb_id"
@@ -137,7 +138,7 @@ def _start_wandb(run_dir: Path, cfg: LoggerConfig, config: dict[str, Any]):
         "resume": "allow",
         "mode": "online" if cfg.kind is LoggerKind.wandb else "offline",
         "dir": str(run_dir),
-        "config": config if cfg.upload_text else without_text(config),
+        "config": config if cfg.upload_text or config is None else without_text(config),
         "settings": wandb.Settings(silent=True, console="off", x_disable_stats=True),
     }
     try:
@@ -146,6 +147,15 @@ def _start_wandb(run_dir: Path, cfg: LoggerConfig, config: dict[str, Any]):
         raise ValueError(f"Weights & Biases cannot be reached ({first_sentence(error)}): run `wandb login`, or set logger=offline") from error
     run.define_metric("*", step_metric="opd/step")
     return run
+
+
+def upload_file(run_dir: Path, cfg: LoggerConfig, file: Path) -> None:
+    """Log a file, as it is, as an artifact of a run's W&B run, online or offline as the run was. Raises ValueError where there is no such run."""
+    if not (run_dir / "wandb_id").is_file():
+        raise ValueError(f"{run_dir} has no W&B run to upload to: it was run with logger=none, or has not begun")
+    run = _start_wandb(run_dir, cfg, None)
+    run.log_artifact(str(file), name=f"report-{run.id}", type="report")
+    run.finish()
 
 
 def without_text(config: dict[str, Any]) -> dict[str, Any]:
