@@ -181,7 +181,7 @@ def tick_text(value: float) -> str:
         return "0"
     unit, letter = next(((unit, letter) for unit, letter in ((1e9, "G"), (1e6, "M"), (1e4, "k")) if size >= unit), (1.0, ""))
     unit = 1e3 if letter == "k" else unit
-    return f"{value / unit:.0e}".replace("e-0", "e-") if size < 1e-3 else f"{value / unit:.4g}{letter}"
+    return f"{value:.3g}".replace("e-0", "e-") if size < 1e-3 else f"{value / unit:.4g}{letter}"
 
 
 def shortened(name: str, most: int) -> str:

@@ -102,7 +102,7 @@ def test_a_run_without_an_evaluation_shows_its_own_and_one_with_shows_that(run_c
     role = {"accuracy": 0.5, "low": 0.25, "high": 0.75, "greedy": 0.5, "prompts": 77, "truncated": 0.0}
     certificate = {"floor": 0.123, "low": 0.0321, "share": 0.2, "holds": False}
     domain = {"teacher": role, "student": role, "recovery": interval, "certificate": certificate, "kl": {"student": {"per_sequence": interval}}}
-    (run_copy / "evaluation.json").write_text(json.dumps({"schema": 1, "domains": {"tools": domain}}))
+    (run_copy / "evaluation.json").write_text(json.dumps({"schema": 1, "domains": {"arithmetic": domain}}))
     page = page_of(run_copy)
     assert "From the run\u2019s own evaluations" not in page
     assert re.search(r'class="bad"><span>0.123 <small>0.032 at the least', page), "a certificate that does not hold stands out"
@@ -115,7 +115,7 @@ def test_a_line_that_is_being_written_is_left_out_and_one_that_is_damaged_is_nam
     (run_copy / "metrics.jsonl").write_text(whole + '{"schema": 1, "step": 3, "step/lo')
     assert read_run(run_copy).steps == 2
     (run_copy / "metrics.jsonl").write_text('{"schema": 1, "ste\n' + whole)
-    with pytest.raises(ValueError, match="line 1 of .*metrics.jsonl is damaged"):
+    with pytest.raises(ValueError, match=r"line 1 of .*metrics\.jsonl is damaged"):
         read_run(run_copy)
 
 

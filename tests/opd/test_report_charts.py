@@ -1,6 +1,7 @@
 """Charts as text: what is drawn is what was given, in pixels that a reader can invert, and no name can break out of the picture."""
 
 import re
+from itertools import pairwise
 from xml.etree import ElementTree
 
 import pytest
@@ -54,7 +55,7 @@ def test_labels_of_lines_that_end_together_do_not_lie_on_each_other():
     picture = parsed(line_chart("t", [line(f"domain{number}", [0.5, 1.0], number) for number in range(12)], "nats"))
     heights = sorted(float(text.get("y")) for text in picture.iter(f"{SVG}text") if "end" in text.get("class").split())
     assert len(heights) == 12
-    assert min(after - before for before, after in zip(heights, heights[1:], strict=False)) >= 10
+    assert min(after - before for before, after in pairwise(heights)) >= 10
     assert all(0 < height < HEIGHT for height in heights)
 
 
