@@ -40,6 +40,7 @@ COMMANDS = {
     "compare": "several ways to make one student of the same base and teachers, beside each other: distillation, its baselines, its controls",
     "merge": "all domains' teachers as one model by arithmetic on their weights, without training: a baseline",
     "export": "write the folder to serve, its experts packed in FP4, and verify it",
+    "report": "one HTML page on a run, as in `opd report RUN`: its table, curves, teachers' conflict, rollouts and settings",
     "bench": "time and memory beside other ways and libraries; the word after it says of what: divergence, qat, teachers, rollout, step",
 }
 FUNCTIONS = {"pipeline": "run_pipeline", "rehearsal": "rehearse"}
@@ -48,7 +49,7 @@ FUNCTIONS = {"pipeline": "run_pipeline", "rehearsal": "rehearse"}
 ON_RANKS = ("distill", "specialize", "evaluate", "check")
 """The commands that divide their work among processes."""
 
-WITHOUT_MODELS = ("pipeline", "compare")
+WITHOUT_MODELS = ("pipeline", "compare", "report")
 """The commands that load no model themselves."""
 
 
@@ -87,7 +88,14 @@ def split_command(arguments: list[str]) -> tuple[str, list[str]]:
         raise ValueError(f"there is no command {arguments[0]!r}{nearest(arguments[0], list(COMMANDS))}; the commands are {', '.join(COMMANDS)}")
     if arguments[0] == "bench":
         return _bench_command(arguments[1:])
+    if arguments[0] == "report" and len(arguments) > 1 and not any(sign in arguments[1] for sign in "=~"):
+        return "report", [f"run_dir={_quoted(arguments[1])}", *arguments[2:]]
     return arguments[0], arguments[1:]
+
+
+def _quoted(text: str) -> str:
+    """A value as Hydra reads it back, whatever is in it."""
+    return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
 
 
 def _bench_command(arguments: list[str]) -> tuple[str, list[str]]:

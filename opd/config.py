@@ -15,7 +15,7 @@ from opd.compare_config import CompareConfig, check_compare
 from opd.export_config import ExportConfig, check_export
 from opd.grpo_config import GrpoConfig, check_grpo, group_rollouts
 from opd.harness_config import HarnessConfig, check_harness
-from opd.job_config import AlarmsConfig, CheckpointConfig, LaunchConfig, LoggerConfig, ProfileConfig, RanksConfig
+from opd.job_config import AlarmsConfig, CheckpointConfig, LaunchConfig, LoggerConfig, ProfileConfig, RanksConfig, ReportConfig, SamplesConfig
 from opd.loss_config import LossConfig
 from opd.merge_config import MergeConfig, check_merge
 from opd.pipeline_config import PipelineConfig
@@ -182,6 +182,7 @@ class DistillConfig(RunConfig):
     teachers: how the teachers are held, and what they give.
     loss: how the student's distance from a teacher is measured.
     check: what the teachers' signal is asked before the first step.
+    samples: rollouts that are kept for reading.
     warmup: supervised training on the teachers' own answers before the first step, where distillation from scratch would fail.
     rehearse: do one step at the largest lengths in a temporary folder, show what it took, and leave nothing behind (opd/rehearsal.py).
     """
@@ -190,6 +191,7 @@ class DistillConfig(RunConfig):
     loss: LossConfig = field(default_factory=LossConfig)
     teachers: TeachersConfig = field(default_factory=TeachersConfig)
     check: CheckConfig = field(default_factory=CheckConfig)
+    samples: SamplesConfig = field(default_factory=SamplesConfig)
     warmup: WarmupConfig = field(default_factory=WarmupConfig)
     rehearse: bool = False
 
@@ -276,6 +278,7 @@ SCHEMAS: dict[str, type] = {
     "evaluate": EvaluateConfig,
     "export": ExportConfig,
     "merge": MergeConfig,
+    "report": ReportConfig,
     "pipeline": PipelineConfig,
     "compare": CompareConfig,
     "bench_divergence": DivergenceBenchConfig,

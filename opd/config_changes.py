@@ -20,7 +20,7 @@ from teachers.config import RUNNING_SETTINGS
 SCHEMA = 1
 
 FREE = (
-    "fresh", "threads", "logger", "checkpoint", "launch", "profile", "run_dir", "check", "alarms", "rehearse", "rollout.vllm", "rollout.service",
+    "fresh", "threads", "logger", "checkpoint", "launch", "profile", "run_dir", "check", "alarms", "samples", "rehearse", "rollout.vllm", "rollout.service",
     *(f"teachers.{name}" for name in RUNNING_SETTINGS),
 )  # fmt: skip
 

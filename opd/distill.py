@@ -8,6 +8,7 @@ from opd.evaluate import Evaluator, evaluation_metrics
 from opd.metrics import data_metrics, rollout_metrics
 from opd.rollouts import build_stream, data_ranks
 from opd.run import finish_run, open_run
+from opd.samples import Samples
 from opd.signal_check import check_new_run
 from opd.stopping import StopRequest
 from opd.student import build_student, load_student_tokenizer, seed_everything
@@ -30,7 +31,7 @@ def distill(cfg: DistillConfig) -> None:
     engine = Engine(student, len(tokenizer), cfg, device)                # the only code that touches DeepSpeed
     report = check_new_run(cfg, stream, evaluator)                       # a signal that cannot teach is refused before anything is written
     run_dir = open_run(cfg, "distill")
-
+    samples = Samples(run_dir, cfg, tokenizer)                           # a few rollouts, to be read
     with Tracker(run_dir, "distill", cfg) as tracker, StopRequest(cfg) as stop:
         first = resume(run_dir, engine, stream, tracker, teachers)
         if first == 0:
@@ -42,7 +43,7 @@ def distill(cfg: DistillConfig) -> None:
             with tracker.timer("score"):
                 scored = teachers.score(rollouts)                        # each rollout by the teacher of its domain
             with tracker.timer("update"):
-                metrics = update(engine, teachers, scored, cfg)
+                metrics = update(engine, teachers, scored, cfg, samples)
             metrics |= rollout_metrics(rollouts, stream, cfg, tokenizer)
             if is_due(step + 1, cfg.evaluation.every):
                 metrics |= evaluation_metrics(evaluator.evaluate(stream.sampler, engine))

@@ -1,4 +1,6 @@
-"""Typed settings of a job: what it saves, when it ends early, and what it shows (opd/checkpoint.py, stopping.py, tracker.py, profiling.py, alarms.py)."""
+"""Typed settings of a job: what it saves, when it ends early, and what it shows (opd/checkpoint.py, stopping.py, tracker.py, samples.py, profiling.py,
+alarms.py, report.py).
+"""
 
 from dataclasses import dataclass, field
 from enum import Enum
@@ -77,6 +79,27 @@ class ProfileConfig:
 
     steps: list[int] = field(default_factory=list)
     all_ranks: bool = False
+
+
+@dataclass(slots=True)
+class SamplesConfig:
+    """every: steps between two of which a few rollouts per domain are kept in RUN/samples, with text, grade and the divergence of each token
+    (opd/samples.py); the last step's are kept too. 0 keeps none.
+    """
+
+    every: int = 50
+
+
+@dataclass(slots=True)
+class ReportConfig:
+    """`opd report RUN`: one HTML page on a run (opd/report.py).
+
+    run_dir: folder of the run or pipeline; report.html is written there.
+    upload: also log the page as an artifact of the run's W&B run, without text of prompts and completions unless the run has logger.upload_text=true.
+    """
+
+    run_dir: str = ""
+    upload: bool = False
 
 
 @dataclass(slots=True)

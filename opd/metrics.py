@@ -62,7 +62,8 @@ Step 0 holds what was measured before training. Names:
     memory/peak_rss_gb, peak_gpu_gb           of the rank that needed most: since its start, and on a GPU since the record before (GB: 1e9 bytes)
     teacher/T/seconds, loads, bytes_loaded, load_seconds, load_hidden, rounding_kl          teachers/figures.py; T: its domains joined by +
     teacher/T/kl_per_token, entropy, token_share          as of domains, over all domains of the teacher; of the tokens of the loss
-    teacher/T/gradient_share                  opd/gradient_share.py
+    teacher/T/gradient_share                  of the norms of the teachers' gradients: opd/gradient_share.py
+    conflict/T/U/gradient_cosine              of two teachers' gradients by all trained parameters; below 0 they pull against each other (the same file)
     system/teacher_loads                      readings of teachers and heads from disk in this step, over all ranks; like seconds, not the same after a resume
     evaluation/D/truncated, accuracy, accuracy_low, accuracy_high, greedy, kl_per_token, kl_per_sequence (with _low, _high)
     evaluation/D/perturbed, perturbed_low, perturbed_high       accuracy where an environment replaces tokens (domains.D.perturbation)

@@ -7,6 +7,7 @@
     RUN/checkpoints/         opd/checkpoint.py
     RUN/teachers.json        which teachers scored which steps, and the domains' settings then: teachers/manifest.py (of a distillation)
     RUN/warmup.json          opd/warmup.py, with warmup=sft
+    RUN/samples/             opd/samples.py: a few rollouts with the divergence of each token
     RUN/rollouts/            rollout/replay.py, with rollout.save=true
     RUN/service/             rollout/service.py, with rollout.sampler=service: one folder for each sampler process
     RUN/weights/             rollout/weights.py and, with rollout.sampler=vllm, rollout/vllm_sampler.py: the newest weights that others sample with
@@ -151,7 +152,7 @@ def _clear(folder: Path, cfg: RunConfig) -> str | None:
         return f"fresh=true would delete {inside[0]}, which the run reads: choose another run_dir"
     for name in ("config.yaml", "metrics.jsonl", "wandb_id", "evaluation.json", "teachers.json", "warmup.json", "changes.jsonl", "lineage.json"):
         (folder / name).unlink(missing_ok=True)
-    for name in ("checkpoints", "rollouts", "log", "service", "weights", "student", "students", "reference", "wandb", "profile"):
+    for name in ("checkpoints", "rollouts", "log", "service", "weights", "student", "students", "reference", "wandb", "profile", "samples"):
         shutil.rmtree(folder / name, ignore_errors=True)
     return None
 

@@ -25,6 +25,7 @@ from opd.job_config import LoggerConfig, LoggerKind
 from opd.metrics import SCHEMA, headline
 from opd.profiling import StepProfiler
 from opd.run import config_dict
+from opd.samples import forget_after
 from opd.teacher_answers import length_ratios
 from opd.throughput import memory_metrics, phase_metrics, present_device
 from rollout.errors import first_sentence
@@ -59,7 +60,9 @@ class Tracker:
             self.wandb_run.finish(exit_code=PREEMPTED if exception[0] is Preempted else int(exception[0] is not None))
 
     def resume(self, step: int) -> None:
-        """Forget the records of steps that will be done again: those after `step`, and with 0 all."""
+        """Forget the records and samples of steps that will be done again: those after `step`, and with 0 all."""
+        if is_main():
+            forget_after(self.file.parent, step)
         if is_main() and self.file.exists():
             whole = [line for line in self.file.read_text().splitlines() if line.endswith("}")]  # a kill may have cut the last one
             kept = [line for line in whole if json.loads(line)["step"] <= step] if step else []
@@ -119,7 +122,8 @@ class Tracker:
         return metrics | self.alarms.observe(step, metrics) if self.alarms is not None else metrics
 
 
-def _start_wandb(run_dir: Path, cfg: LoggerConfig, config: dict[str, Any]):
+def _start_wandb(run_dir: Path, cfg: LoggerConfig, config: dict[str, Any] | None):
+    """config: of a run that trains; None leaves the run's own."""
     import wandb
 
     id_file = run_dir / "wandb_id"
@@ -134,7 +138,7 @@ def _start_wandb(run_dir: Path, cfg: LoggerConfig, config: dict[str, Any]):
         "resume": "allow",
         "mode": "online" if cfg.kind is LoggerKind.wandb else "offline",
         "dir": str(run_dir),
-        "config": config if cfg.upload_text else without_text(config),
+        "config": config if cfg.upload_text or config is None else without_text(config),
         "settings": wandb.Settings(silent=True, console="off", x_disable_stats=True),
     }
     try:
@@ -143,6 +147,15 @@ def _start_wandb(run_dir: Path, cfg: LoggerConfig, config: dict[str, Any]):
         raise ValueError(f"Weights & Biases cannot be reached ({first_sentence(error)}): run `wandb login`, or set logger=offline") from error
     run.define_metric("*", step_metric="opd/step")
     return run
+
+
+def upload_file(run_dir: Path, cfg: LoggerConfig, file: Path) -> None:
+    """Log a file, as it is, as an artifact of a run's W&B run, online or offline as the run was. Raises ValueError where there is no such run."""
+    if not (run_dir / "wandb_id").is_file():
+        raise ValueError(f"{run_dir} has no W&B run to upload to: it was run with logger=none, or has not begun")
+    run = _start_wandb(run_dir, cfg, None)
+    run.log_artifact(str(file), name=f"report-{run.id}", type="report")
+    run.finish()
 
 
 def without_text(config: dict[str, Any]) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from opd.metrics import DomainTotals, add_losses, loss_metrics, teacher_loss_met
 from opd.mismatch import mask_mismatched
 from opd.quant_config import ExpertFormat
 from opd.route_replay import require_routes
+from opd.samples import Samples
 from opd.throughput import score_work, update_work
 from rollout.config import schedule_value
 from rollout.replay import rollout_key
@@ -40,13 +41,19 @@ MOST_NAMED = 3
 LOG = logging.getLogger(__name__)
 
 
-def update(engine: Engine, teachers: TeacherPool, scored: list[ScoredRollout], cfg: DistillConfig) -> dict[str, float]:
-    """Distil one step's scored rollouts (this rank's) into the student; returns the step's metrics."""
+def update(
+    engine: Engine, teachers: TeacherPool, scored: list[ScoredRollout], cfg: DistillConfig, samples: Samples | None = None
+) -> dict[str, float]:
+    """Distil one step's scored rollouts (this rank's) into the student; returns the step's metrics. samples: what keeps a few of them, where it is due."""
     require_routes([item.rollout for item in scored], cfg.student.replay_routes, len(engine.recorder.routers))
     scored, masked = mask_mismatched(engine, teachers.recovered(scored), cfg)
     weights, metrics = domain_weights([item.rollout for item in scored], cfg, engine.policy_step)
     batches = distillation_batches(scored, weights, cfg.batch, engine.least_length)
-    metrics |= train(engine, batches, cfg, teachers)
+    step = engine.policy_step + 1
+    kept = samples if samples is not None and samples.is_due(step) else None
+    metrics |= train(engine, batches, cfg, teachers, kept)
+    if kept is not None:
+        kept.write(step)
     return metrics | masked | score_work(scored, teachers) | teachers.metrics()
 
 
@@ -75,8 +82,12 @@ def domain_weights(rollouts: list[Rollout], cfg: RunConfig, step: int) -> tuple[
     return {name: realised[name] / tokens[name] if tokens[name] else 0.0 for name in names}, metrics
 
 
-def train(engine: Engine, batches: list[MicroBatch], cfg: RunConfig, teachers: TeacherPool | None) -> dict[str, float]:
-    """One optimizer update from the step's micro-batches (this rank's); returns its metrics. teachers: whose hidden states and heads they need, if any."""
+def train(
+    engine: Engine, batches: list[MicroBatch], cfg: RunConfig, teachers: TeacherPool | None, samples: Samples | None = None
+) -> dict[str, float]:
+    """One optimizer update from the step's micro-batches (this rank's); returns its metrics. teachers: whose hidden states and heads they need, if any.
+    samples: where the losses of the tokens go too.
+    """
     distils = isinstance(cfg, DistillConfig) and teachers is not None
     totals = DomainTotals(list(cfg.domains))
     metrics = {}
@@ -104,6 +115,8 @@ def train(engine: Engine, batches: list[MicroBatch], cfg: RunConfig, teachers: T
         finite.append(losses.loss_N.isfinite())
         engine.backward(_spoiled_unless_finite(loss, finite) if is_last else loss)
         add_losses(totals, batch, losses)
+        if samples is not None:
+            samples.add(batch, losses)
     metrics |= engine.step()
     is_skipped = engine.skipped_in_a_row > 0
     if is_skipped:

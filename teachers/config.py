@@ -89,8 +89,8 @@ class TeachersConfig:
     hidden_memory_gb: hidden states kept in shared memory; what is more goes to files. Null takes half of what is free there.
     hidden_folder: folder of those files, on a disk of the node; null takes the system's for temporary files.
     on_failure: what happens when a teacher fails twice.
-    gradient_share_every: steps between two measurements of each teacher's share of the gradient, which take a forward and backward each; 0 never, as
-        under ZeRO-3.
+    gradient_share_every: steps between two measurements of each teacher's share of the gradient and of how any two agree, which take a forward and
+        backward of each teacher's rollouts; 0 never, as under ZeRO-3.
     max_tokens_per_forward: padded tokens of one scoring forward.
     signal: what a teacher gives for each token; what is less than hidden_states is for comparison with systems whose teachers have no more.
     top_k: number of tokens of signal=top_k.

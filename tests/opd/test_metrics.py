@@ -204,6 +204,7 @@ def test_data_metrics_count_rows_that_domains_have_in_common(stream):
 
 def general(name: str) -> str:
     """A record's name with D for its domain and LL for its layer, as the docstring of opd/metrics.py writes them."""
+    name = re.sub(r"^conflict/\w+/\w+/", "conflict/T/U/", name)
     return re.sub(r"layer_\d\d", "layer_LL", re.sub(r"/(arithmetic|tools)/", "/D/", name)).replace("teacher/D/", "teacher/T/")
 
 

@@ -245,19 +245,22 @@ def moments(engine: Engine) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2])
-def test_gradient_shares_are_the_norms_of_each_teachers_part_of_the_gradient(stage, v4_model, make_pool, make_engine, make_config, rollouts, tokenizer):
+def test_gradient_shares_and_cosines_are_those_of_each_teachers_part_of_the_gradient(stage, v4_model, make_pool, make_engine, make_config, rollouts, tokenizer):
     cfg = weighted(make_config, {"law": 0.75, "code": 0.25}, max_tokens=60, stage=stage)
     pool = make_pool({"law": "v4", "code": "qwen3_moe"})
     teachers = {name: load_model(pool.configs[teacher][1], "teacher") for name, teacher in pool.teacher_of.items()}
-    norms = {}
+    whole = {}
     for name in teachers:
         own = [rollout for rollout in rollouts if rollout.prompt.domain == name]
         _, gradients = naive_step(v4_model, teachers, own, {name: {"law": 0.75, "code": 0.25}[name]}, len(tokenizer))
-        norms[name] = float(torch.stack([gradient.norm() for gradient in gradients.values()]).norm())
+        whole[name] = torch.cat([gradient.flatten() for gradient in gradients.values()])
+    norms = {name: float(gradient.norm()) for name, gradient in whole.items()}
     metrics, measured = one_update(make_engine(v4_model, cfg), pool, rollouts, cfg)
     for name, norm in norms.items():
         assert metrics[f"teacher/{name}/gradient_share"] == pytest.approx(norm / sum(norms.values()), rel=1e-4)
+    [cosine] = [value for name, value in metrics.items() if name in ("conflict/law/code/gradient_cosine", "conflict/code/law/gradient_cosine")]
+    assert cosine == pytest.approx(float(whole["law"] @ whole["code"]) / (norms["law"] * norms["code"]), abs=1e-5)
     cfg.teachers.gradient_share_every = 0
     metrics, unmeasured = one_update(make_engine(v4_model, cfg), pool, rollouts, cfg)
-    assert not any(name.endswith("gradient_share") for name in metrics)
+    assert not any(name.endswith(("gradient_share", "gradient_cosine")) for name in metrics)
     assert_same_changes(measured, unmeasured)

@@ -1,0 +1,202 @@
+"""What a run folder holds, for `opd report`: read as it stands, a running job's too, and nothing in it is touched.
+
+A folder of `opd distill`, `specialize` or `evaluate` is one run. A folder of a pipeline has its curves in the last of its stages that distils (else
+trains), and its table in summary.json or the evaluation stage. A stage's own folder finds the table of the pipeline around it where that has one
+distillation alone, since only then is it known whose table it is.
+
+A last line of metrics.jsonl that is not whole is one that is being written, and is left out. Whether a process writes to the folder is read from the
+kernel's list of locks (Linux), never by taking the lock: a job that starts at that moment would find it taken.
+"""
+
+import json
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from opd.run import LOCK_FILE
+from opd.samples import FOLDER as SAMPLES
+from opd.samples import SCHEMA as SAMPLES_SCHEMA
+from rollout.files import read_json
+
+MARK = "# written by opd "
+COMMANDS = ("distill", "specialize", "evaluate", "pipeline")
+LOCKS = Path("/proc/locks")
+NO_TEXT = "(left out: logger.upload_text=false)"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunFacts:
+    """A run as it is on disk.
+
+    folder: as it was named. command: that wrote it. config: its resolved settings. train_folder, train_command, train_config: the same of the folder
+        with the curves, which is another one in a pipeline only.
+    records: lines of metrics.jsonl, in order of steps. evaluation: what opd/comparison.py writes, with where it is from in `evaluation_file`; None where
+        there is none. teachers: the last span of teachers.json, or None. samples: contents of RUN/samples, in order of steps.
+    stages: of a pipeline, name -> (state, seconds). state: in words. begun, changed: local times. versions: of packages, empty where not recorded.
+    """
+
+    folder: Path
+    command: str
+    config: dict[str, Any]
+    train_folder: Path
+    train_command: str
+    train_config: dict[str, Any]
+    records: list[dict[str, Any]]
+    evaluation: dict[str, Any] | None
+    evaluation_file: Path | None
+    teachers: dict[str, Any] | None
+    samples: list[dict[str, Any]]
+    stages: dict[str, tuple[str, float]]
+    state: str
+    begun: str
+    changed: str
+    versions: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def domains(self) -> list[str]:
+        """In the order of the configuration, then of the table."""
+        evaluated = [] if self.evaluation is None else list(self.evaluation["domains"])
+        return list(dict.fromkeys([*self.train_config.get("domains", {}), *evaluated]))
+
+    @property
+    def steps(self) -> int:
+        """Updates done, as far as is recorded."""
+        return max((record["step"] for record in self.records), default=0)
+
+    @property
+    def num_steps(self) -> int | None:
+        """Updates asked for; None of a command that does none."""
+        if "num_steps" not in self.train_config:
+            return None
+        grpo = self.train_config.get("grpo", {}).get("num_steps", 0) if self.train_command == "specialize" else 0
+        return self.train_config["num_steps"] + grpo
+
+
+def read_run(folder: Path) -> RunFacts:
+    """Read a folder. Raises ValueError where it is not one that can be reported on, or is damaged."""
+    command, config = _config_of(folder)
+    stages = _stages(folder) if command == "pipeline" else {}
+    train_folder = _train_folder(folder, config) if command == "pipeline" else folder
+    train_command, train_config = _config_of(train_folder)
+    evaluation_file = _evaluation_file(folder, command, config)
+    summary = read_json(evaluation_file) if evaluation_file is not None else None
+    teachers = train_folder / "teachers.json"
+    records = _records(train_folder / "metrics.jsonl")
+    times = [path.stat().st_mtime for path in (folder / "config.yaml", train_folder / "config.yaml", train_folder / "metrics.jsonl") if path.is_file()]
+    return RunFacts(
+        folder=folder,
+        command=command,
+        config=config,
+        train_folder=train_folder,
+        train_command=train_command,
+        train_config=train_config,
+        records=records,
+        evaluation=summary,
+        evaluation_file=evaluation_file,
+        teachers=read_json(teachers)["spans"][-1] if teachers.is_file() else None,
+        samples=_samples(train_folder),
+        stages=stages,
+        state=_state(folder, command, stages, summary),
+        begun=_local_time(min(times)),
+        changed=_local_time(max(times)),
+        versions={} if summary is None else summary.get("versions", {}),
+    )
+
+
+def without_text(value: Any, key: str = "") -> Any:
+    """Settings without the text of system prompts, also where it stands in the overrides of a pipeline's stage."""
+    if isinstance(value, dict):
+        return {name: without_text(inner, name) for name, inner in value.items()}
+    if isinstance(value, list):
+        return [without_text(inner, key) for inner in value]
+    is_text = value is not None and (key == "system_prompt" or (isinstance(value, str) and "system_prompt=" in value))
+    return NO_TEXT if is_text else value
+
+
+def _config_of(folder: Path) -> tuple[str, dict[str, Any]]:
+    stored = folder / "config.yaml"
+    if not stored.is_file():
+        raise ValueError(f"{folder} is not a folder of a run, for it has no config.yaml: name one of `opd distill`, `specialize`, `evaluate` or `pipeline`")
+    text = stored.read_text()
+    command = text.partition("\n")[0].removeprefix(MARK)
+    if command not in COMMANDS:
+        raise ValueError(f"{folder} is of `opd {command}`, of which there is no report: name a folder of {', '.join(COMMANDS)}")
+    return command, OmegaConf.to_container(OmegaConf.create(text))
+
+
+def _stages(folder: Path) -> dict[str, tuple[str, float]]:
+    records = {path.stem: read_json(path) for path in sorted((folder / "stages").glob("*.json"))}
+    return {name: (record["state"], record["seconds"]) for name, record in records.items()}
+
+
+def _train_folder(folder: Path, config: dict[str, Any]) -> Path:
+    """The last stage that distils and has begun, else the last that trains, else the pipeline's own folder."""
+    for command in ("distill", "specialize"):
+        begun = [name for name, stage in config["stages"].items() if stage["command"] == command and (folder / name / "config.yaml").is_file()]
+        if begun:
+            return folder / begun[-1]
+    raise ValueError(f"no stage of the pipeline in {folder} has begun to train: there is nothing to report yet")
+
+
+def _evaluation_file(folder: Path, command: str, config: dict[str, Any]) -> Path | None:
+    """The table's file: the folder's own, its summary, that of its last evaluation, or that of the one pipeline that has this folder for its student."""
+    if command == "pipeline":
+        stages = [name for name, stage in config["stages"].items() if stage["command"] == "evaluate"]
+        candidates = [folder / "summary.json", *(folder / name / "evaluation.json" for name in reversed(stages))]
+    else:
+        candidates = [folder / "evaluation.json"]
+        around = folder.resolve().parent
+        if command == "distill" and (around / "config.yaml").is_file() and (around / "config.yaml").read_text().startswith(MARK + "pipeline"):
+            _, pipeline = _config_of(around)
+            distilled = [name for name, stage in pipeline["stages"].items() if stage["command"] == "distill"]
+            candidates += [around / "summary.json"] if distilled == [folder.resolve().name] else []
+    return next((path for path in candidates if path.is_file()), None)
+
+
+def _records(path: Path) -> list[dict[str, Any]]:
+    """Raises ValueError for a line in the midst of the file that is not whole."""
+    found, lines = [], path.read_text().splitlines() if path.is_file() else []
+    for number, line in enumerate(lines, start=1):
+        try:
+            found.append(json.loads(line))
+        except ValueError as error:
+            if number < len(lines):
+                raise ValueError(f"line {number} of {path} is damaged: take the run up again, which drops what is not whole, or restore the file") from error
+    return sorted(found, key=lambda record: record["step"])
+
+
+def _samples(folder: Path) -> list[dict[str, Any]]:
+    found = [read_json(path) for path in sorted((folder / SAMPLES).glob("*.json"))]
+    other = [content.get("schema") for content in found if content.get("schema") != SAMPLES_SCHEMA]
+    if other:
+        raise ValueError(f"{folder / SAMPLES} has files of schema {other[0]}; this version reads schema {SAMPLES_SCHEMA}")
+    return found
+
+
+def _state(folder: Path, command: str, stages: dict[str, tuple[str, float]], summary: dict[str, Any] | None) -> str:
+    is_held = _is_held(folder / LOCK_FILE)
+    if is_held:
+        return "running"
+    if command == "pipeline":
+        open_stages = [name for name, (state, _) in stages.items() if state != "done"]
+        return "done" if summary is not None and not open_stages else f"not finished{'' if is_held is False else ', or running elsewhere'}"
+    product = folder / ("evaluation.json" if command == "evaluate" else "student/config.json")
+    return "done" if product.is_file() else f"ended before it was done{'' if is_held is False else ', or running'}"
+
+
+def _is_held(lock: Path) -> bool | None:
+    """Whether a process of this machine holds a lock; None where the system does not say."""
+    if not lock.is_file():
+        return False
+    try:
+        lines = LOCKS.read_text().splitlines()
+    except OSError:
+        return None
+    return any(line.split()[5].rpartition(":")[2] == str(lock.stat().st_ino) for line in lines if "FLOCK" in line and "->" not in line)
+
+
+def _local_time(seconds: float) -> str:
+    return datetime.fromtimestamp(seconds).astimezone().strftime("%Y-%m-%d %H:%M %Z")

@@ -1,0 +1,139 @@
+"""A few rollouts of a step with the divergence of every token, kept for people to read: RUN/samples/STEP.json, schema version 1.
+
+    {"schema": 1, "step": number of updates done, "domains": {D: [{"place": "best" | "median" | "worst", "request", "row", "sample",
+     "prompt_tokens": [ids], "prompt": text, "tokens": [ids], "pieces": [text of each token], "kl": [nats per token | null], "grade": number | null,
+     "finished": true | false}, ...]}}
+
+kl: the divergence that the run's loss settings name, as it entered the step's loss (from a sampled token an estimate, which may be negative), of the
+student before the step's update; null on tokens that are not in the loss. place: by the mean over the tokens of the loss among the domain's rollouts of
+the step, over all ranks, ties by request; worst is the highest. A domain with two rollouts has no median, one with one has the worst alone, and one
+without, or whose teacher was dropped, is not there. Rollouts that were left out of the loss (rollout.max_mismatch), or whose loss is not finite, are never
+chosen. pieces join to the completion's text, special tokens included; where a character takes several tokens, the last of them shows it.
+
+The figures are those of the update itself: a forward of their own would cost a forward, and would show another student's. The files hold text of prompts
+and stay on this machine. A resume deletes those of steps that will be done again.
+
+N: completion tokens of a micro-batch. T: of one rollout.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from opd.batch import MicroBatch
+from opd.config import DistillConfig
+from opd.distributed import Group, gather_objects, is_main
+from opd.tiles import TokenLosses
+from rollout.files import replace_text
+from rollout.grading import grade_rollout
+from rollout.replay import rollout_key
+from rollout.types import Rollout
+
+SCHEMA = 1
+FOLDER = "samples"
+UNFINISHED = "\ufffd"
+"""What a tokenizer writes for bytes that are no whole character yet."""
+
+
+@dataclass(frozen=True, slots=True)
+class Judged:
+    """A rollout with the loss of each completion token [T], NaN where a token is not in the loss, and their mean over the others."""
+
+    rollout: Rollout
+    kl: tuple[float, ...]
+    mean: float
+
+
+class Samples:
+    """Collects the token losses of a step of which rollouts are kept, and writes them."""
+
+    def __init__(self, run_dir: Path, cfg: DistillConfig, tokenizer: PreTrainedTokenizerBase):
+        self.folder, self.cfg, self.tokenizer = run_dir / FOLDER, cfg, tokenizer
+        self.judged: list[Judged] = []
+
+    def is_due(self, step: int) -> bool:
+        """Whether rollouts of update number `step` (1, 2, ...) are kept: every so many, and of the last."""
+        every = self.cfg.samples.every
+        return every > 0 and (step % every == 0 or step == self.cfg.num_steps)
+
+    def add(self, batch: MicroBatch, losses: TokenLosses) -> None:
+        """Take up the losses of one micro-batch; a filler's count for nothing."""
+        if batch.is_filler:
+            return
+        loss_N = losses.loss_N.double().masked_fill(~batch.mask_N, float("nan")).cpu()
+        for rollout, loss_T in zip(batch.rollouts, loss_N.split([len(rollout.completion_T) for rollout in batch.rollouts]), strict=True):
+            inside = loss_T[rollout.completion_mask_T]
+            if len(inside) and inside.isfinite().all():
+                self.judged.append(Judged(rollout, tuple(loss_T.tolist()), float(inside.mean())))
+
+    def write(self, step: int) -> None:
+        """Write RUN/samples/STEP.json from what was added since the last file; every rank calls it."""
+        chosen, own = self._choose(), {}
+        for judged in self.judged:
+            domain, key = judged.rollout.prompt.domain, rollout_key(judged.rollout)
+            for place in [place for place, wanted in chosen[domain].items() if wanted == key]:
+                own[domain, place] = self._record(place, judged)
+        self.judged = []
+        records = {key: record for part in gather_objects(own, Group.data) for key, record in part.items()}
+        if is_main():
+            domains = {domain: [records[domain, place] for place in places] for domain, places in chosen.items()}
+            self.folder.mkdir(exist_ok=True)
+            replace_text(self.folder / f"{step:06d}.json", json.dumps({"schema": SCHEMA, "step": step, "domains": domains}, allow_nan=False) + "\n")
+
+    def _choose(self) -> dict[str, dict[str, tuple[int, int]]]:
+        """Domain -> place -> key of its rollout, the same on every rank."""
+        own = [(judged.rollout.prompt.domain, judged.mean, rollout_key(judged.rollout)) for judged in self.judged]
+        everything = sorted(item for part in gather_objects(own, Group.data) for item in part)
+        chosen = {}
+        for name in self.cfg.domains:
+            keys = [key for domain, _, key in everything if domain == name]
+            places = {"best": 0, "median": len(keys) // 2, "worst": len(keys) - 1}
+            distinct = {"worst": places["worst"]} if len(keys) == 1 else places if len(keys) > 2 else {"best": 0, "worst": 1}
+            if keys:
+                chosen[name] = {place: keys[index] for place, index in distinct.items()}
+        return chosen
+
+    def _record(self, place: str, judged: Judged) -> dict[str, Any]:
+        rollout, prompt = judged.rollout, judged.rollout.prompt
+        grader = self.cfg.domains[prompt.domain].grader
+        return {
+            "place": place,
+            "request": prompt.request,
+            "row": prompt.row,
+            "sample": rollout.sample,
+            "prompt_tokens": list(prompt.tokens),
+            "prompt": self.tokenizer.decode(prompt.tokens),
+            "tokens": rollout.completion_T.tolist(),
+            "pieces": pieces(rollout.completion_T.tolist(), self.tokenizer),
+            "kl": [round(value, 6) if inside else None for value, inside in zip(judged.kl, rollout.completion_mask_T.tolist(), strict=True)],
+            "grade": None if grader is None else grade_rollout(grader, rollout, self.tokenizer),
+            "finished": rollout.finished,
+        }
+
+
+def pieces(tokens: list[int], tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """The text of each token, so that all together are the text of the whole.
+
+    What a token adds is what the text of a few tokens before and of it has beyond the text of those before: many tokenizers drop or join spaces in a
+    token by itself. A token that leaves a character unfinished adds nothing until one completes it.
+    """
+    found, begun, before = [], 0, ""
+    for end in range(1, len(tokens) + 1):
+        text = tokenizer.decode(tokens[begun:end])
+        if text.endswith(UNFINISHED) and end < len(tokens):
+            found.append("")
+            continue
+        found.append(text[len(before) :] if text.startswith(before) else tokenizer.decode(tokens[end - 1 : end]))
+        begun = end - 1
+        before = tokenizer.decode(tokens[begun:end])
+    return found
+
+
+def forget_after(run_dir: Path, step: int) -> None:
+    """Delete the files of steps after `step`, which will be done again."""
+    for path in (run_dir / FOLDER).glob("*.json"):
+        if path.stem.isdigit() and int(path.stem) > step:
+            path.unlink()
