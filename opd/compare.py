@@ -30,7 +30,7 @@ EVALUATION = "evaluation"
 
 def compare(cfg: CompareConfig) -> None:
     """Run the arms that are not finished, then print the tables. Raises ValueError where a stage fails, Preempted where one ends early."""
-    if not cfg.arms or cfg.base is None or not cfg.teachers:
+    if not cfg.arms or cfg.base_model is None or not cfg.teachers:
         raise ValueError("there is nothing to compare: choose a comparison, as in `opd compare experiment=twelve_domains`")
     results = results_folder(cfg)
     if not cfg.table_only:
@@ -117,11 +117,11 @@ def arm_stages(cfg: CompareConfig, name: str, arm: ArmConfig, seed: int) -> dict
     trained = f"{name}-{seed}"
     teachers = [f"domains.{domain}.teacher.model={model}" for domain, model in cfg.teachers.items()]
     own = {
-        "distill": [f"student.model={cfg.base}", *teachers],
-        "specialize": [f"student.model={cfg.base}"],
-        "merge": [f"base.model={cfg.base}", *teachers],
+        "distill": [f"student.model={cfg.base_model}", *teachers],
+        "specialize": [f"student.model={cfg.base_model}"],
+        "merge": [f"base.model={cfg.base_model}", *teachers],
     }[arm.command]
-    judged = [f"student.model={cfg.run_dir}/{trained}/student", f"base.model={cfg.base}", *teachers, f"cache={cfg.run_dir}/evaluations"]
+    judged = [f"student.model={cfg.run_dir}/{trained}/student", f"base.model={cfg.base_model}", *teachers, f"cache={cfg.run_dir}/evaluations"]
     making = joined([*cfg.settings.get(arm.command, []), *own, *arm.overrides])
     judging = joined([*cfg.settings.get("evaluate", []), *judged])
     return {

@@ -52,7 +52,7 @@ class CompareConfig:
     fresh: redo everything.
     logger: given to every stage that trains.
     stages: what is made before the arms, as of a pipeline: the base and the teachers, where they do not exist yet.
-    base: folder or hub id of the model that every arm begins with.
+    base_model: folder or hub id of the model that every arm begins with.
     teachers: of each domain, folder or hub id.
     settings: overrides that all arms of a command have, by command: specialize, distill, merge, evaluate; base and teachers are added to them.
     arms: by name.
@@ -66,7 +66,7 @@ class CompareConfig:
     fresh: bool = False
     logger: LoggerConfig = field(default_factory=LoggerConfig)
     stages: dict[str, StageConfig] = field(default_factory=dict)
-    base: str | None = None
+    base_model: str | None = None
     teachers: dict[str, str] = field(default_factory=dict)
     settings: dict[str, list[str]] = field(default_factory=dict)
     arms: dict[str, ArmConfig] = field(default_factory=dict)

@@ -47,7 +47,7 @@ class Budget:
 def arm_identity(cfg: CompareConfig, arm: ArmConfig, seed: int) -> str:
     """Hash of all settings that an arm's student and its evaluation follow from, as they are written."""
     stages = {name: asdict(stage) for name, stage in cfg.stages.items()}
-    own = [arm.command, arm.overrides, cfg.settings.get(arm.command), cfg.settings.get("evaluate"), cfg.base, cfg.teachers, cfg.seed, seed]
+    own = [arm.command, arm.overrides, cfg.settings.get(arm.command), cfg.settings.get("evaluate"), cfg.base_model, cfg.teachers, cfg.seed, seed]
     return hashlib.sha256(json.dumps([stages, own], sort_keys=True).encode()).hexdigest()
 
 
@@ -77,7 +77,7 @@ def summarize(cfg: CompareConfig, name: str, arm: ArmConfig, seed: int) -> dict[
         "identity": arm_identity(cfg, arm, seed),
         "command": [arm.command, *cfg.settings.get(arm.command, []), *arm.overrides],
         "budget": asdict(measure(run, arm.command)),
-        "models": {"base": weights_fingerprint(ModelConfig(model=cfg.base), "base"), "teachers": teachers},
+        "models": {"base": weights_fingerprint(ModelConfig(model=cfg.base_model), "base"), "teachers": teachers},
         "machine": {"processor": _processor(), "cores": num_cores(), "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"},
         "versions": versions(),
         "evaluation": read_json(run.with_name(f"{run.name}-evaluation") / "evaluation.json"),

@@ -10,7 +10,7 @@ import pytest
 
 COMPARISON = """# @package _global_
 run_dir: runs/small
-base: ${run_dir}/base/student
+base_model: ${run_dir}/base/student
 stages:
   base:
     command: specialize
@@ -20,7 +20,7 @@ stages:
     command: specialize
     processes: 1
     after: [base]
-    overrides: ["domain=[arithmetic]", "student.model=${base}", domains.arithmetic.prompts.rows=50, num_steps=2, examples_per_step=8]
+    overrides: ["domain=[arithmetic]", "student.model=${base_model}", domains.arithmetic.prompts.rows=50, num_steps=2, examples_per_step=8]
 teachers: {arithmetic: "${run_dir}/teacher/student"}
 settings:
   distill: ["domain=[arithmetic]", check.signal=off, domains.arithmetic.prompts.rows=50, num_steps=2, rollout.prompts_per_step=8, rollout.max_new_tokens=4,
