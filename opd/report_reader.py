@@ -147,7 +147,8 @@ def _evaluation_file(folder: Path, command: str, config: dict[str, Any]) -> Path
         stages = [name for name, stage in config["stages"].items() if stage["command"] == "evaluate"]
         candidates = [folder / "summary.json", *(folder / name / "evaluation.json" for name in reversed(stages))]
     else:
-        candidates = [folder / "evaluation.json"]
+        judged = folder.resolve()
+        candidates = [folder / "evaluation.json", judged.with_name(f"{judged.name}-evaluation") / "evaluation.json"]  # an arm's of `opd compare`
         around = folder.resolve().parent
         if command == "distill" and (around / "config.yaml").is_file() and (around / "config.yaml").read_text().startswith(MARK + "pipeline"):
             _, pipeline = _config_of(around)
