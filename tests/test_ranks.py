@@ -158,6 +158,26 @@ def test_two_ranks_give_the_loss_trace_of_one_on_saved_rollouts(stage, saved_run
 
 
 @pytest.mark.multi
+@pytest.mark.parametrize("stage", STAGES)
+def test_two_ranks_keep_the_rollouts_that_one_keeps_with_the_same_figures(stage, saved_run, at_stage):
+    expected, found = (json.loads((folder / f"samples/{NUM_STEPS:06d}.json").read_text()) for folder in (saved_run, at_stage / "none" / stage))
+    assert set(expected["domains"]) == {"arithmetic", "tools"}
+    for name, kept in expected["domains"].items():
+        for ours, theirs in zip(kept, found["domains"][name], strict=True):
+            assert theirs.pop("kl") == pytest.approx(ours.pop("kl"), rel=1e-3, abs=1e-5)
+            assert theirs == ours
+
+
+@pytest.mark.multi
+@pytest.mark.parametrize("stage", [pytest.param(stage, marks=pytest.mark.slow) for stage in OTHERS])
+def test_two_ranks_measure_the_cosines_of_gradients_that_one_measures(stage, saved_run, at_stage):
+    name = "conflict/arithmetic/tools/gradient_cosine"
+    expected, found = ([record[name] for record in records(folder) if name in record] for folder in (saved_run, at_stage / "none" / stage))
+    assert len(expected) >= 1
+    assert found == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.multi
 def test_two_ranks_that_replay_routes_give_the_loss_trace_of_the_run_that_recorded_them(saved_run, two_ranks):
     found = records(two_ranks[0] / "routes")
     assert [record["step/loss"] for record in found] == pytest.approx(losses(saved_run)[:3], rel=1e-5)
