@@ -14,7 +14,6 @@ from opd.bench_config import DivergenceBenchConfig, QatBenchConfig, RolloutBench
 from opd.compare_config import CompareConfig, check_compare
 from opd.export_config import ExportConfig, check_export
 from opd.grpo_config import GrpoConfig, check_grpo, group_rollouts
-from opd.harness_config import HarnessConfig, check_harness
 from opd.job_config import AlarmsConfig, CheckpointConfig, LaunchConfig, LoggerConfig, ProfileConfig, RanksConfig, ReportConfig, SamplesConfig
 from opd.loss_config import LossConfig
 from opd.merge_config import MergeConfig, check_merge
@@ -253,7 +252,6 @@ class EvaluateConfig:
     domains, teachers: as for `opd distill`.
     evaluation: how; all held-out prompts unless it says otherwise.
     cache: folder in which what was measured of each model is kept, and looked up by weights, prompts and settings (opd/evaluation_cache.py); null keeps none.
-    lm_eval: tasks of EleutherAI's harness, on student and base; domains may then be left out.
     launch: its processes.
     """
 
@@ -266,7 +264,6 @@ class EvaluateConfig:
     teachers: TeachersConfig = field(default_factory=TeachersConfig)
     evaluation: EvaluationConfig = field(default_factory=lambda: EvaluationConfig(prompts=None))
     cache: str | None = None
-    lm_eval: HarnessConfig = field(default_factory=HarnessConfig)
     launch: RanksConfig = field(default_factory=RanksConfig)
 
 
@@ -325,5 +322,4 @@ def parse(config: DictConfig, schema: type) -> Any:
         raise ValueError("opd evaluate always compares whole distributions, so teachers.signal would be ignored: remove it")
     if isinstance(parsed, EvaluateConfig):
         check_evaluated(parsed.domains)
-        check_harness(parsed.lm_eval)
     return parsed

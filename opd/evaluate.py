@@ -183,37 +183,24 @@ def evaluate(cfg: EvaluateConfig) -> None:
     tokenizer = load_tokenizer(cfg.student.model, cfg.student.revision, cfg.student.trust_remote_code)
     if cfg.base.model is not None:
         check_compatible("base", cfg.base, tokenizer)
-    if cfg.lm_eval.tasks and num_ranks(Group.data) > 1:
-        raise ValueError("lm_eval runs in one process: remove lm_eval.tasks, or launch.processes")
-    models = {"student": load_model(cfg.student, "student", device)} | ({"base": load_model(cfg.base, "base", device)} if cfg.base.model is not None else {})
-    record = _compare(cfg, models, tokenizer, device) if cfg.domains or not cfg.lm_eval.tasks else comparison({}, {}, {}, {})
-    if cfg.lm_eval.tasks:
-        from opd.harness import evaluate_tasks, print_tasks  # imported where it is asked for: the harness takes seconds, and may not be installed
-
-        record["lm_eval"] = {role: evaluate_tasks(model, tokenizer, cfg.lm_eval, cfg.seed) for role, model in models.items()}
-    if is_main():
-        folder.mkdir(parents=True, exist_ok=True)
-        write_config(folder, cfg, "evaluate")
-        replace_text(folder / "evaluation.json", json.dumps(record, indent=2) + "\n")
-        if record["domains"]:
-            print_comparison(record)
-        for role, tasks in record.get("lm_eval", {}).items():
-            print_tasks(role, tasks)
-    require_certificates(record)
-
-
-def _compare(cfg: EvaluateConfig, models: dict[str, PreTrainedModel], tokenizer: PreTrainedTokenizerBase, device: torch.device) -> dict:
-    """The comparison of student, base and teachers on the domains' held-out prompts. models: by role. Raises ValueError where no domain has any."""
+    student = load_model(cfg.student, "student", device)
     teachers = TeacherPool(cfg.domains, cfg.teachers, tokenizer, device, data_ranks())
     teachers.require_whole(teachers.configs)
-    evaluator = Evaluator(cfg, models["student"], tokenizer, teachers)
+    evaluator = Evaluator(cfg, student, tokenizer, teachers)
     if not evaluator.prompts:
         raise ValueError("no domain has held-out prompts: set domains.NAME.held_out.path")
+    models = {"student": student} | ({"base": load_model(cfg.base, "base", device)} if cfg.base.model is not None else {})
     results = {role: _results(cfg, evaluator, model, list(evaluator.prompts)) for role, model in models.items()}
     teacher = {}
     for name in evaluator.prompts:
         teacher |= _results(cfg, evaluator, teachers.get(teachers.teacher_of[name]).model, [name], with_kl=False)
-    return comparison(results.get("base", {}), teacher, results["student"], evaluator.dropped)
+    record = comparison(results.get("base", {}), teacher, results["student"], evaluator.dropped)
+    if is_main():
+        folder.mkdir(parents=True, exist_ok=True)
+        write_config(folder, cfg, "evaluate")
+        replace_text(folder / "evaluation.json", json.dumps(record, indent=2) + "\n")
+        print_comparison(record)
+    require_certificates(record)
 
 
 def _results(cfg: EvaluateConfig, evaluator: Evaluator, model: PreTrainedModel, names: list[str], with_kl: bool = True) -> dict[str, DomainResult]:
