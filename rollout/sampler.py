@@ -18,7 +18,7 @@ from typing import Protocol
 import torch
 from transformers import PreTrainedModel
 
-from rollout.cohort import AppendToLog, Cohort, Completion, DecodingFigures, Policy, end_tokens_of, form_cohorts
+from rollout.cohort import AppendToLog, Cohort, Completion, DecodingFigures, IsDone, Policy, end_tokens_of, form_cohorts
 from rollout.config import SamplingConfig
 from rollout.experts import find_packed, is_packed_buffer, pack_weight
 from rollout.types import Prompt, Rollout
@@ -111,13 +111,23 @@ class LocalSampler:
         assert remaining == tied, f"the trainer gave no weights for {sorted(remaining - tied)}"
         self.policy_step = source.policy_step
 
-    def sample(self, prompts: list[Prompt], cfg: SamplingConfig, completions_per_prompt: int = 1, log: StepLog | None = None) -> list[Rollout]:
-        """As the protocol says; `figures` are then those of this call. Raises ValueError also where the log cannot be written."""
+    def sample(
+        self,
+        prompts: list[Prompt],
+        cfg: SamplingConfig,
+        completions_per_prompt: int = 1,
+        log: StepLog | None = None,
+        is_done: IsDone | None = None,
+    ) -> list[Rollout]:
+        """As the protocol says; `figures` are then those of this call. is_done: ends a completion besides its end tokens; it counts as not finished then.
+
+        Raises ValueError also where the log cannot be written.
+        """
         completions = [Completion(prompt, sample) for prompt in prompts for sample in range(completions_per_prompt)]
         self.figures = DecodingFigures()
         with nullcontext() if log is None else log.opened(completions, self._key(cfg), self.policy_step) as append:
             for rows in form_cohorts(completions, cfg.decode_width, completions_per_prompt):
-                cohort = Cohort(self.policy, rows, cfg)
+                cohort = Cohort(self.policy, rows, cfg, is_done)
                 for _ in cohort.decode(append):
                     pass
                 self.figures.add(cohort.figures)
