@@ -9,6 +9,7 @@ from omegaconf import OmegaConf
 
 import opd.bench_config
 import opd.config
+import opd.harness_config
 import opd.plan_config
 import opd.start_config
 import rollout.config
@@ -18,7 +19,7 @@ from opd.__main__ import CONF, load_config, split_command
 from opd.config import SCHEMAS, DistillConfig, OptimizerKind, RunConfig, parse
 
 GROUPS = sorted((path.parent.name, path.stem) for path in CONF.glob("*/*.yaml"))
-MODULES = (opd.bench_config, opd.config, opd.plan_config, opd.start_config, rollout.config, rollout.grader_config, teachers.config)
+MODULES = (opd.bench_config, opd.config, opd.harness_config, opd.plan_config, opd.start_config, rollout.config, rollout.grader_config, teachers.config)
 SELECT = {"domain": "domain=[{}]", "pipeline": "pipeline={}"}
 
 
