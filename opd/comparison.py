@@ -11,7 +11,8 @@ the sum of two variances wherever the two find the same prompts hard. Over all d
         "difference": {"value", "low", "high"} | null,
         "certificate": {"floor", "low", "share", "holds"} | null,
         "kl": {"base", "student": {"per_token": {"value", "low", "high"}, "per_sequence": {...}}}}},
-     "difference": {"value", "low", "high"} | null, "min_recovery": number | null, "not_graded": [NAME, ...]}
+     "difference": {"value", "low", "high"} | null, "min_recovery": number | null, "not_graded": [NAME, ...],
+     "lm_eval": as opd/harness_tasks.py says; not there where no tasks were asked for}
     A domain with a perturbation also has
         "perturbed": {"rate", "base", "teacher", "student": {"accuracy", "low", "high", "truncated", "replaced"}}
 

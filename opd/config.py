@@ -14,6 +14,7 @@ from opd.bench_config import DivergenceBenchConfig, QatBenchConfig, RolloutBench
 from opd.compare_config import CompareConfig, check_compare
 from opd.export_config import ExportConfig, check_export
 from opd.grpo_config import GrpoConfig, check_grpo, group_rollouts
+from opd.harness_config import HarnessConfig, check_harness
 from opd.job_config import AlarmsConfig, CheckpointConfig, LaunchConfig, LoggerConfig, ProfileConfig, RanksConfig, ReportConfig, SamplesConfig
 from opd.loss_config import LossConfig
 from opd.merge_config import MergeConfig, check_merge
@@ -251,6 +252,7 @@ class EvaluateConfig:
     student, base: models to compare; base may be left out.
     domains, teachers: as for `opd distill`.
     evaluation: how; all held-out prompts unless it says otherwise.
+    lm_eval: tasks of EleutherAI's lm_eval to score as well, or in place of domains.
     cache: folder in which what was measured of each model is kept, and looked up by weights, prompts and settings (opd/evaluation_cache.py); null keeps none.
     launch: its processes.
     """
@@ -263,6 +265,7 @@ class EvaluateConfig:
     domains: dict[str, DomainConfig] = field(default_factory=dict)
     teachers: TeachersConfig = field(default_factory=TeachersConfig)
     evaluation: EvaluationConfig = field(default_factory=lambda: EvaluationConfig(prompts=None))
+    lm_eval: HarnessConfig = field(default_factory=HarnessConfig)
     cache: str | None = None
     launch: RanksConfig = field(default_factory=RanksConfig)
 
@@ -322,4 +325,5 @@ def parse(config: DictConfig, schema: type) -> Any:
         raise ValueError("opd evaluate always compares whole distributions, so teachers.signal would be ignored: remove it")
     if isinstance(parsed, EvaluateConfig):
         check_evaluated(parsed.domains)
+        check_harness(parsed.lm_eval, parsed.base, bool(parsed.domains))
     return parsed

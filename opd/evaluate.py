@@ -7,9 +7,14 @@ numbers are keyed apart from training's, and are the same for every model that i
 B: rollouts of a micro-batch. N: its completion tokens, flattened. D: hidden size. V: vocabulary.
 """
 
+import importlib
 import json
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -20,6 +25,7 @@ from opd.config import DistillConfig, EvaluateConfig, RunConfig, rollout_setting
 from opd.distributed import Group, gather_objects, is_main, num_ranks, rank, reduce_sum, start_processes
 from opd.estimators import distillation_loss, signal_of, student_states
 from opd.evaluation_cache import EvaluationCache
+from opd.harness_config import HarnessRole
 from opd.intervals import Interval, mean, proportion
 from opd.loss_config import Backend, LossConfig
 from opd.rollouts import FirstRequest, data_ranks
@@ -36,6 +42,9 @@ from rollout.types import Prompt, Rollout
 from teachers.compatibility import check_compatible
 from teachers.config import SignalKind
 from teachers.pool import TeacherPool
+
+if TYPE_CHECKING:
+    from opd.harness_tasks import HarnessTasks
 
 
 class Evaluator:
@@ -174,36 +183,94 @@ def _ratio_of_sums(count: float, tokens: float, kl: float, tokens_squared: float
 
 
 def evaluate(cfg: EvaluateConfig) -> None:
-    """`opd evaluate`: base, teachers and student on every domain's held-out prompts; writes RUN/evaluation.json and prints the table."""
+    """`opd evaluate`: base, teachers and student on every domain's held-out prompts, and on tasks of lm_eval where these are named; writes
+    RUN/evaluation.json and prints the tables.
+    """
     device = start_processes(cfg.launch.timeout_minutes)
     folder = Path(cfg.run_dir)
     require_own_folder(folder, "evaluate")
     if cfg.student.model is None:
         raise ValueError("there is nothing to evaluate: set student.model to a folder or hub id")
+    if not (cfg.domains or cfg.lm_eval.tasks):
+        raise ValueError("there is nothing to evaluate the student on: add domains, as in domain=[law], or lm_eval.tasks=[gsm8k]")
+    tasks = _harness_tasks(cfg)
     tokenizer = load_tokenizer(cfg.student.model, cfg.student.revision, cfg.student.trust_remote_code)
     if cfg.base.model is not None:
         check_compatible("base", cfg.base, tokenizer)
     student = load_model(cfg.student, "student", device)
+    evaluator = _evaluator(cfg, student, tokenizer, device) if cfg.domains else None
+    models = {"student": student} | ({"base": load_model(cfg.base, "base", device)} if cfg.base.model is not None else {})
+    record = comparison({}, {}, {}, {}) if evaluator is None else _compared(cfg, evaluator, models)
+    if tasks is not None:
+        record["lm_eval"] = _harness_record(cfg, tasks, tokenizer, _harness_models(cfg, models, evaluator))
+    if is_main():
+        folder.mkdir(parents=True, exist_ok=True)
+        write_config(folder, cfg, "evaluate")
+        replace_text(folder / "evaluation.json", json.dumps(record, indent=2) + "\n")
+        if evaluator is not None:
+            print_comparison(record)
+        if tasks is not None:
+            _harness_module().print_tasks(record["lm_eval"])
+    require_certificates(record)
+
+
+def _evaluator(cfg: EvaluateConfig, student: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, device: torch.device) -> Evaluator:
+    """Raises ValueError where no domain could be evaluated."""
     teachers = TeacherPool(cfg.domains, cfg.teachers, tokenizer, device, data_ranks())
     teachers.require_whole(teachers.configs)
     evaluator = Evaluator(cfg, student, tokenizer, teachers)
     if not evaluator.prompts:
         raise ValueError("no domain has held-out prompts: set domains.NAME.held_out.path")
-    models = {"student": student} | ({"base": load_model(cfg.base, "base", device)} if cfg.base.model is not None else {})
+    return evaluator
+
+
+def _compared(cfg: EvaluateConfig, evaluator: Evaluator, models: dict[str, PreTrainedModel]) -> dict:
+    """The models and the teachers on every domain's held-out prompts."""
     results = {role: _results(cfg, evaluator, model, list(evaluator.prompts)) for role, model in models.items()}
-    teacher = {}
+    teacher, teachers = {}, evaluator.teachers
     for name in evaluator.prompts:
         teacher |= _results(cfg, evaluator, teachers.get(teachers.teacher_of[name]).model, [name], with_kl=False)
-    record = comparison(results.get("base", {}), teacher, results["student"], evaluator.dropped)
-    if is_main():
-        folder.mkdir(parents=True, exist_ok=True)
-        write_config(folder, cfg, "evaluate")
-        replace_text(folder / "evaluation.json", json.dumps(record, indent=2) + "\n")
-        print_comparison(record)
-    require_certificates(record)
+    return comparison(results.get("base", {}), teacher, results["student"], evaluator.dropped)
 
 
 def _results(cfg: EvaluateConfig, evaluator: Evaluator, model: PreTrainedModel, names: list[str], with_kl: bool = True) -> dict[str, DomainResult]:
     """A model on the named domains, from the cache where it has been evaluated before."""
     sampler = LocalSampler(model, end_tokens(model, evaluator.tokenizer), cfg.seed, len(evaluator.tokenizer))
     return EvaluationCache(cfg.cache).results(evaluator, sampler, names, with_kl)
+
+
+def _harness_module() -> ModuleType:
+    """opd/harness_tasks.py, which imports lm_eval: an extra. Raises ValueError where that is not installed."""
+    if find_spec("lm_eval") is None:
+        raise ValueError("lm_eval.tasks are run by EleutherAI's harness: pip install -e '.[eval]'")
+    return importlib.import_module("opd.harness_tasks")
+
+
+def _harness_tasks(cfg: EvaluateConfig) -> "HarnessTasks | None":
+    return _harness_module().HarnessTasks(cfg.lm_eval, cfg.seed) if cfg.lm_eval.tasks else None
+
+
+def _harness_models(cfg: EvaluateConfig, models: dict[str, PreTrainedModel], evaluator: Evaluator | None) -> Iterator[tuple[str, PreTrainedModel]]:
+    """Whom lm_eval scores, one at a time: teachers take turns in memory."""
+    for role, model in models.items():
+        if HarnessRole(role) in cfg.lm_eval.models:
+            yield role, model
+    teachers = evaluator.teachers if HarnessRole.teachers in cfg.lm_eval.models else None
+    for teacher, (name, _) in teachers.configs.items() if teachers is not None else ():
+        yield f"teacher of {name}", teachers.get(teacher).model
+
+
+def _harness_record(
+    cfg: EvaluateConfig, tasks: "HarnessTasks", tokenizer: PreTrainedTokenizerBase, models: Iterable[tuple[str, PreTrainedModel]]
+) -> dict[str, Any]:
+    from opd.harness import HarnessLimits, HarnessModel
+
+    sampling = _sampling(cfg)
+    limits = HarnessLimits(
+        max_new_tokens=sampling.max_new_tokens, decode_width=sampling.decode_width, tokens_per_forward=cfg.teachers.max_tokens_per_forward
+    )
+    found = {}
+    for role, model in models:
+        sampler = LocalSampler(model, end_tokens(model, tokenizer), cfg.seed, len(tokenizer))
+        found[role] = tasks.score(HarnessModel(sampler, tokenizer, limits, cfg.lm_eval.apply_chat_template))
+    return tasks.record(found)

@@ -33,6 +33,7 @@ class FirstRequest(IntEnum):
     check = 2 << 40
     teacher_answers = 3 << 40
     warmup = 4 << 40
+    harness = 5 << 40
 
 
 @dataclass(frozen=True, slots=True)

@@ -46,6 +46,11 @@ def turns_of(row: dict[str, Any], raw: bool, name: str) -> Turns:
     return turns
 
 
+def encode_text(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Token ids of a text as it is, with the beginning-of-sequence token of tokenizers that write one."""
+    return _trim_special(tokenizer(text)["input_ids"], tokenizer)
+
+
 def encode_answer(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Token ids of a reference answer as a completion: its text and the end of the sequence."""
     return [*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]

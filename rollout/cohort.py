@@ -35,6 +35,9 @@ NARROWEST = 8
 AppendToLog = Callable[[np.ndarray], None]
 """Makes RECORD rows durable before they are used."""
 
+IsDone = Callable[[list[int]], bool]
+"""Whether a completion ends with the last of its tokens for another reason than an end token, such as its text."""
+
 
 @dataclass(slots=True)
 class Completion:
@@ -125,8 +128,10 @@ def form_cohorts(completions: list[Completion], width: int, completions_per_prom
 class Cohort:
     """Rows, their tokens, and the model's cache."""
 
-    def __init__(self, policy: Policy, rows: list[Completion], cfg: SamplingConfig, perturbation: Perturbation | None = None):
-        self.policy, self.rows, self.cfg, self.perturbation = policy, rows, cfg, perturbation
+    def __init__(
+        self, policy: Policy, rows: list[Completion], cfg: SamplingConfig, perturbation: Perturbation | None = None, is_done: IsDone | None = None
+    ):
+        self.policy, self.rows, self.cfg, self.perturbation, self.is_done = policy, rows, cfg, perturbation, is_done
         self.device, self.end_tokens = policy.model.device, end_tokens_of(policy, cfg)
         self.is_end_V = np.zeros(max(policy.model.config.get_text_config().vocab_size, 1 + max(self.end_tokens, default=0)), dtype=bool)
         self.is_end_V[list(self.end_tokens)] = True
@@ -235,6 +240,8 @@ class Cohort:
         figures.sampled, figures.fed = figures.sampled + len(rows), figures.fed + int(self.live_W.sum()) - len(rows)
         is_end_W = self.is_end_V[self.tokens_WL[:, position]] | (position + 1 >= self.limit_W)
         self.live_W &= ~(in_completion_W & is_end_W)
+        for row in rows.tolist() if self.is_done is not None else ():
+            self.live_W[row] &= not self.is_done(self.rows[row].tokens)
 
     def _with_dummies(self, chosen: np.ndarray, width: int) -> np.ndarray:
         """Fill the places of a batch that are left over with the first of those chosen."""

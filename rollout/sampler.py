@@ -18,7 +18,7 @@ from typing import Protocol
 import torch
 from transformers import PreTrainedModel
 
-from rollout.cohort import AppendToLog, Cohort, Completion, DecodingFigures, Policy, end_tokens_of, form_cohorts
+from rollout.cohort import AppendToLog, Cohort, Completion, DecodingFigures, IsDone, Policy, end_tokens_of, form_cohorts
 from rollout.config import SamplingConfig
 from rollout.experts import find_packed, is_packed_buffer, pack_weight
 from rollout.perturbation import Perturbation
@@ -112,11 +112,21 @@ class LocalSampler:
         assert remaining == tied, f"the trainer gave no weights for {sorted(remaining - tied)}"
         self.policy_step = source.policy_step
 
-    def sample(self, prompts: list[Prompt], cfg: SamplingConfig, completions_per_prompt: int = 1, log: StepLog | None = None) -> list[Rollout]:
-        """As the protocol says; `figures` are then those of this call. Raises ValueError also where the log cannot be written."""
+    def sample(
+        self,
+        prompts: list[Prompt],
+        cfg: SamplingConfig,
+        completions_per_prompt: int = 1,
+        log: StepLog | None = None,
+        is_done: IsDone | None = None,
+    ) -> list[Rollout]:
+        """As the protocol says; `figures` are then those of this call. is_done: ends a completion besides its end tokens; it counts as not finished then.
+
+        Raises ValueError also where the log cannot be written.
+        """
         completions = [Completion(prompt, sample) for prompt in prompts for sample in range(completions_per_prompt)]
         with nullcontext() if log is None else log.opened(completions, self._key(cfg), self.policy_step) as append:
-            self._decode(form_cohorts(completions, cfg.decode_width, completions_per_prompt), cfg, append=append)
+            self._decode(form_cohorts(completions, cfg.decode_width, completions_per_prompt), cfg, append=append, is_done=is_done)
         return [rollout_of(completion, end_tokens_of(self.policy, cfg), self.policy_step) for completion in completions]
 
     def sample_perturbed(self, prompts: list[Prompt], cfg: SamplingConfig, perturbation: Perturbation) -> list[Rollout]:
@@ -137,11 +147,16 @@ class LocalSampler:
         """It has nothing to let go of."""
 
     def _decode(
-        self, cohorts: list[list[Completion]], cfg: SamplingConfig, perturbation: Perturbation | None = None, append: AppendToLog | None = None
+        self,
+        cohorts: list[list[Completion]],
+        cfg: SamplingConfig,
+        perturbation: Perturbation | None = None,
+        append: AppendToLog | None = None,
+        is_done: IsDone | None = None,
     ) -> None:
         self.figures = DecodingFigures()
         for rows in cohorts:
-            cohort = Cohort(self.policy, rows, cfg, perturbation)
+            cohort = Cohort(self.policy, rows, cfg, perturbation, is_done)
             for _ in cohort.decode(append):
                 pass
             self.figures.add(cohort.figures)

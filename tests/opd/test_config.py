@@ -9,6 +9,7 @@ from omegaconf import OmegaConf
 
 import opd.bench_config
 import opd.config
+import opd.harness_config
 import opd.job_config
 import opd.plan_config
 import opd.start_config
@@ -20,7 +21,10 @@ from opd.config import SCHEMAS, DistillConfig, OptimizerKind, RunConfig, parse
 from rollout.config import PerturbationConfig
 
 GROUPS = sorted((path.parent.name, path.stem) for path in CONF.glob("*/*.yaml"))
-MODULES = (opd.bench_config, opd.config, opd.job_config, opd.plan_config, opd.start_config, rollout.config, rollout.grader_config, teachers.config)
+MODULES = (
+    opd.bench_config, opd.config, opd.harness_config, opd.job_config, opd.plan_config, opd.start_config, rollout.config, rollout.grader_config,
+    teachers.config,
+)  # fmt: skip
 SELECT = {"domain": "domain=[{}]", "pipeline": "pipeline={}"}
 
 

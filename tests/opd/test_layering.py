@@ -20,6 +20,7 @@ HOMES = {
     "datasets": {"rollout/prompts.py"},
     "hydra": {"opd/__main__.py", "opd/config.py", "opd/errors.py", "opd/submission.py"},
     "rich": {"opd/console.py"},
+    "lm_eval": {"opd/harness.py", "opd/harness_tasks.py"},
 }
 
 

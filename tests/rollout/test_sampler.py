@@ -135,6 +135,15 @@ def test_two_requests_with_the_same_prompt_get_different_completions(model, prom
     assert first != second
 
 
+def test_a_completion_ends_where_it_is_said_to_be_done_and_the_others_go_on(model, prompts):
+    sampler = LocalSampler(model, [2], seed=0)
+    whole = completions(sampler.sample(prompts, GREEDY))
+    found = sampler.sample(prompts, GREEDY, is_done=lambda tokens: sum(tokens) % 3 == 0)
+    ends = [next((n for n in range(1, len(tokens)) if sum(tokens[:n]) % 3 == 0), len(tokens)) for tokens in whole]
+    assert completions(found) == [tokens[:end] for tokens, end in zip(whole, ends, strict=True)]
+    assert len(set(ends)) > 1
+
+
 def test_a_completion_ends_at_its_first_end_token_or_at_the_limit(model, prompts):
     ends = set(range(3, 20))
     rollouts = LocalSampler(model, ends, seed=0).sample(prompts, SAMPLED, completions_per_prompt=2)
