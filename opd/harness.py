@@ -1,7 +1,8 @@
 """Tasks of EleutherAI's lm_eval (`opd evaluate lm_eval.tasks=[...]`), answered by the models that `opd evaluate` has loaded.
 
 lm_eval's own adapter for transformers is not used: it pads the prompts of a batch on the left, and attention that compresses tokens in windows counted from
-the sequence's first token, DeepSeek-V4's, gives other logits then, without an error. Here completions come from the sampler that has no padding
+the sequence's first token, DeepSeek-V4's, gives other logits then, without an error (of a tiny student, 3 of 12 greedy answers at a batch of 8 are those of a
+batch of 1). Here completions come from the sampler that has no padding
 (rollout/cohort.py), and log-probabilities from forwards padded on the right, taken from last hidden states and head in pieces, so that there is no [tokens,
 vocabulary] matrix. Tasks, prompts, few-shot examples, filters and metrics are the harness's, with its default seeds.
 

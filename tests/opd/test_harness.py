@@ -195,6 +195,19 @@ def test_a_limit_takes_the_first_documents_and_is_no_result(lm_eval, device, sav
     assert "no result: lm_eval.limit=3" in capsys.readouterr().out
 
 
+def test_teachers_are_scored_beside_the_domains_table(lm_eval, device, saved_v4, saved_qwen3_moe, tmp_path):
+    write_task(tmp_path, "ours", [{"q": text, "a": "1"} for text in QUESTIONS[:3]], output_type="loglikelihood", doc_to_text="{{q}}", doc_to_target="a{{a}}",
+               metric_list=[{"metric": "perplexity"}])  # fmt: skip
+    domain = [f"domains.tools.teacher.model={saved_qwen3_moe}", "domains.tools.held_out.rows=2", "evaluation.max_new_tokens=2", "evaluation.decode_width=2"]
+    settings = [f"lm_eval.include_path={tmp_path}", "lm_eval.tasks=[ours]", "lm_eval.models=[student,teachers]"]
+    evaluate(load_config("evaluate", ["domain=[tools]", f"student.model={saved_v4}", f"run_dir={tmp_path / 'run'}", *domain, *settings]))
+    record = json.loads((tmp_path / "run" / "evaluation.json").read_text())
+    assert record["domains"]["tools"]["student"]["prompts"] == 2
+    perplexities = [part["tasks"]["ours"]["metrics"]["perplexity,none"]["value"] for part in record["lm_eval"]["models"].values()]
+    assert list(record["lm_eval"]["models"]) == ["student", "teacher of tools"]
+    assert perplexities[0] != perplexities[1]
+
+
 @pytest.mark.skipif(importlib.util.find_spec("lm_eval") is not None, reason="lm_eval is installed")
 def test_without_the_extra_the_sentence_says_how_to_install_it(device, tmp_path):
     with pytest.raises(ValueError, match=r"pip install -e '.\[eval\]'"):
