@@ -20,9 +20,9 @@ def test_the_loop_fits_on_a_page():
     assert _depth(function.body) <= 3
 
 
-def test_the_readme_has_at_most_240_lines():
+def test_the_readme_has_at_most_250_lines():
     """A newcomer reads it whole; the tables of results are 30 of them."""
-    assert len(README.splitlines()) <= 240
+    assert len(README.splitlines()) <= 250
 
 
 def test_the_tree_of_the_readme_names_every_file_and_no_other():
@@ -31,6 +31,12 @@ def test_the_tree_of_the_readme_names_every_file_and_no_other():
         package = next((name for name in ("rollout", "teachers", "opd", "conf") if line.startswith(name + "/")), package)
         named |= {f"{package}/{name}" for name in re.findall(r"\b\w+\.py\b", line)}
     assert named == {str(path) for package in ("rollout", "teachers", "opd") for path in Path(package).glob("*.py") if not path.name.startswith("__")}
+
+
+def test_the_tables_of_the_comparison_are_those_of_the_summaries_that_ship():
+    folder = Path("conf/results/twelve_domains")
+    for table in (folder / "table.md").read_text().strip().split("\n\n"):
+        assert table.strip() in README
 
 
 def _depth(body: list[ast.stmt]) -> int:
