@@ -69,7 +69,7 @@ def domain_table(summaries: Summaries, names: list[str]) -> tuple[list[str], lis
     domains = summaries[names[0], 0]["evaluation"]["domains"]
     rows = []
     for domain, record in domains.items():
-        recoveries = [min(recovery_of(run["evaluation"]["domains"][domain]) for run in _seeds(summaries, name)) for name in names]
+        recoveries = [_least([recovery_of(run["evaluation"]["domains"][domain]) for run in _seeds(summaries, name)]) for name in names]
         base = "" if "base" not in record else f"{record['base']['accuracy']:.3f}"
         rows.append([domain, base, f"{record['teacher']['accuracy']:.3f}", *(f"{recovery:.3f}" for recovery in recoveries)])
         if "perturbed" in record:
@@ -114,8 +114,13 @@ def _seeds(summaries: Summaries, name: str) -> list[dict[str, Any]]:
 
 def _lowest(run: dict[str, Any]) -> str:
     recoveries = {name: recovery_of(domain) for name, domain in run["evaluation"]["domains"].items()}
-    name = min(recoveries, key=recoveries.get)
-    return f"{recoveries[name]:.3f} ({name})"
+    least = _least([*recoveries.values()])
+    return f"{least:.3f}" if math.isnan(least) else f"{least:.3f} ({next(name for name, value in recoveries.items() if value == least)})"
+
+
+def _least(values: list[float]) -> float:
+    """The smallest, NaN where one is not known."""
+    return math.nan if any(math.isnan(value) for value in values) else min(values)
 
 
 def _mean_recovery(run: dict[str, Any]) -> float:

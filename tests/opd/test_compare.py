@@ -119,6 +119,15 @@ def test_domains_have_the_lowest_recovery_of_an_arms_seeds(tmp_path):
     assert markdown(header, rows).splitlines()[2] == "| sorting | 0.500 | 1.000 | 0.930 |"
 
 
+def test_a_recovery_that_is_not_defined_makes_the_lowest_undefined_too(tmp_path):
+    cfg = configured()
+    found = summary(cfg, "opd", 0, {"sorting": 0.9, "tools": 0.8})
+    found["evaluation"]["domains"]["sorting"]["recovery"] = None
+    write_summary(tmp_path, found)
+    _, [row] = overview(read_summaries(tmp_path), ["opd"])
+    assert row[2:4] == ["nan", "nan"]
+
+
 def test_a_perturbed_domain_also_shows_the_accuracies_under_it_of_every_seed(tmp_path):
     cfg = configured()
     for seed, share in enumerate((0.9, 0.8)):
