@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from wandb.proto.wandb_internal_pb2 import Record
 
-from opd.__main__ import load_config, main, split_command
+from opd.__main__ import load_config, split_command
 from opd.report import FILE, report
 from opd.report_reader import NO_TEXT, read_run
 
@@ -136,7 +136,7 @@ def test_nothing_of_the_run_is_changed_but_for_the_report(run_copy):
 def test_the_command_takes_the_folder_as_a_word_and_prints_the_path(run_copy, capsys):
     assert split_command(["report", "runs/it's", "upload=true"]) == ("report", ["run_dir='runs/it\\'s'", "upload=true"])
     assert load_config(*split_command(["report", "runs/it's [2]"])).run_dir == "runs/it's [2]"
-    assert main(["report", str(run_copy)]) == 0
+    report(load_config(*split_command(["report", str(run_copy)])))
     assert capsys.readouterr().out.strip() == str(run_copy / FILE)
 
 
