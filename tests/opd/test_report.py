@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -161,7 +162,15 @@ def test_without_a_run_it_says_how_to_name_one():
 
 
 def uploaded(folder: Path) -> list[Record]:
-    """The artifacts in W&B's offline files of a run, which are LevelDB logs of length-prefixed blocks."""
+    """The artifacts in W&B's offline files of a run, which a process of its own writes; waits until there is one."""
+    deadline = time.monotonic() + 60
+    while not (found := artifacts_in(folder)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return found
+
+
+def artifacts_in(folder: Path) -> list[Record]:
+    """What its files hold by now: LevelDB logs of length-prefixed blocks."""
     found = []
     for file in folder.glob("wandb/offline-run-*/run-*.wandb"):
         for payload in blocks(file.read_bytes()[7:]):
