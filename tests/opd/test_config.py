@@ -233,8 +233,10 @@ def test_a_schema_cannot_take_an_attribute_that_is_not_a_field():
 
 
 def test_data_files_only_are_in_conf():
-    """And the batch script, which is SLURM's settings."""
-    assert {path.suffix for path in Path(CONF).rglob("*") if path.is_file()} == {".yaml", ".sbatch"}
+    """And the batch script, which is SLURM's settings; summaries of comparisons stand apart, with the tables that are made of them."""
+    summaries = {path for path in (CONF / "compared").rglob("*") if path.is_file()}
+    assert {path.suffix for path in summaries} == {".json", ".md"}
+    assert {path.suffix for path in Path(CONF).rglob("*") if path.is_file() and path not in summaries} == {".yaml", ".sbatch"}
     assert not [path for path in CONF.rglob("*.yaml") if "_target_" in path.read_text()]
 
 
