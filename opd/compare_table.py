@@ -81,13 +81,19 @@ def domain_table(summaries: Summaries, names: list[str]) -> tuple[list[str], lis
 
 
 def elicited(summaries: Summaries, controls: list[str]) -> list[str]:
-    """A sentence for each control that recovers a domain without its teacher's opinion: there, what the arms above it show is no proof of distillation."""
+    """A sentence for each control: the domains that it recovers without their teacher's opinion, where what the arms above it show is no proof of
+    distillation, or that there is none.
+    """
     lines = []
     for name in controls:
-        domains = summaries[name, 0]["evaluation"]["domains"]
-        found = [f"{domain} {recovery_of(record):.3f}" for domain, record in domains.items() if recovery_of(record) >= ELICITED]
+        label = f"{summaries[name, 0]['label']}, a control,"
+        recoveries = {domain: recovery_of(record) for domain, record in summaries[name, 0]["evaluation"]["domains"].items()}
+        found = [f"{domain} {recovery:.3f}" for domain, recovery in recoveries.items() if recovery >= ELICITED]
         if found:
-            lines.append(f"{summaries[name, 0]['label']}, a control, recovers {', '.join(found)}: these domains were elicited there, and need no distillation")
+            lines.append(f"{label} recovers {', '.join(found)}: these domains were elicited there, and need no distillation")
+        else:
+            most = max(recoveries, key=lambda domain: recoveries[domain])
+            lines.append(f"{label} recovers no domain to {ELICITED} (at most {recoveries[most]:.3f}, {most}): none is merely elicited by it")
     return lines
 
 
