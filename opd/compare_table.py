@@ -63,21 +63,22 @@ def overview(summaries: Summaries, names: list[str]) -> tuple[list[str], list[li
 
 
 def domain_table(summaries: Summaries, names: list[str]) -> tuple[list[str], list[list[str]]]:
-    """(header, a row for each domain): accuracy of base and teacher, and each arm's lowest recovery over its seeds; of a domain with a perturbation also the
-    accuracies under it, each arm's of every seed.
+    """(header with the domains, a row for the accuracy of base, teachers and for each arm): an arm has its lowest recovery over its seeds; a domain with a
+    perturbation also has a column of the accuracies under it, each arm's of every seed.
     """
     domains = summaries[names[0], 0]["evaluation"]["domains"]
-    rows = []
+    columns = [["arm", "base, its accuracy", "teachers, their accuracy", *(summaries[name, 0]["label"] for name in names)]]
     for domain, record in domains.items():
         recoveries = [_least([recovery_of(run["evaluation"]["domains"][domain]) for run in _seeds(summaries, name)]) for name in names]
         base = "" if "base" not in record else f"{record['base']['accuracy']:.3f}"
-        rows.append([domain, base, f"{record['teacher']['accuracy']:.3f}", *(f"{recovery:.3f}" for recovery in recoveries)])
+        columns.append([domain, base, f"{record['teacher']['accuracy']:.3f}", *(f"{recovery:.3f}" for recovery in recoveries)])
         if "perturbed" in record:
             found = {role: f"{record['perturbed'][role]['accuracy']:.3f}" for role in ("base", "teacher") if role in record["perturbed"]}
             arms = [[run["evaluation"]["domains"][domain]["perturbed"]["student"]["accuracy"] for run in _seeds(summaries, name)] for name in names]
             cells = [" ".join(f"{accuracy:.3f}" for accuracy in own) for own in arms]
-            rows.append([f"{domain}, accuracy perturbed", found.get("base", ""), found["teacher"], *cells])
-    return ["domain", "base", "teacher", *(summaries[name, 0]["label"] for name in names)], rows
+            columns.append([f"{domain}, accuracy perturbed", found.get("base", ""), found["teacher"], *cells])
+    header, *rows = (list(row) for row in zip(*columns, strict=True))
+    return header, rows
 
 
 def elicited(summaries: Summaries, controls: list[str]) -> list[str]:

@@ -81,7 +81,7 @@ def test_an_arm_with_anothers_seconds_gets_the_steps_that_take_as_long(tmp_path)
     arm = matched_arm(cfg, cfg.arms["sft_seconds"], tmp_path)
     assert arm.command == "distill"
     assert arm.overrides == [*cfg.arms["sft"].overrides, "warmup.steps=450"]
-    with pytest.raises(ValueError, match="needs grpo_slow to be finished"):
+    with pytest.raises(ValueError, match="needs grpo to be finished"):
         matched_arm(cfg, cfg.arms["grpo_seconds"], tmp_path)
 
 
@@ -114,9 +114,9 @@ def test_domains_have_the_lowest_recovery_of_an_arms_seeds(tmp_path):
     for seed, share in enumerate((0.98, 0.93, 0.97)):
         write_summary(tmp_path, summary(cfg, "opd", seed, {"sorting": share}))
     header, rows = domain_table(read_summaries(tmp_path), ["opd"])
-    assert header == ["domain", "base", "teacher", "on-policy distillation"]
-    assert rows == [["sorting", "0.500", "1.000", "0.930"]]
-    assert markdown(header, rows).splitlines()[2] == "| sorting | 0.500 | 1.000 | 0.930 |"
+    assert header == ["arm", "sorting"]
+    assert rows == [["base, its accuracy", "0.500"], ["teachers, their accuracy", "1.000"], ["on-policy distillation", "0.930"]]
+    assert markdown(header, rows).splitlines()[2] == "| base, its accuracy | 0.500 |"
 
 
 def test_a_recovery_that_is_not_defined_makes_the_lowest_undefined_too(tmp_path):
@@ -134,8 +134,9 @@ def test_a_perturbed_domain_also_shows_the_accuracies_under_it_of_every_seed(tmp
         found = summary(cfg, "opd", seed, {"sorting": 1.0})
         found["evaluation"]["domains"]["sorting"]["perturbed"] = {role: {"accuracy": share} for role in ("base", "teacher", "student")}
         write_summary(tmp_path, found)
-    _, rows = domain_table(read_summaries(tmp_path), ["opd"])
-    assert rows[1] == ["sorting, accuracy perturbed", "0.900", "0.900", "0.900 0.800"]
+    header, rows = domain_table(read_summaries(tmp_path), ["opd"])
+    assert header[2] == "sorting, accuracy perturbed"
+    assert [row[2] for row in rows] == ["0.900", "0.900", "0.900 0.800"]
 
 
 def test_a_control_is_named_with_the_domains_that_it_recovers_or_with_none(tmp_path):
