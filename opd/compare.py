@@ -20,7 +20,7 @@ from functools import partial
 from pathlib import Path
 
 from opd.compare_config import ArmConfig, CompareConfig
-from opd.compare_summary import arm_identity, read_summaries, summarize, write_summary
+from opd.compare_summary import is_of, read_summaries, summarize, write_summary
 from opd.compare_table import print_tables
 from opd.pipeline_config import PipelineConfig, StageConfig
 from opd.stages import Stage, run_stages
@@ -35,6 +35,10 @@ def compare(cfg: CompareConfig) -> None:
     results = results_folder(cfg)
     if not cfg.table_only:
         chosen = {name: arm for name, arm in cfg.arms.items() if cfg.only is None or name in cfg.only}
+        if cfg.fresh:  # first of all, so that what is cut off goes on without `fresh`
+            for name, arm in chosen.items():
+                for seed in range(arm.seeds):
+                    (results / f"{name}-{seed}.json").unlink(missing_ok=True)
         _run(cfg, {name: arm for name, arm in chosen.items() if arm.seconds_of is None}, results)
         matched = {name: matched_arm(cfg, arm, results) for name, arm in chosen.items() if arm.seconds_of is not None}
         if cfg.fresh:
@@ -49,23 +53,27 @@ def results_folder(cfg: CompareConfig) -> Path:
 
 
 def matched_arm(cfg: CompareConfig, arm: ArmConfig, results: Path) -> ArmConfig:
-    """An arm with as many steps as take the seconds of another, of each the fastest seed, since others may have shared the machine with more.
+    """An arm whose settings named in `scaled` grow so that it takes the seconds of another, of each the fastest seed, since others may have shared the
+    machine with more. A setting that the arm it is like does not write has the number of that arm's steps.
 
     Raises ValueError where no seed of an arm that it follows from is finished.
     """
     fastest = {}
+    found = read_summaries(results)
     for name in (arm.like, arm.seconds_of):
-        budgets = [summary["budget"] for (other, _), summary in read_summaries(results).items() if other == name]
+        budgets = [found[name, seed]["budget"] for seed in range(cfg.arms[name].seeds) if is_of(found, cfg, name, seed)]
         if not budgets:
             raise ValueError(f"the arm that is to have the seconds of {arm.seconds_of} needs {name} to be finished: take {name} into `only`")
         fastest[name] = min(budgets, key=lambda budget: budget["seconds"])
-    steps = max(1, round(fastest[arm.like]["steps"] * fastest[arm.seconds_of]["seconds"] / fastest[arm.like]["seconds"]))
+    factor = fastest[arm.seconds_of]["seconds"] / fastest[arm.like]["seconds"]
     model = cfg.arms[arm.like]
+    written = dict(override.split("=", 1) for override in model.overrides if "=" in override)
+    scaled = [f"{setting}={max(1, round(float(written.get(setting, fastest[arm.like]['steps'])) * factor))}" for setting in arm.scaled]
     return ArmConfig(
         label=arm.label,
         role=arm.role,
         command=model.command,
-        overrides=[*model.overrides, *arm.overrides, f"{arm.steps_setting}={steps}"],
+        overrides=[*model.overrides, *arm.overrides, *scaled],
         seeds=arm.seeds,
         processes=arm.processes,
     )
@@ -107,8 +115,7 @@ def unfinished(cfg: CompareConfig, arms: dict[str, ArmConfig], results: Path) ->
     found = {} if cfg.fresh else read_summaries(results)
     for seed in range(max((arm.seeds for arm in arms.values()), default=0)):
         for name, arm in arms.items():
-            is_finished = (name, seed) in found and found[name, seed]["identity"] == arm_identity(cfg, arm, seed)
-            if seed < arm.seeds and not is_finished:
+            if seed < arm.seeds and not is_of(found, replace(cfg, arms=arms), name, seed):
                 yield name, seed
 
 

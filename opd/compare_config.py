@@ -26,10 +26,10 @@ class ArmConfig:
     overrides: what differs from the comparison's settings of that command.
     seeds: how often, with the seeds 0, 1, ...; one alone is marked so in the table.
     processes: as of a stage.
-    seconds_of: an arm whose seconds it is given: the number of its steps is that of the arm `like`, times the seconds of the one over those of the other, of
-        each the fastest of its seeds. Null takes the steps that its settings say.
+    seconds_of: an arm whose seconds it is given: the settings in `scaled` are those of the arm `like`, times the seconds of the one over those of the other,
+        of each the fastest of its seeds. Null takes the steps that its settings say.
     like: the arm whose command and overrides it has, besides its own; needed with seconds_of.
-    steps_setting: the setting that holds the number of its steps, where seconds_of has to set it.
+    scaled: the settings that an arm with another's seconds has more or less of: that of its steps, and of what a step uses up.
     """
 
     label: str = ""
@@ -40,7 +40,7 @@ class ArmConfig:
     processes: int | None = 1
     seconds_of: str | None = None
     like: str | None = None
-    steps_setting: str = "num_steps"
+    scaled: list[str] = field(default_factory=lambda: ["num_steps"])
 
 
 @dataclass(slots=True)

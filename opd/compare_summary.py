@@ -5,8 +5,8 @@
      "budget": {"steps", "student_tokens", "seconds"}, "models": {"base": HASH, "teachers": {DOMAIN: HASH}},
      "machine": {"processor", "cores", "device"}, "versions": {...}, "evaluation": the record of opd/comparison.py}
 
-identity: of the settings as they are written, those of the stages before the arm included, and not of the resolved configuration, so that a new setting with
-    its default leaves finished arms finished.
+identity: of the settings as they are written, those of the stages before the arm and the files of conf/experiment that they choose included, and not of the
+    resolved configuration, so that a new setting with its default leaves finished arms finished.
 budget: optimizer steps; tokens of completions that the student was trained on; seconds of sampling, scoring and updates, of a warm-up too, start and
     evaluation left out. Of a merge no steps and tokens, and the seconds of the command.
 models: opd's fingerprints of the weights.
@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 
 from opd.compare_config import ArmConfig, CompareConfig
 from opd.distributed import num_cores
@@ -29,6 +30,8 @@ from rollout.files import read_json, replace_text
 from teachers.fingerprint import weights_fingerprint
 
 SCHEMA = 1
+EXPERIMENT = "experiment="
+CONF = Path(__file__).resolve().parent.parent / "conf"
 PHASES = ("seconds/data", "seconds/rollout", "seconds/score", "seconds/update")
 
 Summaries = dict[tuple[str, int], dict[str, Any]]
@@ -47,8 +50,25 @@ class Budget:
 def arm_identity(cfg: CompareConfig, arm: ArmConfig, seed: int) -> str:
     """Hash of all settings that an arm's student and its evaluation follow from, as they are written."""
     stages = {name: asdict(stage) for name, stage in cfg.stages.items()}
-    own = [arm.command, arm.overrides, cfg.settings.get(arm.command), cfg.settings.get("evaluate"), cfg.base_model, cfg.teachers, cfg.seed, seed]
-    return hashlib.sha256(json.dumps([stages, own], sort_keys=True).encode()).hexdigest()
+    settings = [*cfg.settings.get(arm.command, []), *cfg.settings.get("evaluate", [])]
+    own = [arm.command, arm.overrides, settings, cfg.base_model, cfg.teachers, cfg.seed, seed]
+    written = [*settings, *arm.overrides, *(override for stage in cfg.stages.values() for override in stage.overrides)]
+    chosen = {override.removeprefix(EXPERIMENT) for override in written if override.startswith(EXPERIMENT)}
+    files: dict[str, Any] = {}
+    for name in sorted(chosen):
+        _read_experiment(name, files)
+    return hashlib.sha256(json.dumps([stages, own, files], sort_keys=True).encode()).hexdigest()
+
+
+def _read_experiment(name: str, files: dict[str, Any]) -> None:
+    """Add what conf/experiment/NAME.yaml says to `files`, and the experiments that it begins with; comments do not count."""
+    found = next((path for folder in (Path.cwd() / "conf", CONF) if (path := folder / "experiment" / f"{name}.yaml").is_file()), None)
+    if found is None or name in files:
+        return
+    files[name] = yaml.safe_load(found.read_text())
+    for entry in files[name].get("defaults", []):
+        if isinstance(entry, str) and entry != "_self_":
+            _read_experiment(entry, files)
 
 
 def measure(run: Path, command: str) -> Budget:
@@ -99,6 +119,11 @@ def read_summaries(results: Path) -> Summaries:
             raise ValueError(f"{path} is no summary of a comparison that this version of opd reads: move it, or name another folder in results")
         found[summary["arm"], summary["seed"]] = summary
     return found
+
+
+def is_of(found: Summaries, cfg: CompareConfig, name: str, seed: int) -> bool:
+    """Whether an arm is summarised, with the settings that it has now."""
+    return (name, seed) in found and found[name, seed]["identity"] == arm_identity(cfg, cfg.arms[name], seed)
 
 
 def _processor() -> str:

@@ -1,17 +1,18 @@
 """The tables of a comparison, from the summaries of its finished arms (opd/compare_summary.py).
 
 An arm with several seeds shows each of them: a mean of three with its spread would say more than three runs can tell. Recovery is accuracy over the teacher's
-on a domain; "lowest" is that of the domain that recovers least, and "mean" over the domains, of one run each. "all" is the accuracy over all held-out prompts
-together with its 95 % interval, of all seeds together, and so is the difference from the first method, whose intervals overlap with it where
-neither can be said to win.
+on a domain; "lowest" is that of the domain that recovers least, and "mean" over the domains, of one run each. "all" is the accuracy over all held-out prompts,
+the mean of the seeds, with the 95 % interval of one run: seeds answer the same prompts, which three times over are no more prompts. The difference is
+from the first row's, with the interval of two independent runs; where it holds 0, neither can be said to win.
 """
 
 import math
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 from opd.compare_config import ArmRole, CompareConfig
-from opd.compare_summary import Summaries
+from opd.compare_summary import Summaries, is_of
 from opd.console import print_table
 from opd.intervals import Interval, Z, proportion
 
@@ -28,8 +29,10 @@ def print_tables(cfg: CompareConfig, summaries: Summaries, results: Path) -> Non
     names = [name for name in cfg.arms if (name, 0) in summaries]
     missing = [f"{name}-{seed}" for name, arm in cfg.arms.items() for seed in range(arm.seeds) if (name, seed) not in summaries]
     if names:
-        header, rows = overview(summaries, names)
-        caption = "recovery and floors of each seed; student tokens and seconds of the first; * one seed alone; † made of another base or other teachers"
+        others = {name for name in names if cfg.arms[name].seconds_of is None and not all(is_of(summaries, cfg, *key) for key in summaries if key[0] == name)}
+        header, rows = overview(summaries, names, others)
+        marks = "* one seed alone; † made of another base or other teachers; ‡ made with other settings than the arm has now"
+        caption = f"recovery and floors of each seed; student tokens of the first, seconds of the fastest; {marks}"
         print_table("", header, rows, caption)
         of_domains, domain_rows = domain_table(summaries, names)
         print_table("", of_domains, domain_rows, "recovery of each domain, the lowest of an arm's seeds")
@@ -42,8 +45,8 @@ def print_tables(cfg: CompareConfig, summaries: Summaries, results: Path) -> Non
         print(f"summaries in {results}")
 
 
-def overview(summaries: Summaries, names: list[str]) -> tuple[list[str], list[list[str]]]:
-    """(header, a row for each arm)."""
+def overview(summaries: Summaries, names: list[str], others: Collection[str] = ()) -> tuple[list[str], list[list[str]]]:
+    """(header, a row for each arm). others: arms whose settings are not those of their summaries."""
     header = ["arm", "role", "lowest recovery", "mean recovery", "accuracy on all", "less the first's", f"floors >= {FLOOR_SHARE}", "student tokens", "seconds"]
     first = _all_prompts(_seeds(summaries, names[0]))
     models = summaries[names[0], 0]["models"]
@@ -51,14 +54,14 @@ def overview(summaries: Summaries, names: list[str]) -> tuple[list[str], list[li
     for name in names:
         runs = _seeds(summaries, name)
         own = _all_prompts(runs)
-        mark = ("" if len(runs) > 1 else "*") + ("" if all(run["models"] == models for run in runs) else "†")
+        mark = ("" if len(runs) > 1 else "*") + ("" if all(run["models"] == models for run in runs) else "†") + ("‡" if name in others else "")
         lowest = " ".join(_lowest(run) for run in runs)
         mean = " ".join(f"{_mean_recovery(run):.3f}" for run in runs)
         floors = " ".join(str(num_floors(run["evaluation"])) for run in runs)
-        budget = runs[0]["budget"]
+        seconds = min(run["budget"]["seconds"] for run in runs)
         difference = "" if name == names[0] else _cell(_difference(own, first), "+")
-        tokens = f"{budget['student_tokens']:,}"
-        rows.append([runs[0]["label"] + mark, runs[0]["role"], lowest, mean, _cell(own[0]), difference, floors, tokens, f"{budget['seconds']:.0f}"])
+        tokens = f"{runs[0]['budget']['student_tokens']:,}"
+        rows.append([runs[0]["label"] + mark, runs[0]["role"], lowest, mean, _cell(own[0]), difference, floors, tokens, f"{seconds:.0f}"])
     return header, rows
 
 
@@ -69,6 +72,8 @@ def domain_table(summaries: Summaries, names: list[str]) -> tuple[list[str], lis
     domains = summaries[names[0], 0]["evaluation"]["domains"]
     columns = [["arm", "base, its accuracy", "teachers, their accuracy", *(summaries[name, 0]["label"] for name in names)]]
     for domain, record in domains.items():
+        if record["teacher"]["accuracy"] is None:
+            continue  # without a grader
         recoveries = [_least([recovery_of(run["evaluation"]["domains"][domain]) for run in _seeds(summaries, name)]) for name in names]
         base = "" if "base" not in record else f"{record['base']['accuracy']:.3f}"
         columns.append([domain, base, f"{record['teacher']['accuracy']:.3f}", *(f"{recovery:.3f}" for recovery in recoveries)])
@@ -88,7 +93,7 @@ def elicited(summaries: Summaries, controls: list[str]) -> list[str]:
     lines = []
     for name in controls:
         label = f"{summaries[name, 0]['label']}, a control,"
-        recoveries = {domain: recovery_of(record) for domain, record in summaries[name, 0]["evaluation"]["domains"].items()}
+        recoveries = recoveries_of(summaries[name, 0])
         found = [f"{domain} {recovery:.3f}" for domain, recovery in recoveries.items() if recovery >= ELICITED]
         if found:
             lines.append(f"{label} recovers {', '.join(found)}: these domains were elicited there, and need no distillation")
@@ -103,8 +108,13 @@ def recovery_of(domain: dict[str, Any]) -> float:
     return domain["recovery"]["value"] if isinstance(domain["recovery"], dict) else math.nan
 
 
+def recoveries_of(run: dict[str, Any]) -> dict[str, float]:
+    """Of a summary's graded domains, by name."""
+    return {name: recovery_of(domain) for name, domain in run["evaluation"]["domains"].items() if domain["recovery"] != "not graded"}
+
+
 def num_floors(evaluation: dict[str, Any]) -> int:
-    """Domains whose certificate guarantees FLOOR_SHARE of the teacher's accuracy."""
+    """Domains whose certificate guarantees FLOOR_SHARE of the teacher's accuracy, at the worse ends of the intervals of both."""
     shares = [domain["certificate"]["share"] for domain in evaluation["domains"].values() if domain["certificate"] is not None]
     return sum(share is not None and share >= FLOOR_SHARE for share in shares)
 
@@ -120,7 +130,7 @@ def _seeds(summaries: Summaries, name: str) -> list[dict[str, Any]]:
 
 
 def _lowest(run: dict[str, Any]) -> str:
-    recoveries = {name: recovery_of(domain) for name, domain in run["evaluation"]["domains"].items()}
+    recoveries = recoveries_of(run)
     least = _least([*recoveries.values()])
     return f"{least:.3f}" if math.isnan(least) else f"{least:.3f} ({next(name for name, value in recoveries.items() if value == least)})"
 
@@ -131,19 +141,20 @@ def _least(values: list[float]) -> float:
 
 
 def _mean_recovery(run: dict[str, Any]) -> float:
-    recoveries = [recovery_of(domain) for domain in run["evaluation"]["domains"].values()]
+    recoveries = recoveries_of(run).values()
     return sum(recoveries) / len(recoveries)
 
 
 def _all_prompts(runs: list[dict[str, Any]]) -> tuple[Interval, int]:
-    """(accuracy over all prompts of all runs, their number)."""
-    students = [domain["student"] for run in runs for domain in run["evaluation"]["domains"].values()]
-    prompts = sum(student["prompts"] for student in students)
-    return proportion(sum(student["accuracy"] * student["prompts"] for student in students), prompts), prompts
+    """(mean over the runs of the accuracy over all graded prompts, with the interval of one run; the number of one run's prompts)."""
+    graded = [[domain["student"] for domain in run["evaluation"]["domains"].values() if domain["student"]["accuracy"] is not None] for run in runs]
+    prompts = sum(student["prompts"] for student in graded[0])
+    right = sum(student["accuracy"] * student["prompts"] for students in graded for student in students) / len(runs)
+    return proportion(right, prompts), prompts
 
 
 def _difference(own: tuple[Interval, int], other: tuple[Interval, int]) -> Interval:
-    """Of two accuracies, as if their prompts were independent: wider than a paired interval would be."""
+    """Of two accuracies, as if their prompts were independent: wider than a paired interval would be, and without the spread of an arm's seeds."""
     variance = sum(found.value * (1 - found.value) / prompts for found, prompts in (own, other))
     value, half = own[0].value - other[0].value, Z * math.sqrt(variance)
     return Interval(value, value - half, value + half)

@@ -33,7 +33,7 @@ arms:
   opd: {label: on-policy distillation, role: method, seeds: 2}
   sft: {label: SFT on teacher samples, overrides: [warmup=sft, warmup.steps=3, warmup.prompts=12, num_steps=0]}
   grpo: {label: mixed GRPO, command: specialize}
-  sft_seconds: {label: SFT with the same seconds, like: sft, seconds_of: opd, steps_setting: warmup.steps}
+  sft_seconds: {label: SFT with the same seconds, like: sft, seconds_of: opd, scaled: [warmup.steps, warmup.prompts]}
   average: {label: average, command: merge, overrides: [kind=average]}
 """
 

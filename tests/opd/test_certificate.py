@@ -61,5 +61,11 @@ def test_with_more_prompts_a_smaller_difference_is_one():
 def test_the_low_end_takes_the_worse_end_of_both_intervals_and_the_share_is_of_the_teacher():
     found = certificate(0.98, 0.99, 0.05, error=0.01)
     assert found.low == accuracy_floor(proportion(990, 1000).low, 0.05 + 1.96 * 0.01) < found.floor
-    assert found.share == found.floor / 0.99
+    assert found.share == found.low / 0.99
     assert certificate(0.0, 0.0, 0.05).share is None
+
+
+def test_a_teacher_that_was_never_seen_to_fail_does_not_guarantee_everything():
+    """Of a thousand prompts: at 0.5 nats a teacher of 0.998 guarantees no more than 0.9, and at 5 nats nothing."""
+    assert 0 < certificate(1.0, 1.0, 0.5).floor < 0.9
+    assert certificate(0.0, 1.0, 30.0).floor == 0.0

@@ -9,6 +9,7 @@ import pytest
 
 from opd.__main__ import load_config
 from opd.compare import arm_stages, compare, joined, matched_arm, unfinished
+from opd.compare_config import ArmConfig
 from opd.compare_summary import Budget, arm_identity, measure, read_summaries, write_summary
 from opd.compare_table import domain_table, elicited, markdown, num_floors, overview
 from opd.pipeline_config import PipelineConfig, StageConfig
@@ -80,7 +81,7 @@ def test_an_arm_with_anothers_seconds_gets_the_steps_that_take_as_long(tmp_path)
     write_summary(tmp_path, summary(cfg, "sft", 0, {"sorting": 1.0}, Budget(steps=300, student_tokens=1, seconds=600.0)))
     arm = matched_arm(cfg, cfg.arms["sft_seconds"], tmp_path)
     assert arm.command == "distill"
-    assert arm.overrides == [*cfg.arms["sft"].overrides, "warmup.steps=450"]
+    assert arm.overrides == [*cfg.arms["sft"].overrides, "warmup.steps=300", "warmup.prompts=4800"]  # 200 and 3,200, half as much again
     with pytest.raises(ValueError, match="needs grpo to be finished"):
         matched_arm(cfg, cfg.arms["grpo_seconds"], tmp_path)
 
@@ -117,6 +118,54 @@ def test_domains_have_the_lowest_recovery_of_an_arms_seeds(tmp_path):
     assert header == ["arm", "sorting"]
     assert rows == [["base, its accuracy", "0.500"], ["teachers, their accuracy", "1.000"], ["on-policy distillation", "0.930"]]
     assert markdown(header, rows).splitlines()[2] == "| base, its accuracy | 0.500 |"
+
+
+def test_an_arm_whose_settings_have_changed_since_is_marked_and_run_again(tmp_path, capsys):
+    cfg = configured(f"results={tmp_path}", "table_only=true")
+    write_summary(tmp_path, summary(cfg, "opd", 0, {"sorting": 1.0}) | {"identity": "of before"})
+    write_summary(tmp_path, summary(cfg, "ties", 0, {"sorting": 1.0}))
+    compare(cfg)
+    printed = capsys.readouterr().out
+    assert "on-policy distillation*‡" in printed
+    assert "TIES*‡" not in printed
+    assert ("opd", 0) in unfinished(cfg, cfg.arms, tmp_path)
+
+
+def test_the_files_of_the_experiments_that_an_arm_chooses_are_part_of_its_identity(tmp_path, monkeypatch):
+    """A changed value in one that another begins with makes a finished arm unfinished, a comment does not."""
+    cfg = configured()
+    arm = ArmConfig(overrides=["experiment=own"])
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "conf/experiment").mkdir(parents=True)
+    (tmp_path / "conf/experiment/own.yaml").write_text("defaults: [below, _self_]\n")
+    identities = []
+    for text in ("num_steps: 10\n", "num_steps: 10  # enough\n", "num_steps: 11\n"):
+        (tmp_path / "conf/experiment/below.yaml").write_text(text)
+        identities.append(arm_identity(cfg, arm, 0))
+    assert identities[0] == identities[1] != identities[2]
+
+
+def test_the_interval_of_three_seeds_on_the_same_prompts_is_that_of_one(tmp_path):
+    cfg = configured()
+    write_summary(tmp_path, summary(cfg, "ties", 0, {"sorting": 0.8}))
+    for seed in range(3):
+        write_summary(tmp_path, summary(cfg, "opd", seed, {"sorting": 0.8}))
+    _, [three, one] = overview(read_summaries(tmp_path), ["opd", "ties"])
+    assert three[4] == one[4]
+
+
+def test_a_domain_without_a_grader_has_no_column(tmp_path):
+    cfg = configured()
+    found = summary(cfg, "opd", 0, {"sorting": 0.9, "prose": 0.5})
+    for role in ("base", "teacher", "student"):
+        found["evaluation"]["domains"]["prose"][role]["accuracy"] = None
+    found["evaluation"]["domains"]["prose"] |= {"recovery": "not graded", "certificate": None}
+    write_summary(tmp_path, found)
+    summaries = read_summaries(tmp_path)
+    assert domain_table(summaries, ["opd"])[0] == ["arm", "sorting"]
+    _, [row] = overview(summaries, ["opd"])
+    assert row[2:4] == ["0.900 (sorting)", "0.900"]
+    assert row[4].startswith("0.900 [")
 
 
 def test_a_recovery_that_is_not_defined_makes_the_lowest_undefined_too(tmp_path):
