@@ -31,7 +31,7 @@ from opd.run import lock, require_own_folder, write_config
 from rollout.files import replace_text
 from rollout.grading import grade_rollout, require_gradable
 from rollout.model import context_length, end_tokens, load_model, load_tokenizer, save_model
-from rollout.prompts import PromptMixture, load_prompts
+from rollout.prompts import PromptMixture, load_prompts, require_no_overlap
 from rollout.sampler import LocalSampler
 from rollout.types import Prompt
 from teachers.compatibility import check_compatible
@@ -140,7 +140,9 @@ class _Judge:
     def __init__(self, cfg: MergeConfig, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel):
         self.cfg, self.tokenizer = cfg, tokenizer
         longest = context_length(model.config, "base") - cfg.rollout.max_new_tokens
-        prompts = load_prompts({name: domain.prompts for name, domain in cfg.domains.items()}, tokenizer, longest)
+        held_out = {name: domain.held_out for name, domain in cfg.domains.items()}
+        prompts = load_prompts({name: domain.prompts for name, domain in cfg.domains.items()}, tokenizer, longest, held_out)
+        require_no_overlap(prompts)
         ungraded = [name for name, domain in cfg.domains.items() if domain.grader is None]
         if ungraded:
             raise ValueError(f"several settings are compared by their accuracy, and {ungraded[0]} has no grader: give one scale (and density), or a grader")

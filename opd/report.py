@@ -125,7 +125,13 @@ def _about(facts: RunFacts) -> list[tuple[str, str]]:
 def _table(facts: RunFacts) -> list[dict[str, Any]]:
     """Rows of the result: from the evaluation, else base and student from the run's own first and last evaluation."""
     if facts.evaluation is not None:
-        return [{"name": name, "cells": _evaluated(domain)} for name, domain in facts.evaluation["domains"].items()]
+        rows = []
+        for name, domain in facts.evaluation["domains"].items():
+            rows.append({"name": name, "cells": _evaluated(domain)})
+            if "perturbed" in domain:
+                cells = [_cell(None if role not in domain["perturbed"] else _accuracy(domain["perturbed"][role])) for role in ("base", "teacher", "student")]
+                rows.append({"name": f"{name}, perturbed", "cells": [*cells, Cell(), Cell(), Cell(), Cell(value=str(domain["student"]["prompts"]))]})
+        return rows
     measured = [record for record in facts.records if any(name.startswith("evaluation/") for name in record)]
     if not measured:
         return []
@@ -139,7 +145,7 @@ def _table(facts: RunFacts) -> list[dict[str, Any]]:
 
 
 def _evaluated(domain: dict[str, Any]) -> list[Cell]:
-    roles = [_cell(None if role not in domain else domain[role] | {"value": domain[role]["accuracy"]}) for role in ("base", "teacher", "student")]
+    roles = [_cell(None if role not in domain else _accuracy(domain[role])) for role in ("base", "teacher", "student")]
     recovery = Cell(value="not graded") if domain["recovery"] == "not graded" else _cell(domain["recovery"])
     certificate = domain.get("certificate")
     floor = Cell() if certificate is None else Cell(
@@ -147,6 +153,10 @@ def _evaluated(domain: dict[str, Any]) -> list[Cell]:
     )  # fmt: skip
     kl = domain.get("kl", {}).get("student")
     return [*roles, recovery, _cell(None if kl is None else kl["per_sequence"]), floor, Cell(value=str(domain["student"]["prompts"]))]
+
+
+def _accuracy(record: dict[str, Any]) -> dict[str, Any]:
+    return record | {"value": record["accuracy"]}
 
 
 def _cell(record: dict[str, Any] | None) -> Cell:
@@ -163,12 +173,13 @@ def _logged(record: dict[str, Any], domain: str, figure: str) -> Cell:
 def _table_note(facts: RunFacts) -> str:
     if facts.evaluation is None:
         return (
-            "From the run\u2019s own evaluations, at step 0 (base) and at the last; 95 % intervals. Teacher, recovery and certificate take `opd evaluate`, or "
+            "From the run\u2019s own evaluations, at step 0 (base; after a warm-up where there is one) and at the last; 95 % intervals. Teacher, recovery and certificate take `opd evaluate`, or "
             "a pipeline that ends with it."
         )
     return (
         f"From {facts.evaluation_file}. Accuracy at temperature 1 on held-out prompts, with 95 % intervals; recovery: student over teacher; KL(student || "
         "teacher) in nats per completion; floor: the accuracy that this KL guarantees, and at the least, with the upper end of its interval."
+        + (" Perturbed: the environment replaces tokens of the answer." if any("perturbed" in domain for domain in facts.evaluation["domains"].values()) else "")
     )
 
 

@@ -109,6 +109,9 @@ def test_a_run_without_an_evaluation_shows_its_own_and_one_with_shows_that(run_c
     assert re.search(r'class="bad"><span>0.123 <small>0.032 at the least', page), "a certificate that does not hold stands out"
     assert "<h3>Recovery of the teacher</h3>" in page
     assert "<h3>Accuracy of base, teacher and student</h3>" in page
+    assert "perturbed" not in page
+    change_json(run_copy / "evaluation.json", lambda record: record["domains"]["arithmetic"].update(perturbed={"student": role | {"accuracy": 0.0625}}))
+    assert re.search(r"arithmetic, perturbed.*?0\.062 <small>", page_of(run_copy), re.DOTALL)
 
 
 def test_a_line_that_is_being_written_is_left_out_and_one_that_is_damaged_is_named(run_copy):
