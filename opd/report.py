@@ -173,13 +173,14 @@ def _logged(record: dict[str, Any], domain: str, figure: str) -> Cell:
 def _table_note(facts: RunFacts) -> str:
     if facts.evaluation is None:
         return (
-            "From the run\u2019s own evaluations, at step 0 (base; after a warm-up where there is one) and at the last; 95 % intervals. Teacher, recovery and certificate take `opd evaluate`, or "
-            "a pipeline that ends with it."
+            "From the run\u2019s own evaluations, at step 0 (base; after a warm-up where there is one) and at the last; 95 % intervals. Teacher, recovery and "
+            "certificate take `opd evaluate`, or a pipeline that ends with it."
         )
+    is_perturbed = any("perturbed" in domain for domain in facts.evaluation["domains"].values())
     return (
         f"From {facts.evaluation_file}. Accuracy at temperature 1 on held-out prompts, with 95 % intervals; recovery: student over teacher; KL(student || "
         "teacher) in nats per completion; floor: the accuracy that this KL guarantees, and at the least, with the upper end of its interval."
-        + (" Perturbed: the environment replaces tokens of the answer." if any("perturbed" in domain for domain in facts.evaluation["domains"].values()) else "")
+        + (" Perturbed: the environment replaces tokens of the answer." if is_perturbed else "")
     )
 
 

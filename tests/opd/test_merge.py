@@ -107,6 +107,11 @@ def test_teachers_that_equal_the_base_are_refused(settings, folders, device):
         merge(load_config("merge", [*settings, *same]))
 
 
+def test_a_setting_is_not_chosen_on_held_out_prompts(settings, device):
+    with pytest.raises(ValueError, match=r"training row tools/prompts:0 is equal to the held-out prompt tools/held_out:0"):
+        merge(load_config("merge", [*settings, "kind=task_arithmetic", "scales=[0.5,1.0]", "domains.tools.held_out.split=train"]))
+
+
 def test_several_settings_need_graders(settings, device):
     with pytest.raises(ValueError, match="sorting has no grader"):
         merge(load_config("merge", [*settings, "domains.sorting.grader=null"]))
