@@ -3,7 +3,8 @@
     RESULTS/ARM-SEED.json (schema version 1)
     {"schema": 1, "arm", "label", "role", "seed", "identity", "command": [COMMAND, OVERRIDE, ...],
      "budget": {"steps", "student_tokens", "seconds"}, "models": {"base": HASH, "teachers": {DOMAIN: HASH}},
-     "machine": {"processor", "cores", "device"}, "versions": {...}, "evaluation": the record of opd/comparison.py}
+     "chosen": {"scale", "density"} of a merge, "machine": {"processor", "cores", "device"}, "versions": {...},
+     "evaluation": the record of opd/comparison.py}
 
 identity: of the settings as they are written, those of the stages before the arm and the files of conf/experiment that they choose included, and not of the
     resolved configuration, so that a new setting with its default leaves finished arms finished.
@@ -98,6 +99,7 @@ def summarize(cfg: CompareConfig, name: str, arm: ArmConfig, seed: int) -> dict[
         "command": [arm.command, *cfg.settings.get(arm.command, []), *arm.overrides],
         "budget": asdict(measure(run, arm.command)),
         "models": {"base": weights_fingerprint(ModelConfig(model=cfg.base_model), "base"), "teachers": teachers},
+        **({"chosen": read_json(run / "merge.json")["chosen"]} if arm.command == "merge" else {}),
         "machine": {"processor": _processor(), "cores": num_cores(), "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"},
         "versions": versions(),
         "evaluation": read_json(run.with_name(f"{run.name}-evaluation") / "evaluation.json"),
