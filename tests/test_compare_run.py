@@ -75,7 +75,8 @@ def test_an_arm_has_the_base_s_record_from_the_cache(finished):
     records = [json.loads((workspace / f"runs/small/{arm}-evaluation/evaluation.json").read_text())["domains"]["arithmetic"] for arm in ("opd-0", "average-0")]
     assert records[0]["base"] == records[1]["base"]
     keys = [json.loads(path.read_text())["key"] for path in (workspace / "runs/small/evaluations").glob("*.json")]
-    assert len(keys) == 2 + 6  # base, teacher, and six students
+    assert len(keys) == 2 + 5  # base, five students, and the teacher, which the average of one teacher is
+    assert records[1]["student"] == records[1]["teacher"]
 
 
 @pytest.mark.slow
