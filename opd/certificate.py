@@ -25,8 +25,8 @@ STANDARD_ERRORS = 3.0
 class Certificate:
     """What a domain's divergence says of its accuracy.
 
-    floor: the smallest accuracy that the measured divergence and the teacher's measured accuracy allow; where that is 1, the middle of its interval,
-        since a teacher that was never seen to fail would else guarantee everything, whatever the divergence.
+    floor: the smallest accuracy that the measured divergence and the teacher's measured accuracy allow. A teacher that was right on every prompt
+        counts as wrong on half of one: it would else guarantee everything, whatever the divergence.
     low: the same at the upper end of the divergence's 95 % interval and the lower end of the teacher's accuracy.
     share: low over the teacher's measured accuracy, what is guaranteed of it; None where that is 0.
     holds: whether the measured accuracy is in keeping with it.
@@ -40,10 +40,9 @@ class Certificate:
 
 def certify(student: Interval, teacher: Interval, prompts: int, kl_per_sequence: Interval) -> Certificate:
     """student, teacher: accuracies on the same prompts, of which there are `prompts`; kl_per_sequence: KL(student || teacher) in nats per completion."""
-    taught = teacher.value if teacher.value < 1 else (teacher.low + teacher.high) / 2
     low = accuracy_floor(teacher.low, kl_per_sequence.high)
     return Certificate(
-        floor=accuracy_floor(taught, kl_per_sequence.value),
+        floor=accuracy_floor(min(teacher.value, 1 - 0.5 / prompts), kl_per_sequence.value),
         low=low,
         share=low / teacher.value if teacher.value > 0 else None,
         holds=_least_kl(student.value, teacher.value, prompts) <= kl_per_sequence.value + STANDARD_ERRORS * (kl_per_sequence.high - kl_per_sequence.value) / Z,

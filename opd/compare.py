@@ -20,7 +20,7 @@ from functools import partial
 from pathlib import Path
 
 from opd.compare_config import ArmConfig, CompareConfig
-from opd.compare_summary import is_of, read_summaries, summarize, write_summary
+from opd.compare_summary import Summaries, is_of, read_summaries, summarize, write_summary
 from opd.compare_table import print_tables
 from opd.pipeline_config import PipelineConfig, StageConfig
 from opd.stages import Stage, run_stages
@@ -36,15 +36,12 @@ def compare(cfg: CompareConfig) -> None:
     if not cfg.table_only:
         chosen = {name: arm for name, arm in cfg.arms.items() if cfg.only is None or name in cfg.only}
         if cfg.fresh:  # first of all, so that what is cut off goes on without `fresh`
-            for name, arm in chosen.items():
-                for seed in range(arm.seeds):
-                    (results / f"{name}-{seed}.json").unlink(missing_ok=True)
+            _forget(cfg, chosen, results)
         _run(cfg, {name: arm for name, arm in chosen.items() if arm.seconds_of is None}, results)
         matched = {name: matched_arm(cfg, arm, results) for name, arm in chosen.items() if arm.seconds_of is not None}
-        if cfg.fresh:
-            _forget(cfg, matched)
         _run(replace(cfg, fresh=False), matched, results)
-    print_tables(cfg, read_summaries(results), results)
+    summaries = read_summaries(results)
+    print_tables(cfg, summaries, results, outdated(cfg, summaries, results))
 
 
 def results_folder(cfg: CompareConfig) -> Path:
@@ -54,9 +51,9 @@ def results_folder(cfg: CompareConfig) -> Path:
 
 def matched_arm(cfg: CompareConfig, arm: ArmConfig, results: Path) -> ArmConfig:
     """An arm whose settings named in `scaled` grow so that it takes the seconds of another, of each the fastest seed, since others may have shared the
-    machine with more. A setting that the arm it is like does not write has the number of that arm's steps.
+    machine with more. The first of them, where the arm that it is like does not write it, has the number of that arm's steps.
 
-    Raises ValueError where no seed of an arm that it follows from is finished.
+    Raises ValueError where no seed of an arm that it follows from is finished, or another of `scaled` is not among that one's overrides.
     """
     fastest = {}
     found = read_summaries(results)
@@ -68,7 +65,11 @@ def matched_arm(cfg: CompareConfig, arm: ArmConfig, results: Path) -> ArmConfig:
     factor = fastest[arm.seconds_of]["seconds"] / fastest[arm.like]["seconds"]
     model = cfg.arms[arm.like]
     written = dict(override.split("=", 1) for override in model.overrides if "=" in override)
-    scaled = [f"{setting}={max(1, round(float(written.get(setting, fastest[arm.like]['steps'])) * factor))}" for setting in arm.scaled]
+    written = {arm.scaled[0]: fastest[arm.like]["steps"]} | written
+    missing = [setting for setting in arm.scaled if setting not in written]
+    if missing:
+        raise ValueError(f"an arm like {arm.like} is to have more of {missing[0]}, which is not among that arm's overrides: write it there")
+    scaled = [f"{setting}={max(1, round(float(written[setting]) * factor))}" for setting in arm.scaled]
     return ArmConfig(
         label=arm.label,
         role=arm.role,
@@ -100,14 +101,31 @@ def _keep(cfg: CompareConfig, arms: dict[str, ArmConfig], results: Path, stage: 
         write_summary(results, summarize(cfg, name, arms[name], int(seed)))
 
 
-def _forget(cfg: CompareConfig, arms: dict[str, ArmConfig]) -> None:
-    """Delete what the stages of some arms have written."""
+def _forget(cfg: CompareConfig, arms: dict[str, ArmConfig], results: Path) -> None:
+    """Delete the summaries of some arms, and what their stages have written."""
     for name, arm in arms.items():
         for seed in range(arm.seeds):
-            (results_folder(cfg) / f"{name}-{seed}.json").unlink(missing_ok=True)
-            for stage in arm_stages(cfg, name, arm, seed):
+            (results / f"{name}-{seed}.json").unlink(missing_ok=True)
+            for stage in (f"{name}-{seed}", f"{name}-{seed}-{EVALUATION}"):
                 shutil.rmtree(Path(cfg.run_dir) / stage, ignore_errors=True)
                 (Path(cfg.run_dir) / "stages" / f"{stage}.json").unlink(missing_ok=True)
+
+
+def outdated(cfg: CompareConfig, found: Summaries, results: Path) -> set[str]:
+    """Arms with a summary whose settings they no longer have, or whose number of steps follows from one that is outdated."""
+    names = set()
+    for name, seed in found:
+        arm = cfg.arms.get(name)
+        if arm is None:
+            continue
+        try:
+            now = arm if arm.seconds_of is None else matched_arm(cfg, arm, results)
+        except ValueError:  # the arms that it follows from have no summary of their settings
+            names.add(name)
+            continue
+        if not is_of(found, replace(cfg, arms={name: now}), name, seed):
+            names.add(name)
+    return names
 
 
 def unfinished(cfg: CompareConfig, arms: dict[str, ArmConfig], results: Path) -> Iterator[tuple[str, int]]:

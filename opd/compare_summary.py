@@ -7,7 +7,8 @@
      "evaluation": the record of opd/comparison.py}
 
 identity: of the settings as they are written, those of the stages before the arm and the files of conf/experiment that they choose included, and not of the
-    resolved configuration, so that a new setting with its default leaves finished arms finished.
+    resolved configuration, so that a new setting with its default leaves finished arms finished; the folder of the comparison does not count. What other
+    files of conf/ say (those of a domain, a student, a quantisation) is not in it: `fresh=true` after a change there.
 budget: optimizer steps; tokens of completions that the student was trained on; seconds of sampling, scoring and updates, of a warm-up too, start and
     evaluation left out. Of a merge no steps and tokens, and the seconds of the command.
 models: opd's fingerprints of the weights.
@@ -31,7 +32,6 @@ from rollout.files import read_json, replace_text
 from teachers.fingerprint import weights_fingerprint
 
 SCHEMA = 1
-EXPERIMENT = "experiment="
 CONF = Path(__file__).resolve().parent.parent / "conf"
 PHASES = ("seconds/data", "seconds/rollout", "seconds/score", "seconds/update")
 
@@ -54,20 +54,25 @@ def arm_identity(cfg: CompareConfig, arm: ArmConfig, seed: int) -> str:
     settings = [*cfg.settings.get(arm.command, []), *cfg.settings.get("evaluate", [])]
     own = [arm.command, arm.overrides, settings, cfg.base_model, cfg.teachers, cfg.seed, seed]
     written = [*settings, *arm.overrides, *(override for stage in cfg.stages.values() for override in stage.overrides)]
-    chosen = {override.removeprefix(EXPERIMENT) for override in written if override.startswith(EXPERIMENT)}
     files: dict[str, Any] = {}
-    for name in sorted(chosen):
-        _read_experiment(name, files)
-    return hashlib.sha256(json.dumps([stages, own, files], sort_keys=True).encode()).hexdigest()
+    for override in written:
+        key, _, names = override.lstrip("+").partition("=")
+        if key == "experiment":
+            for name in names.strip("[]").split(","):
+                _read_experiment(name.strip(" \"'").removesuffix(".yaml"), files)
+    settings_text = json.dumps([stages, own], sort_keys=True).replace(f"{cfg.run_dir}/", "RUN/")
+    return hashlib.sha256((settings_text + json.dumps(files, sort_keys=True)).encode()).hexdigest()
 
 
 def _read_experiment(name: str, files: dict[str, Any]) -> None:
     """Add what conf/experiment/NAME.yaml says to `files`, and the experiments that it begins with; comments do not count."""
-    found = next((path for folder in (Path.cwd() / "conf", CONF) if (path := folder / "experiment" / f"{name}.yaml").is_file()), None)
-    if found is None or name in files:
+    if name in files:
         return
-    files[name] = yaml.safe_load(found.read_text())
-    for entry in files[name].get("defaults", []):
+    found = next((path for folder in (Path.cwd() / "conf", CONF) if (path := folder / "experiment" / f"{name}.yaml").is_file()), None)
+    if found is None:
+        raise ValueError(f"an arm chooses experiment={name}, and there is no conf/experiment/{name}.yaml")
+    files[name] = yaml.safe_load(found.read_text()) or {}
+    for entry in files[name].get("defaults") or []:
         if isinstance(entry, str) and entry != "_self_":
             _read_experiment(entry, files)
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from opd.compare_config import ArmRole, CompareConfig
-from opd.compare_summary import Summaries, is_of
+from opd.compare_summary import Summaries
 from opd.console import print_table
 from opd.intervals import Interval, Z, proportion
 
@@ -24,12 +24,11 @@ ELICITED = 0.9
 """A control that recovers this much of a domain shows that the base had its skill."""
 
 
-def print_tables(cfg: CompareConfig, summaries: Summaries, results: Path) -> None:
-    """Both tables, and what is not finished; a table of what is there also stands in RESULTS/table.md."""
+def print_tables(cfg: CompareConfig, summaries: Summaries, results: Path, others: Collection[str]) -> None:
+    """Both tables, and what is not finished; a table of what is there also stands in RESULTS/table.md. others: arms that are outdated (opd/compare.py)."""
     names = [name for name in cfg.arms if (name, 0) in summaries]
     missing = [f"{name}-{seed}" for name, arm in cfg.arms.items() for seed in range(arm.seeds) if (name, seed) not in summaries]
     if names:
-        others = {name for name in names if cfg.arms[name].seconds_of is None and not all(is_of(summaries, cfg, *key) for key in summaries if key[0] == name)}
         header, rows = overview(summaries, names, others)
         marks = "* one seed alone; † made of another base or other teachers; ‡ made with other settings than the arm has now"
         caption = f"recovery and floors of each seed; student tokens of the first, seconds of the fastest; {marks}"

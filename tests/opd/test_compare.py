@@ -145,6 +145,65 @@ def test_the_files_of_the_experiments_that_an_arm_chooses_are_part_of_its_identi
     assert identities[0] == identities[1] != identities[2]
 
 
+@pytest.mark.parametrize("written", ["+experiment=own", "experiment=own.yaml", "experiment='own'", "experiment=[twelve_domains_base,own]"])
+def test_an_experiment_is_found_however_it_is_chosen(written, tmp_path, monkeypatch):
+    cfg = configured()
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "conf/experiment").mkdir(parents=True)
+    identities = []
+    for text in ("# nothing\n", "num_steps: 11\n"):
+        (tmp_path / "conf/experiment/own.yaml").write_text(text)
+        identities.append(arm_identity(cfg, ArmConfig(overrides=[written]), 0))
+    assert identities[0] != identities[1]
+    with pytest.raises(ValueError, match=r"there is no conf/experiment/none\.yaml"):
+        arm_identity(cfg, ArmConfig(overrides=["experiment=none"]), 0)
+
+
+def test_the_folder_of_a_comparison_is_not_part_of_an_arms_identity():
+    here, there = configured(), configured("run_dir=elsewhere/of_mine")
+    assert there.base_model == "elsewhere/of_mine/base/student"
+    assert arm_identity(here, here.arms["opd"], 0) == arm_identity(there, there.arms["opd"], 0)
+
+
+def test_an_arm_with_anothers_seconds_is_marked_with_the_arm_that_it_is_like(tmp_path, capsys):
+    cfg = configured(f"results={tmp_path}", "table_only=true")
+    for name in ("opd", "sft"):
+        write_summary(tmp_path, summary(cfg, name, 0, {"sorting": 1.0}))
+    found = summary(cfg, "sft_seconds", 0, {"sorting": 1.0})
+    write_summary(tmp_path, found | {"identity": arm_identity(cfg, matched_arm(cfg, cfg.arms["sft_seconds"], tmp_path), 0)})
+    compare(cfg)
+    assert "seconds of OPD*‡" not in capsys.readouterr().out
+    write_summary(tmp_path, summary(cfg, "sft", 0, {"sorting": 1.0}) | {"identity": "of before"})
+    compare(cfg)
+    assert "seconds of OPD*‡" in capsys.readouterr().out
+
+
+def test_what_is_to_be_scaled_must_be_written(tmp_path):
+    cfg = configured()
+    for name in ("opd", "sft"):
+        write_summary(tmp_path, summary(cfg, name, 0, {"sorting": 1.0}))
+    arm = ArmConfig(like="sft", seconds_of="opd", scaled=["warmup.steps", "rollout.prompts_per_step"])
+    with pytest.raises(ValueError, match=r"more of rollout\.prompts_per_step, which is not among that arm's overrides"):
+        matched_arm(cfg, arm, tmp_path)
+
+
+def test_a_fresh_comparison_forgets_before_it_runs(tmp_path, monkeypatch):
+    """So that what is cut off goes on without `fresh`, arms with another's seconds included."""
+    cfg = configured(f"results={tmp_path / 'results'}", f"run_dir={tmp_path / 'run'}", "fresh=true", "only=[opd,sft,sft_seconds]")
+    for name in ("opd", "sft", "sft_seconds", "ties"):
+        write_summary(tmp_path / "results", summary(cfg, name, 0, {"sorting": 1.0}))
+    (tmp_path / "run/sft_seconds-0").mkdir(parents=True)
+
+    def cut_off(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("opd.compare.run_stages", cut_off)
+    with pytest.raises(KeyboardInterrupt):
+        compare(cfg)
+    assert [path.name for path in (tmp_path / "results").iterdir()] == ["ties-0.json"]
+    assert not (tmp_path / "run/sft_seconds-0").exists()
+
+
 def test_the_interval_of_three_seeds_on_the_same_prompts_is_that_of_one(tmp_path):
     cfg = configured()
     write_summary(tmp_path, summary(cfg, "ties", 0, {"sorting": 0.8}))
