@@ -23,6 +23,7 @@ from opd.compare_config import ArmConfig, CompareConfig
 from opd.compare_summary import Summaries, is_of, read_summaries, summarize, write_summary
 from opd.compare_table import print_tables
 from opd.pipeline_config import PipelineConfig, StageConfig
+from opd.run import lock, require_own_folder
 from opd.stages import Stage, run_stages
 
 EVALUATION = "evaluation"
@@ -36,6 +37,7 @@ def compare(cfg: CompareConfig) -> None:
     if not cfg.table_only:
         chosen = {name: arm for name, arm in cfg.arms.items() if cfg.only is None or name in cfg.only}
         if cfg.fresh:  # first of all, so that what is cut off goes on without `fresh`
+            _own(Path(cfg.run_dir))
             _forget(cfg, chosen, results)
         _run(cfg, {name: arm for name, arm in chosen.items() if arm.seconds_of is None}, results)
         matched = {name: matched_arm(cfg, arm, results) for name, arm in chosen.items() if arm.seconds_of is not None}
@@ -99,6 +101,15 @@ def _keep(cfg: CompareConfig, arms: dict[str, ArmConfig], results: Path, stage: 
     if suffix == EVALUATION:
         name, _, seed = trained.rpartition("-")
         write_summary(results, summarize(cfg, name, arms[name], int(seed)))
+
+
+def _own(run_dir: Path) -> None:
+    """Raises ValueError for a folder that is not a comparison's, or that another process writes to: nothing there may be deleted."""
+    require_own_folder(run_dir, "compare")
+    run_dir.mkdir(parents=True, exist_ok=True)
+    problem = lock(run_dir)
+    if problem is not None:
+        raise ValueError(problem)
 
 
 def _forget(cfg: CompareConfig, arms: dict[str, ArmConfig], results: Path) -> None:

@@ -188,11 +188,15 @@ def test_what_is_to_be_scaled_must_be_written(tmp_path):
 
 
 def test_a_fresh_comparison_forgets_before_it_runs(tmp_path, monkeypatch):
-    """So that what is cut off goes on without `fresh`, arms with another's seconds included."""
+    """So that what is cut off goes on without `fresh`, arms with another's seconds included; nothing of a folder that is not a comparison's."""
     cfg = configured(f"results={tmp_path / 'results'}", f"run_dir={tmp_path / 'run'}", "fresh=true", "only=[opd,sft,sft_seconds]")
     for name in ("opd", "sft", "sft_seconds", "ties"):
         write_summary(tmp_path / "results", summary(cfg, name, 0, {"sorting": 1.0}))
     (tmp_path / "run/sft_seconds-0").mkdir(parents=True)
+    with pytest.raises(ValueError, match="is not a folder of `opd compare`"):
+        compare(cfg)
+    assert (tmp_path / "run/sft_seconds-0").exists()
+    (tmp_path / "run/config.yaml").write_text("# written by opd compare\n")
 
     def cut_off(*_):
         raise KeyboardInterrupt
