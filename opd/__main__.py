@@ -5,22 +5,18 @@ so that a domain can be added beside an installed package), checked against the 
 is anything heavy imported. A mistake in them is one sentence and exit code 2.
 """
 
-import functools
 import importlib
 import logging
 import os
+import re
 import sys
 import traceback
 from pathlib import Path
 
-from hydra import compose, initialize_config_dir
-from hydra.core.config_store import ConfigStore
-from hydra.core.global_hydra import GlobalHydra
-from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf import OmegaConf
 
-from opd.errors import INTERRUPTED, PREEMPTED, USER_ERROR, Preempted, RankLost, explain, nearest
+from opd.composition import CONF, STORED, compose_config, leaves, load_config, origins, quoted
+from opd.errors import INTERRUPTED, PREEMPTED, USER_ERROR, Preempted, RankLost, nearest
 from opd.slurm import slurm_ranks
 
 for name, value in {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "TRANSFORMERS_VERBOSITY": "error"}.items():
@@ -29,7 +25,6 @@ for name, value in {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_DISABLE_PROGRESS_
 for name in ("torchao", "torch.utils._pytree"):
     logging.getLogger(name).setLevel(logging.ERROR)  # transformers imports torchao where it is installed, which warns of kernels that we never call
 
-CONF = Path(__file__).resolve().parent.parent / "conf"
 COMMANDS = {
     "pipeline": "make base, teachers and student one after another; what `opd` alone does, on the embedded domains",
     "specialize": "fine-tune a model on a domain's reference answers, then on the grades of its own: makes a teacher",
@@ -46,6 +41,8 @@ COMMANDS = {
 FUNCTIONS = {"pipeline": "run_pipeline", "rehearsal": "rehearse"}
 """What a module's function is called where it is not called as the module."""
 
+QUESTIONS = {"-h": "help", "--help": "help", "-c": "cfg", "--cfg": "cfg"}
+
 ON_RANKS = ("distill", "specialize", "evaluate", "check")
 """The commands that divide their work among processes."""
 
@@ -60,8 +57,11 @@ def main(arguments: list[str] | None = None) -> int:
         print(_usage())
         return 0
     try:
+        asked, arguments = split_question(arguments)
         os.environ.update(slurm_ranks(os.environ))
         command, overrides = split_command(arguments)
+        if asked is not None:
+            return _answer(*asked, command, overrides)
         cfg = load_config(command, overrides)
         if command in ON_RANKS:
             return _run_on_ranks(command, cfg, arguments)
@@ -80,6 +80,32 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
+def split_question(arguments: list[str]) -> tuple[tuple[str, str] | None, list[str]]:
+    """`--help` or `--cfg` and the path of a setting that may follow it, where one of them is asked, and the other arguments."""
+    flags = [number for number, argument in enumerate(arguments) if argument in QUESTIONS]
+    if not flags:
+        return None, arguments
+    after = flags[0] + 1
+    has_path = len(arguments) > after and not any(sign in arguments[after] for sign in "=~") and arguments[after] not in QUESTIONS
+    others = arguments[: flags[0]] + arguments[after + has_path :]
+    return (QUESTIONS[arguments[flags[0]]], arguments[after] if has_path else ""), others
+
+
+def _answer(question: str, path: str, command: str, overrides: list[str]) -> int:
+    """Say what can be set (help), or what is set and where (cfg); nothing is run."""
+    from opd.settings import print_config, print_help
+
+    if question == "help":
+        shown = OmegaConf.to_container(OmegaConf.load(CONF / f"{command}.yaml"))
+        shown.pop("defaults", None)
+        print_help(command, COMMANDS[command.partition("_")[0]], path, dict(leaves(shown)))
+        return 0
+    config = OmegaConf.to_container(compose_config(command, overrides), enum_to_str=True)
+    print_config(config, origins(command, overrides), path, command)
+    load_config(command, overrides)  # what is printed is also checked
+    return 0
+
+
 def split_command(arguments: list[str]) -> tuple[str, list[str]]:
     """The command and its overrides; overrides alone belong to the pipeline."""
     if not arguments or any(sign in arguments[0] for sign in "=~"):
@@ -88,14 +114,29 @@ def split_command(arguments: list[str]) -> tuple[str, list[str]]:
         raise ValueError(f"there is no command {arguments[0]!r}{nearest(arguments[0], list(COMMANDS))}; the commands are {', '.join(COMMANDS)}")
     if arguments[0] == "bench":
         return _bench_command(arguments[1:])
-    if arguments[0] == "report" and len(arguments) > 1 and not any(sign in arguments[1] for sign in "=~"):
-        return "report", [f"run_dir={_quoted(arguments[1])}", *arguments[2:]]
+    if len(arguments) > 1 and _is_run(arguments[1]):
+        return arguments[0], [*_of_run(arguments[0], arguments[1]), *arguments[2:]]
     return arguments[0], arguments[1:]
 
 
-def _quoted(text: str) -> str:
-    """A value as Hydra reads it back, whatever is in it."""
-    return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
+def _is_run(argument: str) -> bool:
+    """Whether an argument is RUN or RUN@STEP, and not a setting; a folder's name may hold any sign."""
+    return Path(re.sub(r"@\d+$", "", argument)).is_dir() or not ("=" in argument or argument.startswith("~"))
+
+
+def _of_run(command: str, name: str) -> list[str]:
+    """The overrides that RUN, or RUN@STEP, stands for behind a command."""
+    run, _, step = name.rpartition("@") if re.fullmatch(r".+@\d+", name) else (name, "", "")
+    if command in ("distill", "specialize", "check", "plan", "pipeline", "compare"):
+        if step:
+            raise ValueError(f"a run goes on from its newest checkpoint: write opd {command} {run}, or branch_from={name} and another run_dir for a new run")
+        return [f"{STORED}{run}"]
+    if command == "export":
+        place = f"{run}/export-step-{int(step):06d}" if step else f"{run}/export"
+        return [f"student.model={quoted(name if step else f'{run}/student')}", f"run_dir={quoted(place)}"]
+    if command == "report" and not step:
+        return [f"run_dir={quoted(run)}"]
+    raise ValueError(f"{name!r} is not a setting: write setting=value")
 
 
 def _bench_command(arguments: list[str]) -> tuple[str, list[str]]:
@@ -108,56 +149,6 @@ def _bench_command(arguments: list[str]) -> tuple[str, list[str]]:
     if arguments[0] not in subjects:
         raise ValueError(f"bench has no subject {arguments[0]!r}{nearest(arguments[0], subjects)}; the subjects are {', '.join(subjects)}")
     return f"bench_{arguments[0]}", arguments[1:]
-
-
-def load_config(command: str, overrides: list[str]):
-    """The typed config of a command: composed by Hydra, checked against its dataclass."""
-    from opd.config import SCHEMAS, parse
-
-    return parse(compose_config(command, overrides), SCHEMAS[command])
-
-
-@functools.cache
-def register_schemas() -> None:
-    """Make the schemas known to Hydra, under the names in conf/COMMAND.yaml; once, since it takes a third of the time of composing."""
-    from opd.config import SCHEMAS
-
-    store = ConfigStore.instance()
-    for name, schema in SCHEMAS.items():
-        store.store(name=f"{name}_schema", node=schema)
-
-
-def compose_config(command: str, overrides: list[str]) -> DictConfig:
-    """Compose conf/COMMAND.yaml with overrides. Raises ValueError in words of the command line."""
-    from opd.config import SCHEMAS
-
-    register_schemas()
-    own = Path.cwd() / "conf"
-    search = [f"hydra.searchpath=[file://{own}]"] if own.is_dir() and own.resolve() != CONF else []
-    for file in own.rglob("*.yaml") if search else ():
-        shipped = CONF / file.relative_to(own)
-        if shipped.is_file() and shipped.read_text() != file.read_text():
-            raise ValueError(f"{file.relative_to(Path.cwd())} would be hidden by the file of that name that ships with opd: give it another name")
-    stray = [override for override in overrides if "=" not in override and not override.startswith("~")]
-    if stray:
-        raise ValueError(f"{stray[0]!r} is not a setting: write setting=value")
-    GlobalHydra.instance().clear()
-    with initialize_config_dir(config_dir=str(CONF), version_base="1.3"):
-        try:
-            config = compose(config_name=command, overrides=[*search, *_join_domains(overrides)])
-            return OmegaConf.merge(OmegaConf.structured(SCHEMAS[command]), OmegaConf.to_container(config))  # with + Hydra adds any key
-        except (HydraException, OmegaConfBaseException) as error:
-            raise ValueError(explain(error, command.replace("_", " "), SCHEMAS[command], [CONF, own])) from error
-
-
-def _join_domains(overrides: list[str]) -> list[str]:
-    """`domain=[a]` and `+domain=b` together as `domain=[a,b]`: Hydra would silently drop b."""
-    chosen = [override for override in overrides if override.startswith("domain=")]
-    added = [override.removeprefix("+domain=").strip("[]") for override in overrides if override.startswith("+domain=")]
-    if not chosen or not added:
-        return overrides
-    names = [name for name in [chosen[-1].removeprefix("domain=").strip("[]"), *added] if name]
-    return [override for override in overrides if not override.startswith(("domain=", "+domain="))] + [f"domain=[{','.join(names)}]"]
 
 
 def _run_on_ranks(command: str, cfg, arguments: list[str]) -> int:
@@ -223,7 +214,9 @@ def _fail(message: str, code: int) -> int:
 
 def _usage() -> str:
     lines = [f"  {name:<12} {what}" for name, what in COMMANDS.items()]
-    return "usage: opd [command] [setting=value ...]\n\n" + "\n".join(lines) + "\n\nwithout a command: opd pipeline"
+    usage = "usage: opd [command] [setting=value ...]\n\n" + "\n".join(lines) + "\n\nwithout a command: opd pipeline"
+    questions = {"--help [PATH]": "its settings, or those under a path", "... --cfg [PATH]": "the values they have, and where each comes from"}
+    return usage + "".join(f"\nopd COMMAND {flag}: {what}" for flag, what in questions.items())
 
 
 if __name__ == "__main__":

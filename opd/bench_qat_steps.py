@@ -69,7 +69,7 @@ class _Variant:
 
 def step_config(cfg: QatBenchConfig, quant: str) -> DistillConfig:
     """The quickstart's distillation, but for its models and what it logs."""
-    from opd.__main__ import load_config
+    from opd.composition import load_config
 
     models = ["student=deepseek_v4_tiny", "student.model=null"]
     return load_config("distill", ["experiment=quickstart", *models, "logger=none", f"seed={cfg.seed}", *cfg.overrides, f"quant={quant}"])

@@ -108,7 +108,7 @@ def word_tokenizer(vocab_size: int) -> PreTrainedTokenizerBase:
 
 def base_config(cfg: TeachersBenchConfig, architecture: str) -> DistillConfig:
     """What the steps of all contenders have in common, with a student of this architecture, an option of the group `student`."""
-    from opd.__main__ import load_config
+    from opd.composition import load_config
 
     own = [f"student={architecture}", "student.dtype=bfloat16", "student.router_probe_every=0", "optim.update_ratio_every=0", "logger=none"]
     return load_config("distill", [*own, "teachers.max_resident=1", f"seed={cfg.seed}", *cfg.overrides])

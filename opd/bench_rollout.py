@@ -75,7 +75,7 @@ def build(cfg: RolloutBenchConfig, device: str) -> tuple[LocalSampler, list[Prom
     tokenizer = character_tokenizer()
     if cfg.num_end_tokens >= len(tokenizer):
         raise ValueError(f"num_end_tokens must be below {len(tokenizer)}, the number of tokens, not {cfg.num_end_tokens}")
-    from opd.__main__ import load_config
+    from opd.composition import load_config
 
     student = load_config("distill", [f"student={cfg.architecture}", *cfg.overrides]).student
     seed_everything(cfg.seed)

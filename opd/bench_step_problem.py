@@ -84,7 +84,7 @@ def outcome_of(completions: list[list[int]], end_token: int, loss: float, rollou
 
 def write_problem(cfg: StepBenchConfig, architecture: str, folder: Path) -> int:
     """Write a problem; returns the parameters of the student. Raises ValueError for an architecture that is not there, and sizes that do not fit."""
-    from opd.__main__ import load_config
+    from opd.composition import load_config
 
     if not cfg.mean_new_tokens > 1:
         raise ValueError(f"mean_new_tokens must be above 1, not {cfg.mean_new_tokens}")

@@ -93,7 +93,7 @@ def run_ours(problem: Problem, stage: int, baton: Baton) -> None:
 
 def step_config(problem: Problem, stage: int, ranks: int) -> DistillConfig:
     """Settings of `opd distill`: those of the problem that all contenders share, and else the defaults."""
-    from opd.__main__ import load_config
+    from opd.composition import load_config
 
     folder = Path(problem.folder)
     own = [f"student.model={folder / 'student'}", f"deepspeed=zero{stage}", "logger=none", f"seed={problem.seed}", "num_steps=1000000"]

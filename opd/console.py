@@ -1,12 +1,14 @@
 """What a person sees: a progress bar with time left on a terminal, plain lines in a log file, tables at the end of both."""
 
 import sys
+import textwrap
 import time
 
 from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 PLAIN_LINE_SECONDS = 10.0
 """At most one plain line of a task in so many seconds."""
@@ -68,3 +70,15 @@ def print_table(title: str, header: list[str], rows: list[list[str]], caption: s
     for row in rows:
         table.add_row(*row)
     console.print(table)
+
+
+def print_line(text: str) -> None:
+    """Text as it is, however long its lines."""
+    Console(file=sys.stdout, highlight=False, markup=False).print(text, soft_wrap=True)
+
+
+def print_definition(name: str, facts: str, text: str) -> None:
+    """A name with what is known of it on one line, and a paragraph under it."""
+    console = Console(file=sys.stdout, highlight=False, markup=False, width=None if sys.stdout.isatty() else 160)
+    console.print(Text.assemble((name, "bold"), facts), soft_wrap=True)
+    console.print(textwrap.fill(text, console.width - 1, initial_indent="    ", subsequent_indent="    "), soft_wrap=True)

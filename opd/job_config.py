@@ -14,9 +14,11 @@ class LoggerKind(Enum):
 
 @dataclass(slots=True)
 class CheckpointConfig:
-    """every: steps between checkpoints; 0 saves the last step only, which is always saved. keep: newest checkpoints that stay; with one alone there
-    is nothing to go on from where it is damaged. asynchronous: train on while a process of each rank writes its share (opd/checkpoint_writer.py); until
-    then that stands in the host's shared memory, which has to have room for it.
+    """every: steps between checkpoints; 0 saves the last step only, which is always saved.
+
+    keep: newest checkpoints that stay; with one alone there is nothing to go on from where it is damaged.
+    asynchronous: train on while a process of each rank writes its share (opd/checkpoint_writer.py); until then that stands in the host's shared memory,
+        which has to have room for it.
     """
 
     every: int = 50
@@ -83,8 +85,10 @@ class ProfileConfig:
 
 @dataclass(slots=True)
 class SamplesConfig:
-    """every: steps between two of which a few rollouts per domain are kept in RUN/samples, with text, grade and the divergence of each token
-    (opd/samples.py); the last step's are kept too. 0 keeps none.
+    """Rollouts that are kept for reading.
+
+    every: steps between two of which a few rollouts per domain are kept in RUN/samples, with text, grade and the divergence of each token
+        (opd/samples.py); the last step's are kept too. 0 keeps none.
     """
 
     every: int = 50

@@ -35,11 +35,20 @@ ABOVE_ZERO = (
 )  # fmt: skip
 """Finite numbers above 0, or none at all."""
 
+INTERVALS = {"betas": "two numbers from 0 to below 1", "top_p": "above 0 and at most 1", "min_p": "from 0 to below 1", "rate": "from 0 to 1"}
+
 MOST_COMPLETIONS = 1 << 16
 """Of a prompt: beyond it, two would be drawn with the same random numbers."""
 
 LEAST_TEMPERATURE = 1e-5
 """Logits divided by less may be infinite."""
+
+
+def range_of(name: str) -> str:
+    """What a number of this name may be, in words; empty where its type says all."""
+    if name in INTERVALS:
+        return INTERVALS[name]
+    return "at least 1" if name in AT_LEAST_ONE else "at least 0" if name in NOT_NEGATIVE else "above 0" if name in ABOVE_ZERO else ""
 
 
 def check_ranges(cfg: Any, path: str = "") -> None:
@@ -53,11 +62,11 @@ def check_ranges(cfg: Any, path: str = "") -> None:
             if least is not None and number is not None and not number >= least:
                 raise ValueError(f"{name} must be at least {least}, not {number}")
         if field.name == "betas" and not (len(value) == 2 and all(0 <= beta < 1 for beta in value)):
-            raise ValueError(f"{name} must be two numbers from 0 to below 1, not {value}")
+            raise ValueError(f"{name} must be {INTERVALS['betas']}, not {value}")
         if field.name == "top_p" and not 0 < value <= 1:
-            raise ValueError(f"{name} must be above 0 and at most 1, not {value}")
+            raise ValueError(f"{name} must be {INTERVALS['top_p']}, not {value}")
         if field.name == "min_p" and not 0 <= value < 1:
-            raise ValueError(f"{name} must be from 0 to below 1, not {value}")
+            raise ValueError(f"{name} must be {INTERVALS['min_p']}, not {value}")
         if field.name in ABOVE_ZERO and value is not None and not 0 < value < math.inf:
             raise ValueError(f"{name} must be above 0 and finite, not {value}")
         for key, member in value.items() if isinstance(value, dict) else [("", value)]:
@@ -80,7 +89,7 @@ def check_schedules(cfg: Any) -> None:
 def _check_perturbation(domain: DomainConfig, name: str) -> None:
     cfg = domain.perturbation
     if not 0 <= cfg.rate <= 1:
-        raise ValueError(f"{name}.rate must be from 0 to 1, not {cfg.rate}")
+        raise ValueError(f"{name}.rate must be {INTERVALS['rate']}, not {cfg.rate}")
     if not cfg.rate:
         return
     if len(cfg.alphabet) < 2:

@@ -151,7 +151,7 @@ def run_stages(cfg: PipelineConfig, command: str, own: Any, finished: Callable[[
 
 def plan(cfg: PipelineConfig) -> dict[str, Stage]:
     """The stages with their hashes, in order. Raises ValueError for an unknown command or dependency, or a bad configuration."""
-    from opd.__main__ import load_config
+    from opd.composition import load_config
 
     stages: dict[str, Stage] = {}
     for name, stage in cfg.stages.items():

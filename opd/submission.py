@@ -18,7 +18,8 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from opd.__main__ import CONF, ON_RANKS, main, register_schemas
+from opd.__main__ import ON_RANKS, main
+from opd.composition import CONF, register_schemas
 from opd.errors import PREEMPTED, USER_ERROR
 
 SIGNAL = "USR1"

@@ -18,7 +18,7 @@ HOMES = {
     "deepspeed": {"opd/engine.py", "opd/bench_peers.py", "opd/bench_step_peers.py"},  # its loss and its rollout are measured beside ours
     "wandb": {"opd/tracker.py"},
     "datasets": {"rollout/prompts.py"},
-    "hydra": {"opd/__main__.py", "opd/config.py", "opd/errors.py", "opd/submission.py"},
+    "hydra": {"opd/composition.py", "opd/errors.py", "opd/submission.py"},
     "rich": {"opd/console.py"},
     "lm_eval": {"opd/harness.py", "opd/harness_tasks.py"},
 }

@@ -1,0 +1,179 @@
+"""The config of a command: composed by Hydra from conf/ (and ./conf), or from what a run was started with, and the overrides of a command line.
+
+`opd distill RUN` takes RUN/config.yaml in the place of conf/distill.yaml: its values stand where that file's would, no group of files is chosen but on the
+command line, and overrides are what they always are (+domain=law, '~domains.code', optim.lr=1e-4). run_dir is RUN, wherever it was when it was begun, and
+`fresh` is not taken over.
+"""
+
+import functools
+import re
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import yaml
+from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from opd.errors import explain
+
+CONF = Path(__file__).resolve().parent.parent / "conf"
+STORED = "config_of="
+"""Before the run whose config.yaml takes the place of a command's file of conf/, among a command's overrides."""
+SAME_SETTINGS = {"check": "distill", "plan": "distill"}
+"""Commands whose settings are another's and more: what is stored by the one can be read by the other."""
+COMMAND_LINE = "command line"
+
+
+def load_config(command: str, overrides: list[str]) -> Any:
+    """The typed config of a command: composed by Hydra, checked against its dataclass."""
+    from opd.config import SCHEMAS, parse
+
+    return parse(compose_config(command, overrides), SCHEMAS[command])
+
+
+@functools.cache
+def register_schemas() -> None:
+    """Make the schemas known to Hydra, under the names in conf/COMMAND.yaml; once, since it takes a third of the time of composing."""
+    from opd.config import SCHEMAS
+
+    store = ConfigStore.instance()
+    for name, schema in SCHEMAS.items():
+        store.store(name=f"{name}_schema", node=schema)
+
+
+def compose_config(command: str, overrides: list[str]) -> DictConfig:
+    """Compose conf/COMMAND.yaml, or what a run was started with, with overrides. Raises ValueError in words of the command line."""
+    from opd.config import SCHEMAS
+
+    own = Path.cwd() / "conf"
+    _require_visible(own)
+    stray = [override for override in overrides if "=" not in override and not override.startswith("~")]
+    if stray:
+        raise ValueError(f"{stray[0]!r} is not a setting: write setting=value")
+    with _sources(command, overrides) as (name, given, _):
+        try:
+            config = compose(config_name=name, overrides=given)
+            return OmegaConf.merge(OmegaConf.structured(SCHEMAS[command]), OmegaConf.to_container(config))  # with + Hydra adds any key
+        except (HydraException, OmegaConfBaseException) as error:
+            raise ValueError(explain(error, command.replace("_", " "), SCHEMAS[command], [CONF, own])) from error
+
+
+def origins(command: str, overrides: list[str]) -> dict[str, str]:
+    """Path of each value of a composed config that is not the dataclass's own -> the file, or the command line, that is the last to set it.
+
+    A list is one value; a mapping is looked into.
+    """
+    found: dict[str, str] = {}
+    groups = group_choices(command)
+    with _sources(command, overrides) as (name, given, folders):
+        loader = GlobalHydra.instance().config_loader()
+        merged = loader.compute_defaults_list(config_name=name, overrides=given, run_mode=RunMode.RUN).defaults
+        parsed = OverridesParser.create(config_loader=loader).parse_overrides(given)
+        for entry in merged:
+            file = next((file for folder in folders if (file := folder / f"{entry.config_path}.yaml").is_file()), None)
+            if file is not None:
+                prefix = f"{entry.package}." if entry.package else ""
+                shown = f"{_stored_run(overrides)}/config.yaml" if entry.config_path == name and _stored_run(overrides) else f"conf/{entry.config_path}.yaml"
+                content = OmegaConf.to_container(OmegaConf.load(file))
+                found |= dict.fromkeys((prefix + path for path, _ in leaves(content) if path.split(".")[0] != "defaults"), shown)
+    for override in parsed:
+        key = override.key_or_group
+        if not (override.is_delete() or override.is_hydra_override() or key in groups):
+            found |= dict.fromkeys((f"{key}.{path}" if path else key for path, _ in leaves(override.value())), COMMAND_LINE)
+    return found
+
+
+def group_choices(command: str) -> dict[str, list[str]]:
+    """The groups that a command's file of conf/ chooses from, and the names of the files of each, of ./conf too."""
+    names = [key for entry in _defaults(command) if isinstance(entry, dict) for key in entry]
+    return {name: sorted({file.stem for folder in (CONF, Path.cwd() / "conf") for file in (folder / name).glob("*.yaml")}) for name in names}
+
+
+def leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Every value that is no mapping, or an empty one, with its path."""
+    if not isinstance(value, dict) or not value:
+        yield path, value
+        return
+    for key, member in value.items():
+        yield from leaves(member, f"{path}.{key}" if path else str(key))
+
+
+def quoted(text: str) -> str:
+    """A value as Hydra reads it back, whatever is in it."""
+    return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
+
+
+@contextmanager
+def _sources(command: str, overrides: list[str]) -> Iterator[tuple[str, list[str], list[Path]]]:
+    """Hydra, set up to compose a command: the name of the first file, the overrides as it takes them, and the folders in which it looks for files."""
+    register_schemas()
+    GlobalHydra.instance().clear()
+    own, run = Path.cwd() / "conf", _stored_run(overrides)
+    searched = [own] if own.is_dir() and own.resolve() != CONF else []
+    given = _join_domains([override for override in overrides if not override.startswith(STORED)])
+    if run is None:
+        with initialize_config_dir(config_dir=str(CONF), version_base="1.3"):
+            yield command, [*_search_path(searched), *given], [CONF, *searched]
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        stored = {"defaults": [f"{command}_schema", "_self_", *({key: [] if key == "domain" else None} for key in group_choices(command))]}
+        stored |= _stored_values(command, run) | {"run_dir": str(run), "fresh": False}
+        (Path(folder) / "stored.yaml").write_text(yaml.safe_dump(stored, sort_keys=False))
+        with initialize_config_dir(config_dir=folder, version_base="1.3"):
+            yield "stored", [*_search_path([CONF, *searched]), *given], [Path(folder), CONF, *searched]
+
+
+def _search_path(folders: list[Path]) -> list[str]:
+    return [f"hydra.searchpath=[{','.join(f'file://{folder}' for folder in folders)}]"] if folders else []
+
+
+def _stored_run(overrides: list[str]) -> Path | None:
+    return next((Path(override.removeprefix(STORED)) for override in overrides if override.startswith(STORED)), None)
+
+
+def _stored_values(command: str, run: Path) -> dict[str, Any]:
+    """What RUN/config.yaml says. Raises ValueError where it is not there, or is another command's."""
+    file = run / "config.yaml"
+    if not file.is_file():
+        raise ValueError(f"{run} is not a folder of a run: it has no config.yaml")
+    text = file.read_text()
+    mark = re.match(r"# written by opd (\w+)", text)
+    writer = mark[1] if mark else "something else"
+    if writer != SAME_SETTINGS.get(command, command):
+        inside = sorted(str(path.parent) for path in run.glob("*/config.yaml"))
+        hint = f": name one of its runs, {', '.join(inside)}" if inside else ""
+        raise ValueError(f"{run} is a folder of opd {writer}, not of opd {SAME_SETTINGS.get(command, command)}{hint}")
+    return yaml.safe_load(text)
+
+
+def _defaults(command: str) -> list[Any]:
+    return OmegaConf.to_container(OmegaConf.load(CONF / f"{command}.yaml")).get("defaults", [])
+
+
+def _require_visible(own: Path) -> None:
+    """Raises ValueError for a file of ./conf that would not be read, since one of that name ships with opd."""
+    if not own.is_dir() or own.resolve() == CONF:
+        return
+    for file in own.rglob("*.yaml"):
+        shipped = CONF / file.relative_to(own)
+        if shipped.is_file() and shipped.read_text() != file.read_text():
+            raise ValueError(f"{file.relative_to(Path.cwd())} would be hidden by the file of that name that ships with opd: give it another name")
+
+
+def _join_domains(overrides: list[str]) -> list[str]:
+    """`domain=[a]` and `+domain=b` together as `domain=[a,b]`: Hydra would silently drop b."""
+    chosen = [override for override in overrides if override.startswith("domain=")]
+    added = [override.removeprefix("+domain=").strip("[]") for override in overrides if override.startswith("+domain=")]
+    if not chosen or not added:
+        return overrides
+    names = [name for name in [chosen[-1].removeprefix("domain=").strip("[]"), *added] if name]
+    return [override for override in overrides if not override.startswith(("domain=", "+domain="))] + [f"domain=[{','.join(names)}]"]
