@@ -17,7 +17,10 @@ from omegaconf import OmegaConf
 
 from opd.composition import CONF, STORED, compose_config, leaves, load_config, origins, quoted
 from opd.errors import INTERRUPTED, PREEMPTED, USER_ERROR, Preempted, RankLost, nearest
+from opd.run_log import begin_log
+from opd.run_state import end_state
 from opd.slurm import slurm_ranks
+from rollout.errors import first_sentence
 
 for name, value in {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "TRANSFORMERS_VERBOSITY": "error"}.items():
     os.environ.setdefault(name, value)  # the libraries read them when they are imported
@@ -35,6 +38,7 @@ COMMANDS = {
     "compare": "several ways to make one student of the same base and teachers, beside each other: distillation, its baselines, its controls",
     "merge": "all domains' teachers as one model by arithmetic on their weights, without training: a baseline",
     "export": "write the folder to serve, its experts packed in FP4, and verify it",
+    "runs": "how the runs in a folder stand, as in `opd runs FOLDER`: state, step, time left, last checkpoint",
     "report": "one HTML page on a run, as in `opd report RUN`: its table, curves, teachers' conflict, rollouts and settings",
     "bench": "time and memory beside other ways and libraries; the word after it says of what: divergence, qat, teachers, rollout, step",
 }
@@ -46,7 +50,10 @@ QUESTIONS = {"-h": "help", "--help": "help", "-c": "cfg", "--cfg": "cfg"}
 ON_RANKS = ("distill", "specialize", "evaluate", "check")
 """The commands that divide their work among processes."""
 
-WITHOUT_MODELS = ("pipeline", "compare", "report")
+READERS = ("runs",)
+"""The commands that only look, in however many processes, and are there at once: they import no torch."""
+
+WITHOUT_MODELS = ("pipeline", "compare", "report", *READERS)
 """The commands that load no model themselves."""
 
 
@@ -65,8 +72,10 @@ def main(arguments: list[str] | None = None) -> int:
         cfg = load_config(command, overrides)
         if command in ON_RANKS:
             return _run_on_ranks(command, cfg, arguments)
-        _require_one_process(command)
+        if command not in READERS:
+            _require_one_process(command)
         _run(command, cfg)
+        end_state(0, None)
     except ValueError as error:
         return _fail(f"opd: {' '.join(str(error).split())}", USER_ERROR)
     except Preempted as end:
@@ -75,6 +84,9 @@ def main(arguments: list[str] | None = None) -> int:
         return _fail(f"opd: {loss}", loss.code)
     except KeyboardInterrupt:
         return _fail("opd: interrupted; a training command, given again without fresh=true, continues from its last checkpoint", INTERRUPTED)
+    except Exception as error:
+        end_state(1, f"{type(error).__name__}: {first_sentence(error)}")
+        raise
     finally:
         _stop()
     return 0
@@ -127,13 +139,15 @@ def _is_run(argument: str) -> bool:
 def _of_run(command: str, name: str) -> list[str]:
     """The overrides that RUN, or RUN@STEP, stands for behind a command."""
     run, _, step = name.rpartition("@") if re.fullmatch(r".+@\d+", name) else (name, "", "")
-    if command in ("distill", "specialize", "check", "plan", "pipeline", "compare"):
+    if command in ("distill", "specialize", "check", "plan", "pipeline", "compare") and (Path(run).is_dir() or "/" in run):
         if step:
             raise ValueError(f"a run goes on from its newest checkpoint: write opd {command} {run}, or branch_from={name} and another run_dir for a new run")
         return [f"{STORED}{run}"]
     if command == "export":
         place = f"{run}/export-step-{int(step):06d}" if step else f"{run}/export"
         return [f"student.model={quoted(name if step else f'{run}/student')}", f"run_dir={quoted(place)}"]
+    if command == "runs" and not step:
+        return [f"folders=[{quoted(run)}]"]
     if command == "report" and not step:
         return [f"run_dir={quoted(run)}"]
     raise ValueError(f"{name!r} is not a setting: write setting=value")
@@ -159,8 +173,10 @@ def _run_on_ranks(command: str, cfg, arguments: list[str]) -> int:
     require_no_fresh_requeue(cfg)
     if needs_supervisor(cfg.launch):
         return Supervisor([sys.executable, "-m", "opd", *arguments], cfg).run()
+    begin_log()
     with Heartbeat(cfg.launch.heartbeat_seconds):
         _run(command, cfg)
+    end_state(0, None)
     return 0
 
 
@@ -207,6 +223,7 @@ def _stop() -> None:
 def _fail(message: str, code: int) -> int:
     if os.environ.get("OPD_TRACEBACK"):
         traceback.print_exc()
+    end_state(code, message.removeprefix("opd: "))
     rank = os.environ.get("RANK", "0")
     print(message if rank == "0" else f"[rank {rank}] {message}", file=sys.stderr)
     return code

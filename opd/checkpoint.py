@@ -23,8 +23,10 @@ from opd.engine import Engine
 from opd.job_config import CheckpointConfig
 from opd.resharding import converted, fits, layout_for, layout_of
 from opd.run import record_changes
+from opd.run_facts import record_start
 from opd.tracker import Tracker
 from rollout.files import read_json
+from rollout.prompts import PromptMixture
 from teachers.manifest import describe_domains
 from teachers.pool import TeacherPool
 
@@ -42,6 +44,10 @@ class Resumable(Protocol):
 
     def forget_before(self, step: int) -> None:
         """Delete what was kept for taking up steps before one."""
+
+    @property
+    def prompts(self) -> PromptMixture:
+        """The data that the run begins with."""
 
 
 def is_due(step: int, every: int, num_steps: int | None = None) -> bool:
@@ -119,6 +125,8 @@ def resume(run_dir: Path, engine: Engine, stream: Resumable, tracker: Tracker, t
     tracker.resume(step)
     for change in record_changes(run_dir, engine.cfg, step) if is_main() else ():
         tracker.display.say(f"{change} ({change.rule.value})")
+    if is_main():
+        record_start(run_dir, step, engine.cfg, stream.prompts.domains)
     if teachers is not None and is_main():
         teachers.manifest.write(run_dir)
         tracker.record_teachers(teachers.manifest.history())

@@ -23,7 +23,8 @@ from opd.compare_config import ArmConfig, CompareConfig
 from opd.compare_summary import Summaries, is_of, read_summaries, summarize, write_summary
 from opd.compare_table import print_tables
 from opd.pipeline_config import PipelineConfig, StageConfig
-from opd.run import lock, require_own_folder
+from opd.run import require_own_folder
+from opd.run_lock import lock
 from opd.stages import Stage, run_stages
 
 EVALUATION = "evaluation"

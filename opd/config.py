@@ -22,6 +22,7 @@ from opd.pipeline_config import PipelineConfig
 from opd.plan_config import PlanConfig
 from opd.quant_config import QuantConfig
 from opd.ranges import check_evaluated, check_loss, check_profile, check_ranges, check_rollout, check_routes, check_schedules, check_start
+from opd.runs_config import RunsConfig
 from opd.start_config import CheckConfig, WarmupConfig
 from rollout.config import ModelConfig, RolloutConfig
 from rollout.errors import first_sentence
@@ -279,6 +280,7 @@ SCHEMAS: dict[str, type] = {
     "export": ExportConfig,
     "merge": MergeConfig,
     "report": ReportConfig,
+    "runs": RunsConfig,
     "pipeline": PipelineConfig,
     "compare": CompareConfig,
     "bench_divergence": DivergenceBenchConfig,

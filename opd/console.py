@@ -82,3 +82,10 @@ def print_definition(name: str, facts: str, text: str) -> None:
     console = Console(file=sys.stdout, highlight=False, markup=False, width=None if sys.stdout.isatty() else 160)
     console.print(Text.assemble((name, "bold"), facts), soft_wrap=True)
     console.print(textwrap.fill(text, console.width - 1, initial_indent="    ", subsequent_indent="    "), soft_wrap=True)
+
+
+def headline(metrics: dict[str, float]) -> str:
+    """The figures of a step that a person watching wants to see."""
+    accuracies = [value for name, value in metrics.items() if name.startswith("domain/") and name.endswith("/accuracy")]
+    parts = [f"loss {metrics['step/loss']:.4f}"] if "step/loss" in metrics else []
+    return ", ".join(parts + ([f"lowest accuracy {min(accuracies):.2f}"] if accuracies else []))

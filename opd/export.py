@@ -43,7 +43,8 @@ from opd.evaluate import Evaluator
 from opd.export_check import require_equal
 from opd.export_config import ExportConfig, ExportFormat, RestFormat, shard_bytes
 from opd.export_rounding import ExpertFigures, round_experts, round_matrices
-from opd.run import lock, require_own_folder, write_config
+from opd.run import require_own_folder, write_config
+from opd.run_lock import lock
 from opd.shards import StoredTensor, write_shards
 from rollout.config import Dtype
 from rollout.experts import require_quantizable

@@ -27,7 +27,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from opd.console import print_table
 from opd.distributed import Group, num_ranks, start_processes
 from opd.merge_config import MergeConfig, MergeKind
-from opd.run import lock, require_own_folder, write_config
+from opd.run import require_own_folder, write_config
+from opd.run_lock import lock
 from rollout.files import replace_text
 from rollout.grading import grade_rollout, require_gradable
 from rollout.model import context_length, end_tokens, load_model, load_tokenizer, save_model

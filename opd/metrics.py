@@ -258,10 +258,3 @@ def teacher_loss_metrics(totals: DomainTotals, domains_of: dict[str, list[str]])
         if "teacher_entropy" in names:
             result[f"teacher/{teacher}/entropy"] = sum(sums["teacher_entropy"] for sums in own) / tokens
     return result
-
-
-def headline(metrics: dict[str, float]) -> str:
-    """The figures of a step that a person watching wants to see."""
-    accuracies = [value for name, value in metrics.items() if name.startswith("domain/") and name.endswith("/accuracy")]
-    parts = [f"loss {metrics['step/loss']:.4f}"] if "step/loss" in metrics else []
-    return ", ".join(parts + ([f"lowest accuracy {min(accuracies):.2f}"] if accuracies else []))

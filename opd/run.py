@@ -1,6 +1,9 @@
 """The run folder: where a command writes, and the configuration that belongs to it.
 
     RUN/config.yaml          resolved configuration of the run; its first line names the command
+    RUN/state.json           opd/run_state.py: running, done, preempted or failed, and why
+    RUN/starts.jsonl         opd/run_facts.py: command line, code, versions, hardware, hashes of model and data at each start; RUN/starts/ has its diffs
+    RUN/logs/                opd/run_log.py: what each rank printed
     RUN/changes.jsonl        opd/config_changes.py
     RUN/lineage.json         opd/branch.py, with branch_from
     RUN/metrics.jsonl        opd/metrics.py
@@ -27,7 +30,7 @@
     RUN/teachers.csv         opd/bench_teachers.py (the same)
     RUN/rollout.csv          opd/bench_rollout.py (the same)
     RUN/step.csv             opd/bench_step.py (the same)
-    RUN/.lock                held by the process that writes here
+    RUN/.lock                opd/run_lock.py: held by the process that writes here
 
 Files with a schema version may gain fields under the same version; a field that changes its meaning or goes raises it.
 
@@ -35,11 +38,10 @@ Nothing is written before every part of the run has been built and checked. A fo
 configuration is refused rather than mixed; opd/config_changes.py says what may differ when it is taken up.
 """
 
-import fcntl
 import json
 import shutil
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from omegaconf import OmegaConf
 from transformers import PreTrainedTokenizerBase
@@ -48,15 +50,22 @@ from opd.branch import begin_branch
 from opd.checkpoint_writer import settle
 from opd.config import DistillConfig, RunConfig, rollout_settings
 from opd.config_changes import Change, Rule, find_changes
-from opd.distributed import barrier, broadcast_object, is_main
+from opd.distributed import Group, barrier, broadcast_object, is_main, rank
 from opd.engine import Engine
+from opd.run_lock import LOCK_FILE, lock
+from opd.run_log import open_log
+from opd.run_state import begin_state
 from rollout.files import replace_text
 from rollout.model import save_model
 
-LOCK_FILE = ".lock"
-
-_LOCKS: dict[Path, IO] = {}
-"""Lock files this process holds open, by folder; a lock lasts as long as its process."""
+FILES = (
+    "config.yaml", "state.json", "starts.jsonl", "metrics.jsonl", "wandb_id", "evaluation.json", "teachers.json", "warmup.json", "changes.jsonl",
+    "lineage.json",
+)  # fmt: skip
+FOLDERS = (
+    "logs", "starts", "checkpoints", "rollouts", "log", "service", "weights", "student", "students", "reference", "wandb", "profile", "samples",
+)  # fmt: skip
+"""What a run writes, and `fresh` deletes."""
 
 
 def open_run(cfg: RunConfig, command: str) -> Path:
@@ -70,6 +79,9 @@ def open_run(cfg: RunConfig, command: str) -> Path:
     problem = broadcast_object(problem)
     if problem is not None:
         raise ValueError(problem)
+    if is_main():
+        begin_state(folder, command, cfg.total_steps)
+    open_log(folder, rank(Group.data))
     return folder
 
 
@@ -94,19 +106,6 @@ def require_own_folder(folder: Path, command: str) -> None:
     is_used = folder.exists() and (not folder.is_dir() or any(path.name != LOCK_FILE for path in folder.iterdir()))
     if is_used and not belongs_to(folder, command):
         raise ValueError(f"{folder} is not a folder of `opd {command}`: choose another run_dir")
-
-
-def lock(folder: Path) -> str | None:
-    """Keep other processes out of a folder until this one ends; returns the problem where one is in it already."""
-    if folder.resolve() in _LOCKS:
-        return None
-    file = (folder / LOCK_FILE).open("w")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return f"another process is writing to {folder}: wait for it, end it, or choose another run_dir"
-    _LOCKS[folder.resolve()] = file
-    return None
 
 
 def _mark(command: str) -> str:
@@ -150,9 +149,9 @@ def _clear(folder: Path, cfg: RunConfig) -> str | None:
     inside = [path for path in inputs if path is not None and folder.resolve() in (Path(path).resolve(), *Path(path).resolve().parents)]
     if inside:
         return f"fresh=true would delete {inside[0]}, which the run reads: choose another run_dir"
-    for name in ("config.yaml", "metrics.jsonl", "wandb_id", "evaluation.json", "teachers.json", "warmup.json", "changes.jsonl", "lineage.json"):
+    for name in FILES:
         (folder / name).unlink(missing_ok=True)
-    for name in ("checkpoints", "rollouts", "log", "service", "weights", "student", "students", "reference", "wandb", "profile", "samples"):
+    for name in FOLDERS:
         shutil.rmtree(folder / name, ignore_errors=True)
     return None
 

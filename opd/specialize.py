@@ -46,7 +46,7 @@ def specialize(cfg: SpecializeConfig) -> None:
     with Tracker(run_dir, "specialize", cfg) as tracker, StopRequest(cfg) as stop:
         first = resume(run_dir, engine, stages, tracker)
         if first == 0:
-            tracker.log(0, data_metrics(stages.mixture) | evaluation_metrics(evaluator.evaluate(stages.sampler, engine)))
+            tracker.log(0, data_metrics(stages.prompts) | evaluation_metrics(evaluator.evaluate(stages.sampler, engine)))
         for step in range(first, cfg.total_steps):
             if step < cfg.num_steps:
                 with tracker.timer("data"):
@@ -68,7 +68,7 @@ class Stages:
     """What the two stages learn from, resumable together.
 
     examples: of the fine-tuning; None where the run is GRPO alone. grpo: None where the run has none. sampler: for evaluation, and the rollouts of GRPO
-    unless others draw them. mixture: the prompts that the run begins with.
+    unless others draw them. prompts: those that the run begins with.
     """
 
     def __init__(self, cfg: SpecializeConfig, student: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, device: torch.device):
@@ -80,7 +80,7 @@ class Stages:
             self.sampler = LocalSampler(copy_for_sampling(student, device, cfg.quant), end_tokens(student, tokenizer), cfg.seed, len(tokenizer))
         else:
             self.sampler = self.grpo.stream.sampler
-        self.mixture = self.grpo.stream.prompts if is_grpo_alone else self.examples.mixture
+        self.prompts = self.grpo.stream.prompts if is_grpo_alone else self.examples.mixture
 
     def state(self) -> dict:
         parts = [part for part in (self.examples, self.grpo) if part is not None]

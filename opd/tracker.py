@@ -17,12 +17,12 @@ from torch.profiler import record_function
 
 from opd.alarms import Alarms, standard_alarms
 from opd.config import RunConfig
-from opd.console import ProgressDisplay
+from opd.console import ProgressDisplay, headline
 from opd.distributed import is_main
 from opd.errors import PREEMPTED, Preempted
 from opd.flops import measured_matmul_rate
 from opd.job_config import LoggerConfig, LoggerKind
-from opd.metrics import SCHEMA, headline
+from opd.metrics import SCHEMA
 from opd.profiling import StepProfiler
 from opd.run import config_dict
 from opd.samples import forget_after

@@ -45,7 +45,7 @@ stages:
 """
 
 
-RECORDS = ("summary.json", "evaluate/evaluation.json", "stages/distill.json")
+RECORDS = ("summary.json", "evaluate/evaluation.json", "stages/distill.json", "distill/state.json")
 ARGUMENTS = ["pipeline=small", "run_dir=runs/small", "logger=none"]
 
 
@@ -60,8 +60,9 @@ def formats(run_dir) -> dict:
     """What a pipeline's files look like: the JSON records by shape, the folder of its distillation by the names of our files."""
     records = {name: shape(json.loads((run_dir / name).read_text())) for name in RECORDS}
     files = sorted(str(path.relative_to(run_dir)) for path in run_dir.rglob("*") if path.is_file())
-    of_deepspeed = ("zero_", "mp_rank_")  # its own files, one per rank
-    return {"records": records, "distill": [name for name in files if name.startswith("distill/") and not name.split("/")[-1].startswith(of_deepspeed)]}
+    others = ("zero_", "mp_rank_")  # DeepSpeed's own files, one per rank
+    kept = [name for name in files if not name.split("/")[-1].startswith(others) and not name.endswith(".patch")]  # a patch there is of a changed tree alone
+    return {"records": records, "distill": [name for name in kept if name.startswith("distill/")]}
 
 
 @pytest.fixture(scope="module")

@@ -11,6 +11,8 @@ import pytest
 
 from opd.__main__ import load_config
 from opd.distill import distill
+from opd.run_facts import read_starts
+from opd.runs import describe
 from rollout.model import save_model
 
 SETTINGS = [
@@ -77,12 +79,17 @@ def test_a_run_that_is_interrupted_killed_and_ended_early_continues_bit_for_bit(
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=300)
     assert process.returncode == 130
+    assert (describe(run_dir).state, describe(run_dir).why.split(";")[0]) == ("failed", "interrupted")
     assert errors.strip().splitlines()[-1].startswith("opd: interrupted")
 
     process = start(run_dir, models)
     wait_for(process, run_dir, 9)
+    seen = describe(run_dir)
+    assert (seen.state, seen.steps, seen.left > 0, seen.step >= 8, seen.checkpoint % 2) == ("running", 30, True, True, 0)
     process.send_signal(signal.SIGKILL)
     process.communicate()
+    assert describe(run_dir).state == "killed"
+    assert f"pid {process.pid} on" in describe(run_dir).why
 
     process = start(run_dir, models)
     wait_for(process, run_dir, 14)
@@ -90,10 +97,19 @@ def test_a_run_that_is_interrupted_killed_and_ended_early_continues_bit_for_bit(
     _, errors = process.communicate(timeout=300)
     assert process.returncode == 75, errors
     last = records(run_dir)[-1]["step"]
+    assert (describe(run_dir).state, describe(run_dir).why.split(" (")[0]) == ("preempted", f"ended after step {last}")
     assert f"ended after step {last} (SIGTERM), with a checkpoint" in errors
     assert json.loads((run_dir / "checkpoints" / "latest.json").read_text())["step"] == last
 
     finish(start(run_dir, models))
+    assert (describe(run_dir).state, describe(run_dir).step, describe(run_dir).checkpoint, describe(run_dir).left) == ("done", 30, 30, None)
+    starts = read_starts(run_dir)
+    assert [begun["step"] for begun in starts][-1] == last
+    names = ["schema", "time", "step", "command", "host", "pid", "ranks", "code", "git", "versions", "hardware", "student", "data"]
+    assert [list(begun) for begun in starts] == [names] * 4
+    assert starts[0]["data"]["arithmetic"]["prompts"]["rows"] == 50
+    assert len({begun["student"]["hash"] for begun in starts}) == 1
+    assert len(starts) == (run_dir / "logs" / "rank-000.log").read_text().count("--- 20") == 4
     assert [record["step"] for record in records(run_dir)] == list(range(31)), "no step twice, none missing"
     assert numbers(run_dir) == numbers(whole_run)
     assert (run_dir / "student" / "model.safetensors").read_bytes() == (whole_run / "student" / "model.safetensors").read_bytes()

@@ -7,6 +7,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -21,6 +22,8 @@ from opd.tracker import Tracker
 
 class Counter:
     """The smallest resumable stream: how many examples were drawn."""
+
+    prompts = SimpleNamespace(domains={})
 
     def __init__(self, drawn: int = 0):
         self.drawn = drawn

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -28,6 +29,8 @@ BESIDE = CheckpointConfig(asynchronous=True)
 
 class Nothing:
     """A stream without a state; notes what it may forget."""
+
+    prompts = SimpleNamespace(domains={})
 
     def __init__(self):
         self.forgotten: list[int] = []

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -39,6 +40,7 @@ def on_ranks(count: int, settings: list[str]) -> str:
 GROUP_OF_TWO_NUMBERS = """
 import json, sys
 from pathlib import Path
+from types import SimpleNamespace
 import torch
 from opd.batch import supervised_batches
 from opd.checkpoint import resume, save
@@ -53,6 +55,7 @@ from rollout.synthetic import character_tokenizer
 from rollout.types import Prompt, completed
 
 class Nothing:
+    prompts = SimpleNamespace(domains={})
     state = lambda self: {}
     restore = forget_before = lambda self, value: None
 
@@ -174,6 +177,8 @@ def test_a_run_goes_from_zero_1_to_zero_3_and_back(whole_run, replay, require_sa
 
 class Nothing:
     """A stream without a state."""
+
+    prompts = SimpleNamespace(domains={})
 
     def state(self) -> dict:
         return {}

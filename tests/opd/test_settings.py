@@ -184,7 +184,7 @@ def test_check_and_plan_judge_a_run_with_its_settings(stored):
     [
         (["distill", "{run}@100"], "a run goes on from its newest checkpoint"),
         (["specialize", "{run}"], "is a folder of opd distill, not of opd specialize"),
-        (["distill", "nowhere"], "is not a folder of a run: it has no config.yaml"),
+        (["distill", "./nowhere"], "is not a folder of a run: it has no config.yaml"),
         (["merge", "{run}"], "is not a setting: write setting=value"),
     ],
 )
