@@ -126,7 +126,7 @@ def resume(run_dir: Path, engine: Engine, stream: Resumable, tracker: Tracker, t
     for change in record_changes(run_dir, engine.cfg, step) if is_main() else ():
         tracker.display.say(f"{change} ({change.rule.value})")
     if is_main():
-        record_start(run_dir, step, engine.cfg, stream.prompts.domains)
+        tracker.record_start(record_start(run_dir, step, engine.cfg, stream.prompts.domains))
     if teachers is not None and is_main():
         teachers.manifest.write(run_dir)
         tracker.record_teachers(teachers.manifest.history())

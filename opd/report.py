@@ -55,7 +55,7 @@ def report(cfg: ReportConfig) -> None:
     path = facts.folder / FILE
     replace_text(path, render(facts, with_text=logger.upload_text or not cfg.upload))
     if cfg.upload:
-        from opd.tracker import upload_file
+        from opd.wandb_log import upload_file
 
         upload_file(facts.train_folder, logger, path)
     print(path)

@@ -1,4 +1,4 @@
-"""Tracker: the run's metrics into metrics.jsonl and Weights & Biases, with seconds and rates per phase. The only module that imports wandb.
+"""Tracker: the run's metrics into metrics.jsonl and Weights & Biases (opd/wandb_log.py), with seconds and rates per phase.
 
 The file is the record; W&B gets the same numbers under the same names (opd/metrics.py). A resumed run drops the lines of steps that
 will be done again and continues the same W&B run, whose id lives in the run folder. Only the main rank writes. Text of prompts leaves
@@ -7,7 +7,6 @@ the machine only with `logger.upload_text`: without it, system prompts are taken
 
 import json
 import time
-import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,15 +20,15 @@ from opd.console import ProgressDisplay, headline
 from opd.distributed import is_main
 from opd.errors import PREEMPTED, Preempted
 from opd.flops import measured_matmul_rate
-from opd.job_config import LoggerConfig, LoggerKind
+from opd.job_config import LoggerKind
 from opd.metrics import SCHEMA
 from opd.profiling import StepProfiler
 from opd.run import config_dict
 from opd.samples import forget_after
 from opd.teacher_answers import length_ratios
 from opd.throughput import memory_metrics, phase_metrics, present_device
-from rollout.errors import first_sentence
-from rollout.files import replace_text
+from opd.wandb_log import WandbLog
+from rollout.files import read_json, replace_text
 from rollout.model import torch_dtype
 
 
@@ -41,7 +40,8 @@ class Tracker:
         self.file, self.task, self.num_steps = run_dir / "metrics.jsonl", task, cfg.total_steps
         self.seconds: dict[str, float] = {}
         self.step_begun = time.monotonic()
-        self.wandb_run = _start_wandb(run_dir, cfg.logger, config_dict(cfg)) if is_main() and cfg.logger.kind is not LoggerKind.none else None
+        self.wandb = WandbLog(run_dir, cfg.logger, config_dict(cfg)) if is_main() and cfg.logger.kind is not LoggerKind.none else None
+        self.checkpoint: int | None = None  # the newest that W&B knows of
         self.display = ProgressDisplay(visible=is_main())
         self.dtype, self.profiler = torch_dtype(cfg.student.dtype), StepProfiler(run_dir, cfg.profile)
         self.alarms = Alarms(standard_alarms(cfg)) if cfg.alarms.enabled else None
@@ -54,10 +54,10 @@ class Tracker:
     def __exit__(self, *exception) -> None:
         self.profiler.close()
         self.display.__exit__(*exception)
-        if self.wandb_run is not None:
-            if exception[0] is Preempted:
-                self.wandb_run.mark_preempting()  # the run is to go on, and is shown as such
-            self.wandb_run.finish(exit_code=PREEMPTED if exception[0] is Preempted else int(exception[0] is not None))
+        if self.wandb is not None:
+            self._tell_checkpoint()
+            is_preempted = exception[0] is Preempted
+            self.wandb.finish(PREEMPTED if is_preempted else int(exception[0] is not None), is_preempted)
 
     def resume(self, step: int) -> None:
         """Forget the records and samples of steps that will be done again: those after `step`, and with 0 all."""
@@ -76,8 +76,23 @@ class Tracker:
 
     def record_teachers(self, history: list[dict[str, Any]]) -> None:
         """Put which teachers score which steps (teachers/manifest.py) into W&B's configuration; a path, a revision, hashes, no text."""
-        if self.wandb_run is not None:
-            self.wandb_run.config.update({"teacher_history": history}, allow_val_change=True)
+        if self.wandb is None:
+            return
+        self.wandb.configure({"teacher_history": history})
+        for name, teacher in history[-1]["teachers"].items() if history else ():
+            self.wandb.uses(f"teacher-{name}", "model", teacher.get("model"), teacher)
+
+    def record_start(self, facts: dict[str, Any]) -> None:
+        """Tell W&B what a start of the run is made of (opd/run_facts.py): code, versions, hardware, the model it begins with, the data; no diff, no rows."""
+        if self.wandb is None:
+            return
+        self.wandb.configure({"start": {name: facts[name] for name in ("step", "code", "git", "versions", "hardware", "ranks")}})
+        if facts["student"] is not None:
+            self.wandb.uses("student", "model", facts["student"]["model"], facts["student"])
+        for domain, sources in facts["data"].items():
+            for source, data in sources.items():
+                is_synthetic = (data["path"] or "").startswith("synthetic:")
+                self.wandb.uses(f"data-{domain}-{source}", "dataset", None if is_synthetic else data["path"], data)
 
     @contextmanager
     def timer(self, phase: str) -> Iterator[None]:
@@ -102,13 +117,23 @@ class Tracker:
         metrics = self._judged(step, metrics)
         with self.file.open("a") as file:
             file.write(json.dumps({"schema": SCHEMA, "step": step, **metrics}) + "\n")
-        if self.wandb_run is not None:
-            self.wandb_run.log({"opd/step": step, **metrics})
+        if self.wandb is not None:
+            self.wandb.log(step, metrics)
+            self._tell_checkpoint()
         if step:
             self.display.update(self.task, step, self.num_steps, headline(metrics))
 
+    def _tell_checkpoint(self) -> None:
+        """Tell W&B of the checkpoint in force, where it is a new one: by its pointer, which follows when it is whole, whoever writes it."""
+        pointer = self.file.parent / "checkpoints" / "latest.json"
+        if pointer.is_file() and (newest := read_json(pointer))["step"] != self.checkpoint:
+            self.checkpoint = newest["step"]
+            self.wandb.made("checkpoint", "checkpoint", str(pointer.parent / newest["tag"]), f"step-{self.checkpoint}")
+
     def _take_up(self, records: list[dict[str, Any]]) -> None:
         """Remember what later steps are held against."""
+        if self.wandb is not None:
+            self.wandb.take_up(records)
         self.first = next((record for record in records if record["step"] == 0), {})
         if self.alarms is not None:
             self.alarms.replay(records)
@@ -120,45 +145,3 @@ class Tracker:
             return metrics
         metrics = metrics | length_ratios(metrics, self.first)
         return metrics | self.alarms.observe(step, metrics) if self.alarms is not None else metrics
-
-
-def _start_wandb(run_dir: Path, cfg: LoggerConfig, config: dict[str, Any] | None):
-    """config: of a run that trains; None leaves the run's own."""
-    import wandb
-
-    id_file = run_dir / "wandb_id"
-    if not id_file.exists():
-        id_file.write_text(uuid.uuid4().hex[:12])
-    arguments = {
-        "project": cfg.project,
-        "entity": cfg.entity,
-        "group": cfg.group,
-        "name": cfg.name or run_dir.name,
-        "id": id_file.read_text(),
-        "resume": "allow",
-        "mode": "online" if cfg.kind is LoggerKind.wandb else "offline",
-        "dir": str(run_dir),
-        "config": config if cfg.upload_text or config is None else without_text(config),
-        "settings": wandb.Settings(silent=True, console="off", x_disable_stats=True),
-    }
-    try:
-        run = wandb.init(**arguments)
-    except wandb.errors.Error as error:
-        raise ValueError(f"Weights & Biases cannot be reached ({first_sentence(error)}): run `wandb login`, or set logger=offline") from error
-    run.define_metric("*", step_metric="opd/step")
-    return run
-
-
-def upload_file(run_dir: Path, cfg: LoggerConfig, file: Path) -> None:
-    """Log a file, as it is, as an artifact of a run's W&B run, online or offline as the run was. Raises ValueError where there is no such run."""
-    if not (run_dir / "wandb_id").is_file():
-        raise ValueError(f"{run_dir} has no W&B run to upload to: it was run with logger=none, or has not begun")
-    run = _start_wandb(run_dir, cfg, None)
-    run.log_artifact(str(file), name=f"report-{run.id}", type="report")
-    run.finish()
-
-
-def without_text(config: dict[str, Any]) -> dict[str, Any]:
-    """A run's configuration without the text of its system prompts."""
-    domains = {name: domain | {"prompts": domain["prompts"] | {"system_prompt": None}} for name, domain in config["domains"].items()}
-    return config | {"domains": domains}

@@ -16,7 +16,7 @@ NAMES = [str(path.relative_to(ROOT)) for path in MODULES]
 
 HOMES = {
     "deepspeed": {"opd/engine.py", "opd/bench_peers.py", "opd/bench_step_peers.py"},  # its loss and its rollout are measured beside ours
-    "wandb": {"opd/tracker.py"},
+    "wandb": {"opd/wandb_log.py"},
     "datasets": {"rollout/prompts.py"},
     "hydra": {"opd/composition.py", "opd/errors.py", "opd/submission.py"},
     "rich": {"opd/console.py"},

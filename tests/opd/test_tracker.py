@@ -2,12 +2,16 @@
 
 import json
 import os
+import subprocess
+import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
 from wandb.proto.wandb_internal_pb2 import Record
 
+from opd import wandb_log
 from opd.config import DistillConfig
 from opd.errors import Preempted
 from opd.job_config import LoggerConfig, LoggerKind
@@ -143,12 +147,135 @@ def test_an_offline_run_needs_no_account_and_a_resumed_one_has_the_same_id(no_ac
     run_dir.mkdir()
     for step in (1, 2):
         with Tracker(run_dir, "test", config(LoggerKind.offline)) as tracker:
-            assert tracker.wandb_run.settings.mode == "offline"
+            assert tracker.wandb.run.settings.mode == "offline"
             tracker.log(step, {"step/loss": 0.5})
     folders = [path.name for path in (run_dir / "wandb").glob("offline-run-*")]
     identity = (run_dir / "wandb_id").read_text()
     assert len(folders) == 2
     assert all(identity in name for name in folders)
+
+
+def wandb_records(log: Path) -> list[Record]:
+    """What stands in a log of W&B's: blocks of 32 KiB, in which each piece of a record stands behind its checksum, length and place (LevelDB's format)."""
+    content, position, found, data = log.read_bytes(), 7, [], b""
+    while position + 7 < len(content):
+        left = 32768 - position % 32768
+        if left < 7:
+            position += left
+            continue
+        length, place = int.from_bytes(content[position + 4 : position + 6], "little"), content[position + 6]
+        data += content[position + 7 : position + 7 + length]
+        position += 7 + length
+        if place in (1, 4):  # whole, or the last piece
+            found.append(Record.FromString(data))
+            data = b""
+    return found
+
+
+def rows(run_dir: Path) -> list[dict]:
+    """The rows of history in W&B's logs of a run, in all its folders."""
+    logs = sorted((run_dir / "wandb").glob("offline-run-*/run-*.wandb"))
+    histories = [record.history for log in logs for record in wandb_records(log) if record.WhichOneof("record_type") == "history"]
+    return [{item.nested_key[0] if item.nested_key else item.key: json.loads(item.value_json) for item in history.item} for history in histories]
+
+
+def test_a_run_that_is_killed_and_resumed_twice_is_one_w_and_b_run_with_every_step_once(no_account, tmp_path):
+    """Killed: W&B has rows of steps that are done again, or lacks rows of steps that count."""
+    for first, last in ((0, 4), (2, 6), (5, 9)):
+        tracker = Tracker(tmp_path, "test", config(LoggerKind.offline))
+        tracker.resume(first)
+        for step in range(first + 1, last + 1):
+            tracker.log(step, {"step/loss": step + first / 10})
+        if last < 9:
+            tracker.wandb.calls.join()
+            tracker.wandb.run.finish()  # without the tracker's own end
+        else:
+            tracker.__exit__(None, None, None)
+    assert len(list((tmp_path / "wandb").glob("offline-run-*"))) == 1
+    assert [row["opd/step"] for row in rows(tmp_path)] == [row["_step"] for row in rows(tmp_path)] == list(range(1, 10))
+    assert [row["step/loss"] for row in rows(tmp_path)] == [1.0, 2.0, 3.2, 4.2, 5.2, 6.5, 7.5, 8.5, 9.5]
+    assert [record["step/loss"] for record in records(tmp_path)] == [row["step/loss"] for row in rows(tmp_path)]
+
+
+def test_a_folder_that_has_been_uploaded_is_not_removed(no_account, tmp_path):
+    tracker = Tracker(tmp_path, "test", config(LoggerKind.offline))
+    tracker.log(1, {})
+    tracker.__exit__(None, None, None)
+    [log] = (tmp_path / "wandb").glob("offline-run-*/run-*.wandb")
+    log.with_suffix(".wandb.synced").touch()
+    resumed = Tracker(tmp_path, "test", config(LoggerKind.offline))
+    resumed.resume(1)
+    resumed.__exit__(None, None, None)
+    assert log.exists()
+
+
+def test_w_and_b_that_hangs_holds_up_neither_a_step_nor_the_end(no_account, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(wandb_log, "FINISH_SECONDS", 0.5)
+    never = threading.Event()
+    tracker = Tracker(tmp_path, "test", config(LoggerKind.offline))
+    tracker.wandb.calls.put(never.wait)
+    begun = time.monotonic()
+    with tracker:
+        tracker.log(1, {"step/loss": 1.0})
+    assert time.monotonic() - begun < 30
+    assert "W&B has not taken everything" in caplog.text
+    assert records(tmp_path)[0]["step/loss"] == 1.0
+    never.set()
+    tracker.wandb.thread.join(60)
+
+
+def test_w_and_b_that_fails_is_said_once_and_ends_nothing(no_account, tmp_path, caplog):
+    def fail() -> None:
+        raise BrokenPipeError("gone")
+
+    with Tracker(tmp_path, "test", config(LoggerKind.offline)) as tracker:
+        for step in (1, 2):
+            tracker.wandb.calls.put(fail)
+            tracker.log(step, {"step/loss": 1.0})
+    assert [message for message in caplog.messages if "W&B gets no more" in message] == [
+        "W&B gets no more of this run (BrokenPipeError: gone); metrics.jsonl has all of it"
+    ]
+    assert len(records(tmp_path)) == 2
+
+
+ONLINE = """
+import logging, sys
+from pathlib import Path
+from opd import wandb_log
+from opd.job_config import LoggerConfig, LoggerKind
+logging.basicConfig(level=logging.WARNING)
+wandb_log.INIT_SECONDS = 3
+log = wandb_log.WandbLog(Path(sys.argv[1]), LoggerConfig(kind=LoggerKind.wandb), {"domains": {}})
+log.log(1, {"step/loss": 1.0})
+log.finish(0, False)
+"""
+
+
+def go_online(folder: Path, **environment: str) -> subprocess.CompletedProcess:
+    """A start with logger=wandb, in a process of its own: W&B reads keys and addresses once in each."""
+    command = [sys.executable, "-c", ONLINE, str(folder)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, env=os.environ | environment, check=False)
+
+
+def test_a_server_that_cannot_be_reached_makes_the_run_an_offline_one(no_account, tmp_path):
+    done = go_online(tmp_path, WANDB_BASE_URL="http://127.0.0.1:9", WANDB_API_KEY="a" * 40)
+    assert done.returncode == 0, done.stderr
+    assert "so this run is logged offline" in done.stderr
+    assert [row["step/loss"] for row in rows(tmp_path)] == [1.0]
+
+
+def test_without_a_login_a_run_that_is_to_be_uploaded_is_refused(no_account, tmp_path):
+    assert "run `wandb login`, or set logger=offline" in go_online(tmp_path).stderr
+
+
+@pytest.mark.parametrize(("sweep", "expected"), [("s1", "agents"), (None, None)])
+def test_a_run_of_a_sweep_has_the_id_that_the_agent_gives_it(sweep, expected, no_account, tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_RUN_ID", "agents")
+    if sweep is not None:
+        monkeypatch.setenv("WANDB_SWEEP_ID", sweep)
+    with Tracker(tmp_path, "test", config(LoggerKind.offline)):
+        pass
+    assert ((tmp_path / "wandb_id").read_text() == "agents") == (expected is not None)
 
 
 def test_a_history_of_teachers_that_grows_at_a_resume_replaces_the_one_in_w_and_bs_configuration(no_account, tmp_path):
@@ -158,25 +285,21 @@ def test_a_history_of_teachers_that_grows_at_a_resume_replaces_the_one_in_w_and_
         with Tracker(tmp_path, "test", config(LoggerKind.offline)) as tracker:
             tracker.record_teachers(history)
             tracker.record_teachers([*history])
-            assert tracker.wandb_run.config["teacher_history"] == history
+            tracker.wandb.calls.join()
+            assert tracker.wandb.run.config["teacher_history"] == history
 
 
 def test_a_run_that_fails_ends_its_w_and_b_run(no_account, tmp_path):
     tracker = Tracker(tmp_path, "test", config(LoggerKind.offline))
     with pytest.raises(KeyError), tracker:
         raise KeyError("something")
-    assert tracker.wandb_run._is_finished
+    assert tracker.wandb.run._is_finished
 
 
 def written_kinds(run_dir: Path) -> list[str]:
-    """The kinds of records in W&B's log of a short run: after a header of 7 bytes, each record behind its checksum, length and type."""
+    """The kinds of records in W&B's log of a short run."""
     [log] = (run_dir / "wandb").glob("offline-run-*/run-*.wandb")
-    content, position, kinds = log.read_bytes(), 7, []
-    while position + 7 < len(content):
-        end = position + 7 + int.from_bytes(content[position + 4 : position + 6], "little")
-        kinds.append(Record.FromString(content[position + 7 : end]).WhichOneof("record_type"))
-        position = end
-    return kinds
+    return [record.WhichOneof("record_type") for record in wandb_records(log)]
 
 
 @pytest.mark.parametrize(("end", "is_marked"), [(Preempted, True), (KeyError, False)])
