@@ -16,7 +16,7 @@ from pathlib import Path
 from omegaconf import OmegaConf
 
 from opd.composition import CONF, STORED, compose_config, leaves, load_config, origins, quoted
-from opd.errors import INTERRUPTED, PREEMPTED, USER_ERROR, Preempted, RankLost, nearest
+from opd.errors import INTERRUPTED, USER_ERROR, Preempted, RankLost, nearest
 from opd.run_log import begin_log
 from opd.run_state import end_state
 from opd.slurm import slurm_ranks
@@ -39,10 +39,11 @@ COMMANDS = {
     "merge": "all domains' teachers as one model by arithmetic on their weights, without training: a baseline",
     "export": "write the folder to serve, its experts packed in FP4, and verify it",
     "runs": "how the runs in a folder stand, as in `opd runs FOLDER`: state, step, time left, last checkpoint",
+    "inspect": "rollouts that a run has kept, as in `opd inspect RUN domain=law`: where, and how, the student differs from the teacher",
     "report": "one HTML page on a run, as in `opd report RUN`: its table, curves, teachers' conflict, rollouts and settings",
     "bench": "time and memory beside other ways and libraries; the word after it says of what: divergence, qat, teachers, rollout, step",
 }
-FUNCTIONS = {"pipeline": "run_pipeline", "rehearsal": "rehearse"}
+FUNCTIONS = {"pipeline": "run_pipeline", "rehearsal": "rehearse", "inspection": "inspect_run"}
 """What a module's function is called where it is not called as the module."""
 
 QUESTIONS = {"-h": "help", "--help": "help", "-c": "cfg", "--cfg": "cfg"}
@@ -50,7 +51,7 @@ QUESTIONS = {"-h": "help", "--help": "help", "-c": "cfg", "--cfg": "cfg"}
 ON_RANKS = ("distill", "specialize", "evaluate", "check")
 """The commands that divide their work among processes."""
 
-READERS = ("runs",)
+READERS = ("runs", "inspect")
 """The commands that only look, in however many processes, and are there at once: they import no torch."""
 
 WITHOUT_MODELS = ("pipeline", "compare", "report", *READERS)
@@ -58,17 +59,25 @@ WITHOUT_MODELS = ("pipeline", "compare", "report", *READERS)
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command; returns the exit code: 0 done, 2 a mistake of the user's, 75 ended early with a checkpoint, 130 interrupted, 1 a defect of ours."""
+    """Run one command. Returns the exit code: 0 done, 2 a mistake of the user's, 3 stopped by an alarm, 4 a sweep with jobs that failed, 75 ended early with a
+    checkpoint, 130 interrupted, 1 a defect of ours.
+    """
     arguments = sys.argv[1:] if arguments is None else arguments
     if arguments and arguments[0] in ("-h", "--help", "help"):
         print(_usage())
         return 0
     try:
         asked, arguments = split_question(arguments)
+        is_sweep = bool({"-m", "--multirun"} & set(arguments))
+        arguments = [argument for argument in arguments if argument not in ("-m", "--multirun")]
         os.environ.update(slurm_ranks(os.environ))
         command, overrides = split_command(arguments)
         if asked is not None:
             return _answer(*asked, command, overrides)
+        if is_sweep:
+            from opd.sweep import sweep
+
+            return sweep(command, overrides)
         cfg = load_config(command, overrides)
         if command in ON_RANKS:
             return _run_on_ranks(command, cfg, arguments)
@@ -79,7 +88,7 @@ def main(arguments: list[str] | None = None) -> int:
     except ValueError as error:
         return _fail(f"opd: {' '.join(str(error).split())}", USER_ERROR)
     except Preempted as end:
-        return _fail(f"opd: {end}", PREEMPTED)
+        return _fail(f"opd: {end}", end.code)
     except RankLost as loss:
         return _fail(f"opd: {loss}", loss.code)
     except KeyboardInterrupt:
@@ -127,7 +136,9 @@ def split_command(arguments: list[str]) -> tuple[str, list[str]]:
     if arguments[0] == "bench":
         return _bench_command(arguments[1:])
     if len(arguments) > 1 and _is_run(arguments[1]):
-        return arguments[0], [*_of_run(arguments[0], arguments[1]), *arguments[2:]]
+        arguments = [arguments[0], *_of_run(arguments[0], arguments[1]), *arguments[2:]]
+    if arguments[0] == "inspect":  # domain is a group of files elsewhere
+        arguments = [argument.replace("domain=", "domain_name=", 1) if argument.startswith("domain=") else argument for argument in arguments]
     return arguments[0], arguments[1:]
 
 
@@ -148,6 +159,8 @@ def _of_run(command: str, name: str) -> list[str]:
         return [f"student.model={quoted(name if step else f'{run}/student')}", f"run_dir={quoted(place)}"]
     if command == "runs" and not step:
         return [f"folders=[{quoted(run)}]"]
+    if command == "inspect":
+        return [f"run_dir={quoted(run)}", *([f"step={int(step)}"] if step else [])]
     if command == "report" and not step:
         return [f"run_dir={quoted(run)}"]
     raise ValueError(f"{name!r} is not a setting: write setting=value")
@@ -200,7 +213,7 @@ def _run(command: str, cfg) -> None:
         from opd.checkpoint_model import resolve_models
 
         resolve_models(cfg)
-    name = "rehearsal" if command == "distill" and cfg.rehearse else command
+    name = "rehearsal" if command == "distill" and cfg.rehearse else "inspection" if command == "inspect" else command  # the library has an inspect too
     module = importlib.import_module(f"opd.{name}")
     getattr(module, FUNCTIONS.get(name, name))(cfg)
 
@@ -233,6 +246,7 @@ def _usage() -> str:
     lines = [f"  {name:<12} {what}" for name, what in COMMANDS.items()]
     usage = "usage: opd [command] [setting=value ...]\n\n" + "\n".join(lines) + "\n\nwithout a command: opd pipeline"
     questions = {"--help [PATH]": "its settings, or those under a path", "... --cfg [PATH]": "the values they have, and where each comes from"}
+    questions["-m seed=1,2 ..."] = "each combination as a run of its own"
     return usage + "".join(f"\nopd COMMAND {flag}: {what}" for flag, what in questions.items())
 
 

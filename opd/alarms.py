@@ -1,26 +1,24 @@
 """Alarms: what a run's metrics look like when it goes wrong, written down, so that nobody has to watch the curves.
 
-An alarm judges the mean of a metric over the last `window` steps that have it: `D` in its name stands for any domain, each of which is judged for itself. A
-mean that meets the condition begins an episode, and one line is logged; the episode is over when the condition has not been met for CALM_STEPS judgements
-in a row, so that a figure that hovers at its threshold does not fill the log. `alarms/active` counts the episodes, over all alarms and domains.
-
-    above, below     the mean against the threshold, or against the threshold times the mean of another metric (`relative_to`)
-    ratio_to_start   the mean above the threshold times the metric's mean over its first START_STEPS steps
+An alarm is a rule of opd/alarm_config.py (conf/alarms/standard.yaml has those that ship). It judges the mean of a metric over the last `window` steps that
+have it: `D` in its name stands for any domain, each of which is judged for itself. A mean that meets the condition begins an episode, and its action is done
+once; the episode is over when the condition has not been met for CALM_STEPS judgements in a row, so that a figure that hovers at its threshold does not fill
+the log. `alarms/active` counts the episodes, over all alarms and domains.
 
 What is judged is the record, metrics.jsonl, and nothing else: a run that is taken up reads its own lines again (`replay`), begins where it stopped,
-and repeats no line. Only the main rank judges. `standard_alarms` are the failures of multi-teacher distillation that are known to show early; their
-thresholds are rules of thumb from published runs, so nothing is stopped: they log.
+and repeats no line: one that an alarm has stopped goes on when it is started again, and is stopped by the next episode. Only the main rank judges.
 """
 
 import logging
 import re
 from collections import deque
 from collections.abc import Iterable
-from dataclasses import dataclass, field
-from enum import Enum
+from dataclasses import dataclass, field, replace
 
-from opd.config import RunConfig, rollout_settings
+from opd.alarm_config import HALVES, AlarmAction, AlarmCondition, AlarmRule
+from opd.config import DistillConfig, RunConfig, rollout_settings
 from rollout.config import Dtype
+from teachers.config import SignalKind
 
 START_STEPS = 5
 """Steps that say what a metric was like at the start: one alone is noise at a hundred rollouts."""
@@ -31,105 +29,50 @@ CALM_STEPS = 5
 LOG = logging.getLogger(__name__)
 
 
-class Condition(Enum):
-    """What a metric is held against."""
-
-    above = "above"
-    below = "below"
-    ratio_to_start = "ratio_to_start"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Alarm:
-    """One way in which a metric looks wrong.
-
-    metric: a name of opd/metrics.py; `D` is any domain.
-    condition, threshold: see above.
-    relative_to: the metric by which the threshold is multiplied; `D` is the same domain.
-    least: of the mean and what it is a multiple of, the larger has to reach this: ratios of next to nothing say nothing.
-    window: steps whose mean is judged; fewer are not.
-    message: what it is a sign of, and what helps.
-    """
-
-    metric: str
-    condition: Condition
-    threshold: float
-    relative_to: str | None = None
-    least: float = 0.0
-    window: int = 5
-    message: str
-
-
-LENGTH = "compare answers with the teacher's by eye, and their end-of-sequence token and template with `opd check`"
-
-STANDARD_ALARMS = (
-    Alarm(
-        metric="domain/D/truncated",
-        condition=Condition.ratio_to_start,
-        threshold=2.0,
-        least=0.1,
-        message="answers no longer end: look for loops (domain/D/looped), and raise rollout.max_new_tokens if they are only long",
-    ),
-    Alarm(
-        metric="domain/D/looped",
-        condition=Condition.above,
-        threshold=0.05,
-        message="answers repeat themselves, which reverse KL rewards: set rollout.mask_loops=true, or go back to a checkpoint and lower optim.lr",
-    ),
-    Alarm(metric="domain/D/length_ratio", condition=Condition.above, threshold=2.0, message=f"answers are far longer than the teacher's: {LENGTH}"),
-    Alarm(metric="domain/D/length_ratio", condition=Condition.below, threshold=0.5, message=f"answers are far shorter than the teacher's: {LENGTH}"),
-    Alarm(
-        metric="domain/D/student_entropy",
-        condition=Condition.below,
-        threshold=0.5,
-        relative_to="domain/D/teacher_entropy",
-        least=0.05,
-        message="the student is much surer than its teacher and samples too little else: lower optim.lr, or mix in forward KL with loss.kind=jsd",
-    ),
-    Alarm(
-        metric="domain/D/token_share",
-        condition=Condition.below,
-        threshold=0.25,
-        relative_to="domain/D/prompt_share_asked",
-        message="its answers are short beside those of other domains, so few tokens make its gradient: raise its prompts.share if it falls behind",
-    ),
-    Alarm(
-        metric="domain/D/token_share",
-        condition=Condition.above,
-        threshold=4.0,
-        relative_to="domain/D/prompt_share_asked",
-        message="its answers are long beside those of other domains, and take the time of the step: lower its prompts.share if others fall behind",
-    ),
-)
-"""For every run; each is silent where its metric is not there."""
-
 MISMATCH = 1e-3
 """Nats per token between a sampler and a trainer that compute the same in float32, where rounding leaves 1e-9."""
 
 ROUGH_MISMATCH = 1e-2
 """The same where they are bound to differ: rounding of bfloat16, or an update between them (rollout.staleness=1)."""
 
+NEAR_ONE = 0.9
+"""A share that is flat from here on has little left to rise."""
 
-def standard_alarms(cfg: RunConfig) -> tuple[Alarm, ...]:
-    """The alarms of a run. Replayed rollouts are another student's, whose distance is no fault: it is not judged."""
+FLAT = 0.01
+"""A share that rises by less over half a window is flat."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Episode:
+    """What began: the name of the alarm, the metric and its mean, what is to be done, and the line for people."""
+
+    alarm: str
+    metric: str
+    value: float
+    action: AlarmAction
+    line: str
+
+
+def rules_of(cfg: RunConfig) -> dict[str, AlarmRule]:
+    """The alarms of a run. Replayed rollouts are another student's, whose distance is no fault; estimates of a divergence may be negative."""
     rollout = rollout_settings(cfg)
-    if rollout is None or rollout.replay is not None:
-        return STANDARD_ALARMS
-    is_exact = cfg.student.dtype is Dtype.float32 and rollout.staleness == 0
-    update = "" if rollout.staleness == 0 else ", and whether an update changes too much (rollout.staleness=1 has one between them)"
-    mismatch = Alarm(
-        metric="domain/D/mismatch_kl",
-        condition=Condition.above,
-        threshold=MISMATCH if is_exact else ROUGH_MISMATCH,
-        window=1,
-        message="what samples is not what trains: compare the weights, number formats and attention of both" + update,
-    )
-    return (*STANDARD_ALARMS, mismatch)
+    rules = dict(cfg.alarms.rules) if cfg.alarms.enabled else {}
+    is_replayed = rollout is None or rollout.replay is not None
+    is_estimate = isinstance(cfg, DistillConfig) and (cfg.teachers.signal is SignalKind.sampled_token or cfg.loss.policy_gradient)
+    for name, rule in cfg.alarms.rules.items() if cfg.alarms.enabled else ():
+        is_of_sampler = rule.metric in ("domain/D/mismatch_kl", "domain/D/mismatch_max")
+        is_of_sign = rule.metric == "domain/D/kl_per_token" and rule.condition is AlarmCondition.below
+        if (is_of_sampler and is_replayed) or (is_of_sign and is_estimate):
+            del rules[name]
+        elif rule.threshold is None:
+            is_exact = cfg.student.dtype is Dtype.float32 and rollout.staleness == 0
+            rules[name] = replace(rule, threshold=MISMATCH if is_exact else ROUGH_MISMATCH)
+    return rules
 
 
 @dataclass(slots=True)
 class Series:
-    """What one alarm has seen of one metric: first values, the last (value, what it is a multiple of), and the episode it is in."""
+    """What one alarm has seen of one metric: first values, the last (value, what it is held against), and the episode it is in."""
 
     recent: deque[tuple[float, float]]
     first: list[float] = field(default_factory=list)
@@ -140,63 +83,104 @@ class Series:
 class Alarms:
     """Judges the metrics of one step after the other."""
 
-    def __init__(self, alarms: Iterable[Alarm]):
-        self.alarms = tuple(alarms)
-        self.patterns = [re.compile(re.escape(alarm.metric).replace("/D/", "/([^/]+)/")) for alarm in self.alarms]
-        self.series: dict[tuple[int, str], Series] = {}
+    def __init__(self, rules: dict[str, AlarmRule]):
+        self.rules = rules
+        self.patterns = {name: re.compile(re.escape(rule.metric).replace("/D/", "/([^/]+)/")) for name, rule in rules.items()}
+        self.series: dict[tuple[str, str], Series] = {}
+        self.begun: list[Episode] = []
 
     def observe(self, step: int, metrics: dict[str, float]) -> dict[str, float]:
-        """Judge a step's metrics and log what begins; returns {"alarms/active": episodes}."""
-        for line in self._judge(metrics):
-            LOG.warning("alarm at step %d: %s", step, line)
+        """Judge a step's metrics and log what begins, which then stands in `begun`; returns {"alarms/active": episodes}."""
+        self.begun = self._judge(metrics)
+        for episode in self.begun:
+            LOG.warning("alarm at step %d: %s", step, episode.line)
         return {"alarms/active": sum(series.is_active for series in self.series.values())}
 
     def replay(self, records: Iterable[dict[str, float]]) -> None:
-        """Take up where these records end; what began in them has been logged."""
+        """Take up where these records end; what began in them has been logged, and done."""
         self.series = {}
         for record in records:
             if record["step"]:
                 self._judge(record)
 
-    def _judge(self, metrics: dict[str, float]) -> list[str]:
-        """Lines of the episodes that these metrics begin."""
-        lines = []
-        for number, (alarm, pattern) in enumerate(zip(self.alarms, self.patterns, strict=True)):
-            for name in [name for name in metrics if pattern.fullmatch(name)]:
-                series = self.series.setdefault((number, name), Series(deque(maxlen=alarm.window)))
-                line = _next(alarm, name, metrics, series)
-                lines += [line] if line is not None else []
-        return lines
+    def _judge(self, metrics: dict[str, float]) -> list[Episode]:
+        """The episodes that these metrics begin."""
+        begun = []
+        for alarm, rule in self.rules.items():
+            names = [name for name in metrics if self.patterns[alarm].fullmatch(name)]
+            units = {name: self._add(alarm, name, metrics) for name in names}  # of all domains, before one is held against the others
+            for name in names:
+                found = _next(rule, name, units[name], self.series[alarm, name], self._others(alarm, name))
+                begun += [Episode(alarm=alarm, metric=name, value=found[0], action=rule.action, line=found[1])] if found is not None else []
+        return begun
+
+    def _add(self, alarm: str, name: str, metrics: dict[str, float]) -> str | None:
+        """Add one step to a series; the name of what it is held against, None where there is nothing to judge."""
+        rule = self.rules[alarm]
+        series = self.series.setdefault((alarm, name), Series(deque(maxlen=rule.window)))
+        unit, unit_name = _unit(rule, name, metrics, series)
+        if unit is not None:
+            series.recent.append((metrics[name], unit))
+        return unit_name if unit is not None and len(series.recent) == rule.window else None
+
+    def _others(self, alarm: str, metric: str) -> list[Series]:
+        """What the same alarm has seen of the other domains."""
+        return [series for (name, other), series in self.series.items() if name == alarm and other != metric]
 
 
-def _next(alarm: Alarm, name: str, metrics: dict[str, float], series: Series) -> str | None:
-    """Add one step to a series; the line to log where an episode begins."""
-    unit, unit_name = _unit(alarm, name, metrics, series)
-    if unit is None:
+def _next(rule: AlarmRule, name: str, unit_name: str | None, series: Series, others: list[Series]) -> tuple[float, str] | None:
+    """Judge a series; the mean and the line to log where an episode begins."""
+    if unit_name is None:
         return None
-    series.recent.append((metrics[name], unit))
-    if len(series.recent) < alarm.window:
-        return None
-    value, unit = (sum(column) / alarm.window for column in zip(*series.recent, strict=True))
-    limit = alarm.threshold * unit
-    is_met = max(value, unit) >= alarm.least and (value < limit if alarm.condition is Condition.below else value > limit)
+    value, unit = _means(list(series.recent))
+    is_met, against = _holds(rule, series, others) if rule.condition in HALVES else _exceeds(rule, value, unit, unit_name)
     begins = is_met and not series.is_active
     series.calm = 0 if is_met else series.calm + 1
     series.is_active = is_met or (series.is_active and series.calm < CALM_STEPS)
-    side = "below" if alarm.condition is Condition.below else "above"
-    against = f"{alarm.threshold:g}" if unit_name is None else f"{alarm.threshold:g} x {unit_name} ({unit:.3g})"
-    over = f" over {alarm.window} steps" if alarm.window > 1 else ""
-    return f"{name} is {value:.3g}{over}, {side} {against}: {alarm.message}" if begins else None
+    over = f" over {rule.window} steps" if rule.window > 1 else ""
+    return (value, f"{name} is {value:.3g}{over}, {against}: {rule.message}") if begins else None
 
 
-def _unit(alarm: Alarm, name: str, metrics: dict[str, float], series: Series) -> tuple[float | None, str | None]:
-    """(what the threshold is multiplied by, its name): 1 without a name, or None where it is not known at this step."""
-    if alarm.relative_to is not None:
-        other = alarm.relative_to.replace("/D/", f"/{name.split('/')[1]}/")
+def _exceeds(rule: AlarmRule, value: float, unit: float, unit_name: str) -> tuple[bool, str]:
+    """Whether a mean is on the wrong side of its limit, and what that is in words."""
+    is_below, limit = rule.condition is AlarmCondition.below, rule.threshold * unit
+    against = f"{rule.threshold:g}" if not unit_name else f"{rule.threshold:g} x {unit_name} ({unit:.3g})"
+    is_large = rule.least == 0 or max(value, unit if unit_name else 0.0) >= rule.least
+    return is_large and (value < limit if is_below else value > limit), f"{'below' if is_below else 'above'} {against}"
+
+
+def _holds(rule: AlarmRule, series: Series, others: list[Series]) -> tuple[bool, str]:
+    """Whether the later half of a window differs from the earlier as the condition says, and that in words."""
+    (before, held_before), (after, held_after) = _halves(series)
+    if rule.condition is AlarmCondition.falling_while_flat:
+        is_flat = held_after < NEAR_ONE and held_after - held_before < FLAT
+        falls = before >= rule.least and after < rule.threshold * before
+        return is_flat and falls, f"down from {before:.3g} while {rule.relative_to} stays at {held_after:.3g}"
+    full = [_halves(other) for other in others if len(other.recent) == rule.window]
+    falls = bool(full) and sum(second[0] for _, second in full) < sum(first[0] for first, _ in full)
+    return falls and after >= rule.least and after > rule.threshold * before, f"up from {before:.3g} while the other domains fall"
+
+
+def _halves(series: Series) -> tuple[tuple[float, float], tuple[float, float]]:
+    """The means of the earlier and of the later half."""
+    values = list(series.recent)
+    middle = len(values) // 2
+    return _means(values[:middle]), _means(values[middle:])
+
+
+def _means(values: list[tuple[float, float]]) -> tuple[float, float]:
+    first, second = (sum(column) / len(values) for column in zip(*values, strict=True))
+    return first, second
+
+
+def _unit(rule: AlarmRule, name: str, metrics: dict[str, float], series: Series) -> tuple[float | None, str]:
+    """(what the threshold is multiplied by, or what is to rise, its name): 1 with an empty name, or None where it is not known at this step."""
+    if rule.relative_to is not None:
+        other = rule.relative_to.replace("/D/", f"/{name.split('/')[1]}/")
         return metrics.get(other), other
-    if alarm.condition is not Condition.ratio_to_start:
-        return 1.0, None
+    if rule.condition is not AlarmCondition.ratio_to_start:
+        return 1.0, ""
     if len(series.first) < START_STEPS:
         series.first.append(metrics[name])
-        return None, None
+        return None, ""
     return sum(series.first) / START_STEPS, "its mean at the start"

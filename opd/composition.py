@@ -6,12 +6,14 @@ command line, and overrides are what they always are (+domain=law, '~domains.cod
 """
 
 import functools
+import itertools
 import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin, get_type_hints
 
 import yaml
 from hydra import compose, initialize_config_dir
@@ -61,8 +63,12 @@ def compose_config(command: str, overrides: list[str]) -> DictConfig:
         raise ValueError(f"{stray[0]!r} is not a setting: write setting=value")
     with _sources(command, overrides) as (name, given, _):
         try:
-            config = compose(config_name=name, overrides=given)
-            return OmegaConf.merge(OmegaConf.structured(SCHEMAS[command]), OmegaConf.to_container(config))  # with + Hydra adds any key
+            added = [override for override in given if _adds_member(override, SCHEMAS[command])]
+            config = compose(config_name=name, overrides=[override for override in given if override not in added])
+            values = OmegaConf.create(OmegaConf.to_container(config))  # with + Hydra adds any key
+            for override in OverridesParser.create().parse_overrides(added):
+                OmegaConf.update(values, override.key_or_group, override.value(), merge=True)
+            return OmegaConf.merge(OmegaConf.structured(SCHEMAS[command]), values)
         except (HydraException, OmegaConfBaseException) as error:
             raise ValueError(explain(error, command.replace("_", " "), SCHEMAS[command], [CONF, own])) from error
 
@@ -96,6 +102,24 @@ def group_choices(command: str) -> dict[str, list[str]]:
     """The groups that a command's file of conf/ chooses from, and the names of the files of each, of ./conf too."""
     names = [key for entry in _defaults(command) if isinstance(entry, dict) for key in entry]
     return {name: sorted({file.stem for folder in (CONF, Path.cwd() / "conf") for file in (folder / name).glob("*.yaml")}) for name in names}
+
+
+def choices(overrides: list[str]) -> list[dict[str, str | None]]:
+    """Every combination of the values that overrides choose from, in Hydra's grammar: key -> value, None where a key is deleted.
+
+    Raises ValueError for what cannot be read, or has no end of values.
+    """
+    try:
+        parsed = OverridesParser.create().parse_overrides(overrides)
+    except HydraException as error:
+        raise ValueError(explain(error, "a sweep", dict, [CONF])) from error
+    options: dict[str, list[str | None]] = {}
+    for override in parsed:
+        if override.is_sweep_override() and not override.is_discrete_sweep():
+            raise ValueError(f"{override.input_line} has no end of values: write them out, as in a,b,c or range(1,4)")
+        values = list(override.sweep_string_iterator()) if override.is_sweep_override() else [override.get_value_element_as_str()]
+        options[override.get_key_element()] = [None] if override.is_delete() else values
+    return [dict(zip(options, combination, strict=True)) for combination in itertools.product(*options.values())]
 
 
 def leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
@@ -153,6 +177,16 @@ def _stored_values(command: str, run: Path) -> dict[str, Any]:
         hint = f": name one of its runs, {', '.join(inside)}" if inside else ""
         raise ValueError(f"{run} is a folder of opd {writer}, not of opd {SAME_SETTINGS.get(command, command)}{hint}")
     return yaml.safe_load(text)
+
+
+def _adds_member(override: str, schema: type) -> bool:
+    """Whether an override adds to a mapping of dataclasses (+alarms.rules.NAME={...}, +domains.NAME.prompts.sources.NAME.path=...), which Hydra cannot."""
+    kind: Any = schema
+    for part in override.removeprefix("+").partition("=")[0].split(".") if override.startswith("+") else ():
+        if get_origin(kind) is dict and is_dataclass(get_args(kind)[1]):
+            return True
+        kind = get_type_hints(kind).get(part) if is_dataclass(kind) else None
+    return False
 
 
 def _defaults(command: str) -> list[Any]:

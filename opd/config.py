@@ -10,19 +10,20 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from opd.alarm_config import AlarmsConfig, check_alarms
 from opd.bench_config import DivergenceBenchConfig, QatBenchConfig, RolloutBenchConfig, StepBenchConfig, TeachersBenchConfig
 from opd.compare_config import CompareConfig, check_compare
 from opd.export_config import ExportConfig, check_export
 from opd.grpo_config import GrpoConfig, check_grpo, group_rollouts
 from opd.harness_config import HarnessConfig, check_harness
-from opd.job_config import AlarmsConfig, CheckpointConfig, LaunchConfig, LoggerConfig, ProfileConfig, RanksConfig, ReportConfig, SamplesConfig
+from opd.job_config import CheckpointConfig, LaunchConfig, LoggerConfig, ProfileConfig, RanksConfig, ReportConfig, SamplesConfig
 from opd.loss_config import LossConfig
 from opd.merge_config import MergeConfig, check_merge
 from opd.pipeline_config import PipelineConfig
 from opd.plan_config import PlanConfig
 from opd.quant_config import QuantConfig
 from opd.ranges import check_evaluated, check_loss, check_profile, check_ranges, check_rollout, check_routes, check_schedules, check_start
-from opd.runs_config import RunsConfig
+from opd.runs_config import InspectConfig, RunsConfig
 from opd.start_config import CheckConfig, WarmupConfig
 from rollout.config import ModelConfig, RolloutConfig
 from rollout.errors import first_sentence
@@ -144,7 +145,7 @@ class RunConfig:
     threads: CPU threads of this process; null chooses.
     student: the model being trained.
     domains: by name, what is learnt.
-    alarms: whether the metrics are watched.
+    alarms: what the metrics are watched for.
     quant: what of the student trains under quantisation.
     batch, optim, evaluation, checkpoint, launch, logger, profile: settings of these parts.
     deepspeed: DeepSpeed's own JSON schema, passed through, without the keys that other settings own.
@@ -281,6 +282,7 @@ SCHEMAS: dict[str, type] = {
     "merge": MergeConfig,
     "report": ReportConfig,
     "runs": RunsConfig,
+    "inspect": InspectConfig,
     "pipeline": PipelineConfig,
     "compare": CompareConfig,
     "bench_divergence": DivergenceBenchConfig,
@@ -306,6 +308,7 @@ def parse(config: DictConfig, schema: type) -> Any:
     check_ranges(parsed)
     check_schedules(parsed)
     if isinstance(parsed, RunConfig):
+        check_alarms(parsed.alarms)
         check_profile(parsed.profile.steps, parsed.profile.all_ranks, parsed.total_steps)
     if isinstance(parsed, DistillConfig):
         check_loss(parsed.loss, parsed.teachers, parsed.rollout)

@@ -10,6 +10,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+MARKED = 0.5
+"""Share of the highest divergence of a completion from which a token is marked."""
 PLAIN_LINE_SECONDS = 10.0
 """At most one plain line of a task in so many seconds."""
 
@@ -68,8 +70,29 @@ def print_table(title: str, header: list[str], rows: list[list[str]], caption: s
     for index, name in enumerate(header):
         table.add_column(name, justify="left" if index == 0 else "right", no_wrap=index == 0)
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*(Text(cell) for cell in row))  # never markup: a cell may be what a model wrote
     console.print(table)
+
+
+def visible(text: str) -> str:
+    """Text as it can stand in one line: what moves the cursor or colours the terminal is written out."""
+    return "".join(character if character.isprintable() else character.encode("unicode_escape").decode() for character in text)
+
+
+def print_tokens(label: str, pieces: list[str], kl: list[float | None]) -> None:
+    """A completion, each token coloured by its divergence against the highest; where there is no colour the worst ones stand in marks."""
+    console = Console(file=sys.stdout, highlight=False, markup=False)
+    highest = max((value for value in kl if value is not None), default=0.0)
+    text = Text(label)
+    for piece, value in zip(pieces, kl, strict=True):
+        share = 0.0 if value is None or highest <= 0 else max(0.0, value) / highest
+        shown = visible(piece)
+        text.append(shown if console.is_terminal or share < MARKED else f"\u00bb{shown}\u00ab", style=_heat(share))
+    console.print(text, soft_wrap=True)
+
+
+def _heat(share: float) -> str:
+    return "white on red" if share > 0.75 else "red" if share > MARKED else "yellow" if share > 0.25 else ""
 
 
 def print_line(text: str) -> None:

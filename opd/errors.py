@@ -18,9 +18,19 @@ PREEMPTED = 75
 
 USER_ERROR, INTERRUPTED = 2, 130
 
+FAILED_JOBS = 4
+"""Exit code of a sweep of which some jobs have failed (opd/sweep.py)."""
+
+STOPPED = 3
+"""Exit code of a run that one of its alarms has ended, with a checkpoint; nothing starts it again by itself."""
+
 
 class Preempted(Exception):  # noqa: N818 - it is no error
-    """A run has ended before its last step, with a checkpoint (opd/stopping.py)."""
+    """A run has ended before its last step, with a checkpoint (opd/stopping.py). code: its exit code."""
+
+    def __init__(self, sentence: str, code: int = PREEMPTED):
+        super().__init__(sentence)
+        self.code = code
 
 
 class RankLost(Exception):  # noqa: N818 - the sentence is for users

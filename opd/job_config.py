@@ -1,5 +1,5 @@
 """Typed settings of a job: what it saves, when it ends early, and what it shows (opd/checkpoint.py, stopping.py, tracker.py, samples.py, profiling.py,
-alarms.py, report.py).
+report.py).
 """
 
 from dataclasses import dataclass, field
@@ -104,10 +104,3 @@ class ReportConfig:
 
     run_dir: str = ""
     upload: bool = False
-
-
-@dataclass(slots=True)
-class AlarmsConfig:
-    """enabled: judge the metrics of each step, and log one line when one of them begins to look like a known failure."""
-
-    enabled: bool = True

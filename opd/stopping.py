@@ -3,6 +3,8 @@
 SIGTERM or SIGUSR1 to any rank, or launch.max_hours, ends all ranks together after the step under way: with a checkpoint, and with the exit code
 PREEMPTED. Where that takes longer than launch.grace_seconds from the signal, the process ends at once, with the same code and without the checkpoint: what
 was sampled is in the log, and the steps after the last checkpoint are done again. max_hours leaves time for one more step as long as the longest.
+
+An alarm (opd/alarm_actions.py) ends it in the same way, but with the exit code STOPPED: a job that is queued again would only go on.
 """
 
 import logging
@@ -17,10 +19,18 @@ import torch
 from opd.checkpoint_writer import settle, wait
 from opd.config import RunConfig
 from opd.distributed import Group, reduce_max
-from opd.errors import PREEMPTED, Preempted, RankLost
+from opd.errors import PREEMPTED, STOPPED, Preempted, RankLost
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 LOG = logging.getLogger(__name__)
+
+_ASKED: list[tuple[str, str]] = []
+"""Why this process's run is to stop, and the setting with which it would not."""
+
+
+def ask_to_stop(reason: str, remedy: str) -> None:
+    """Have the run stop after the step under way, with a checkpoint and the exit code STOPPED; one rank is enough."""
+    _ASKED.append((reason, remedy))
 
 
 class StopRequest:
@@ -29,6 +39,8 @@ class StopRequest:
     def __init__(self, cfg: RunConfig):
         self.cfg, self.num_steps, self.is_stopping = cfg.launch, cfg.total_steps, False
         self.reason: str | None = None
+        self.code = 0
+        _ASKED.clear()
         self.begun = self.step_begun = time.monotonic()
         self.longest_step = 0.0
         self.handlers: dict[int, object] = {}
@@ -53,14 +65,19 @@ class StopRequest:
         self.longest_step, self.step_begun = max(self.longest_step, now - self.step_begun), now
         if self.reason is None and self.cfg.max_hours is not None and now + self.longest_step - self.begun > 3600 * self.cfg.max_hours:
             self.reason = f"launch.max_hours={self.cfg.max_hours:g} is near"
-        is_asked = float(reduce_max(torch.tensor(float(self.reason is not None)), Group.data)) > 0
-        self.is_stopping = is_asked and step < self.num_steps
+        own = 2.0 if _ASKED else 1.0 if self.reason is not None else 0.0
+        asked = float(reduce_max(torch.tensor(own), Group.data))
+        self.code = STOPPED if asked == 2.0 else PREEMPTED
+        self.is_stopping = asked > 0 and step < self.num_steps
         return self.is_stopping
 
     def leave(self, step: int) -> None:
         """Raises Preempted where the run ends here; every rank calls it when the checkpoint after update number `step` is saved."""
         if self.is_stopping:
             settle()
+            if self.code == STOPPED:
+                reason, remedy = _ASKED[0] if _ASKED else ("an alarm on the main rank", "its action set to log")
+                raise Preempted(f"stopped after step {step} ({reason}), with a checkpoint: the same command goes on, or with {remedy} without it", STOPPED)
             reason = self.reason or "another rank was asked to end"
             raise Preempted(f"ended after step {step} ({reason}), with a checkpoint: the same command goes on from there")
 

@@ -28,14 +28,14 @@ import torch
 
 from opd.config import EvaluateConfig, RunConfig
 from opd.distributed import is_launched, open_store, rank_environment
-from opd.errors import INTERRUPTED, PREEMPTED, USER_ERROR
+from opd.errors import INTERRUPTED, PREEMPTED, STOPPED, USER_ERROR
 from opd.heartbeat import AGAIN, Failure, read_failure
 from opd.job_config import RanksConfig
 
 MARK = "OPD_SUPERVISED"
 """In the environment of the ranks that a supervisor started."""
 
-ENDINGS = (0, USER_ERROR, PREEMPTED, INTERRUPTED)
+ENDINGS = (0, USER_ERROR, STOPPED, PREEMPTED, INTERRUPTED)
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 POLL_SECONDS = 0.1
 LEAVE_SECONDS = 10.0
@@ -124,7 +124,7 @@ class Supervisor:
             time.sleep(POLL_SECONDS)
             new = {number: code for number, rank in enumerate(ranks) if number not in ended and (code := rank.poll()) is not None}
             ended |= dict(sorted(new.items(), key=lambda item: (item[1] >= 0, item[1] == 1)))  # what nobody else can cause comes first
-            if deadline is None and any(code not in (0, PREEMPTED, INTERRUPTED) for code in new.values()):
+            if deadline is None and any(code not in (0, STOPPED, PREEMPTED, INTERRUPTED) for code in new.values()):
                 deadline = time.monotonic() + LEAVE_SECONDS + self.cfg.heartbeat_seconds / 3
             if deadline is not None and time.monotonic() > deadline:
                 break

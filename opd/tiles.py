@@ -11,7 +11,7 @@ N: tokens. C: tokens of a tile. D: hidden size. V: vocabulary, of a block: its c
 """
 
 from dataclasses import dataclass, fields, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch.autograd.function import once_differentiable
@@ -36,6 +36,7 @@ class TokenLosses:
     capped_N: 1 where loss.cap, or GRPO's clip of the ratio, acts on the token, else 0.
     target_logprob_N: the student's log-probability of the token that was sampled, where `Targets` ask for it.
     reference_kl_N: the reverse KL from GRPO's reference.
+    likeliest: opd/likeliest.py, of a micro-batch that is inspected.
     """
 
     loss_N: torch.Tensor
@@ -46,6 +47,7 @@ class TokenLosses:
     capped_N: torch.Tensor | None = None
     target_logprob_N: torch.Tensor | None = None
     reference_kl_N: torch.Tensor | None = None
+    likeliest: Any = None
 
 
 @dataclass(frozen=True, slots=True)

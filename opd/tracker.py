@@ -14,7 +14,8 @@ from typing import Any
 
 from torch.profiler import record_function
 
-from opd.alarms import Alarms, standard_alarms
+from opd.alarm_actions import act
+from opd.alarms import Alarms, rules_of
 from opd.config import RunConfig
 from opd.console import ProgressDisplay, headline
 from opd.distributed import is_main
@@ -44,7 +45,8 @@ class Tracker:
         self.checkpoint: int | None = None  # the newest that W&B knows of
         self.display = ProgressDisplay(visible=is_main())
         self.dtype, self.profiler = torch_dtype(cfg.student.dtype), StepProfiler(run_dir, cfg.profile)
-        self.alarms = Alarms(standard_alarms(cfg)) if cfg.alarms.enabled else None
+        self.alarms = Alarms(rules_of(cfg)) if cfg.alarms.enabled else None
+        self.command = cfg.alarms.command
         self.first: dict[str, float] = {}  # the record of step 0
 
     def __enter__(self) -> "Tracker":
@@ -56,8 +58,8 @@ class Tracker:
         self.display.__exit__(*exception)
         if self.wandb is not None:
             self._tell_checkpoint()
-            is_preempted = exception[0] is Preempted
-            self.wandb.finish(PREEMPTED if is_preempted else int(exception[0] is not None), is_preempted)
+            code = exception[1].code if isinstance(exception[1], Preempted) else int(exception[0] is not None)
+            self.wandb.finish(code, is_preempted=code == PREEMPTED)
 
     def resume(self, step: int) -> None:
         """Forget the records and samples of steps that will be done again: those after `step`, and with 0 all."""
@@ -120,6 +122,8 @@ class Tracker:
         if self.wandb is not None:
             self.wandb.log(step, metrics)
             self._tell_checkpoint()
+        if self.alarms is not None and step:
+            act(self.file.parent, step, self.alarms.begun, self.command, self.wandb)
         if step:
             self.display.update(self.task, step, self.num_steps, headline(metrics))
 

@@ -5,6 +5,8 @@ A partitioned model (ZeRO-3) gathers the head like any other parameter inside th
 B: rows. L: positions. N: completion tokens of the micro-batch, flattened. M: layers with routed experts. K: experts of a token.
 """
 
+from dataclasses import replace
+
 import torch
 from torch import nn
 from transformers import PreTrainedModel
@@ -14,6 +16,7 @@ from opd.config import StudentConfig
 from opd.divergence import ModelStates
 from opd.estimators import GradedTokens, cross_entropy, distillation_loss, grpo_loss, signal_of, student_states
 from opd.grpo_config import GrpoConfig
+from opd.likeliest import likeliest_at_worst
 from opd.loss_config import LossConfig
 from opd.route_replay import RouteReplay
 from opd.routing import RoutingRecorder
@@ -55,6 +58,9 @@ class TrainedModel(nn.Module):
         else:
             sampled = Targets(batch.target_N, self.sampling_temperature)
             loss, losses = distillation_loss(student, signal, sampled, batch.weight_N, self.loss, self.vocab_size)
+            if batch.is_inspected:
+                loss_N = losses.loss_N.masked_fill(~batch.mask_N, -torch.inf)
+                losses = replace(losses, likeliest=likeliest_at_worst(student, signal, loss_N, batch.rollout_N, batch.target_N, self.vocab_size))
         self.recorder.count(batch.real_BL & (not batch.is_filler))  # nothing of a filler, on a rank that may have nothing else
         if self.balance_loss:
             loss = loss + self.balance_loss * balance_scale * self.recorder.balance_loss(batch.counted_BL)

@@ -14,6 +14,7 @@ N: completion tokens of a micro-batch.
 
 import logging
 import math
+from dataclasses import replace
 
 import torch
 
@@ -108,7 +109,7 @@ def train(
         if batch.signal is SignalKind.hidden_states:
             batch = with_hidden(batch, teachers)
             head = teachers.head(batch.teacher, _next_teacher(batches, number))
-        batch = batch.to(engine.device)
+        batch = replace(batch.to(engine.device), is_inspected=samples is not None and not batch.is_filler)
         scale = 0.0 if batch.is_filler else balance_scale
         is_last = number == len(batches) - 1
         loss, losses = engine.loss(batch, head, is_last, scale)

@@ -115,6 +115,28 @@ def test_a_run_that_is_interrupted_killed_and_ended_early_continues_bit_for_bit(
     assert (run_dir / "student" / "model.safetensors").read_bytes() == (whole_run / "student" / "model.safetensors").read_bytes()
 
 
+def test_an_alarm_that_stops_saves_first_and_the_same_command_goes_on(models, whole_run, numbers, tmp_path):
+    run_dir, told = tmp_path / "run", tmp_path / "told"
+    script = tmp_path / "tell.py"
+    script.write_text("import os, sys\nopen(sys.argv[1], 'a').write(os.environ['OPD_STEP'] + ' ' + os.environ['OPD_RUN'] + chr(10))\n")
+    rule = "+alarms.rules.mine={metric: step/loss, condition: above, threshold: -1.0, window: 3, action: stop}"
+    own = [rule, f"alarms.command='{sys.executable} {script} {told}'"]
+
+    def begin() -> subprocess.Popen:
+        command = [sys.executable, "-m", "opd", "distill", *settings(run_dir, models), *own]
+        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+
+    process = begin()
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 3, errors
+    assert "opd: stopped after step 3 (alarm mine: step/loss is " in errors
+    assert json.loads((run_dir / "checkpoints" / "latest.json").read_text())["step"] == 3
+    assert (describe(run_dir).state, describe(run_dir).why.partition(" (")[0]) == ("failed", "stopped after step 3")
+    finish(begin())
+    assert told.read_text() == f"3 {run_dir}\n", "once an episode, over both starts"
+    assert (run_dir / "student" / "model.safetensors").read_bytes() == (whole_run / "student" / "model.safetensors").read_bytes()
+
+
 def test_a_run_folder_refuses_another_configuration(models, whole_run):
     """With exit code 2 (tests/opd/test_cli.py)."""
     with pytest.raises(ValueError, match=r"optim\.lr.*fresh=true"):

@@ -2,14 +2,33 @@
 
 import math
 import re
+import shlex
+import sys
+import threading
+from dataclasses import replace
 
 import pytest
 
-from opd.alarms import CALM_STEPS, STANDARD_ALARMS, START_STEPS, Alarm, Alarms, Condition, standard_alarms
-from opd.config import DistillConfig, SpecializeConfig, StudentConfig
-from rollout.config import Dtype, RolloutConfig
+from opd.__main__ import load_config
+from opd.alarm_actions import act
+from opd.alarm_config import AlarmAction, AlarmRule, check_alarms, documented_metrics
+from opd.alarms import CALM_STEPS, START_STEPS, Alarms, Episode, rules_of
+from opd.config import DistillConfig
+from opd.errors import STOPPED, Preempted
+from opd.stopping import StopRequest
 
-LOOPED = Alarm(metric="domain/D/looped", condition=Condition.above, threshold=0.05, window=1, message="loops")
+LOOPED = AlarmRule(metric="domain/D/looped", threshold=0.05, window=1, message="loops")
+SHIPPED = load_config("distill", []).alarms.rules
+
+
+def distill_config(*overrides: str) -> DistillConfig:
+    return load_config("distill", list(overrides))
+
+
+def watch(*names: str) -> Alarms:
+    """The alarms that ship, or some of them, as a run in float32 has them."""
+    rules = rules_of(distill_config())
+    return Alarms({name: rules[name] for name in names or rules})
 
 
 def lines(caplog, alarms: Alarms, steps: list[dict[str, float]], first: int = 1) -> list[str]:
@@ -29,41 +48,58 @@ def rising(name: str, start: float, end: float) -> list[dict[str, float]]:
     return constant(**{name: start})[:START_STEPS] + constant(**{name: end})
 
 
+def moving(law: tuple[float, float], code: tuple[float, float], accuracy: tuple[float, float] = (0.5, 0.8)) -> list[dict[str, float]]:
+    """Ten steps, then ten others, of the divergence of two domains, and of the first one's accuracy."""
+    halves = [
+        {"domain/law/kl_per_token": law[half], "domain/code/kl_per_token": code[half], "domain/law/accuracy": accuracy[half]} for half in (0, 1)
+    ]  # fmt: skip
+    return halves[:1] * 10 + halves[1:] * 10
+
+
 CASES = [
     ("truncated", rising("truncated", 0.08, 0.17), rising("truncated", 0.08, 0.15)),
     ("truncated", rising("truncated", 0.0, 0.11), rising("truncated", 0.01, 0.09)),
     ("looped", constant(looped=0.06), constant(looped=0.04)),
-    ("length_ratio", constant(length_ratio=2.1), constant(length_ratio=1.9)),
-    ("length_ratio", constant(length_ratio=0.45), constant(length_ratio=0.55)),
-    ("student_entropy", constant(student_entropy=0.1, teacher_entropy=0.3), constant(student_entropy=0.2, teacher_entropy=0.3)),
-    ("student_entropy", constant(student_entropy=0.02, teacher_entropy=0.06), constant(student_entropy=0.001, teacher_entropy=0.04)),
-    ("token_share", constant(token_share=0.1, prompt_share_asked=0.5), constant(token_share=0.15, prompt_share_asked=0.5)),
-    ("token_share", constant(token_share=0.9, prompt_share_asked=0.2), constant(token_share=0.7, prompt_share_asked=0.2)),
-    ("mismatch_kl", constant(mismatch_kl=2e-3), constant(mismatch_kl=5e-4)),
+    ("too_long", constant(length_ratio=2.1), constant(length_ratio=1.9)),
+    ("too_short", constant(length_ratio=0.45), constant(length_ratio=0.55)),
+    ("entropy", constant(student_entropy=0.1, teacher_entropy=0.3), constant(student_entropy=0.2, teacher_entropy=0.3)),
+    ("entropy", constant(student_entropy=0.02, teacher_entropy=0.06), constant(student_entropy=0.001, teacher_entropy=0.04)),
+    ("few_tokens", constant(token_share=0.1, prompt_share_asked=0.5), constant(token_share=0.15, prompt_share_asked=0.5)),
+    ("many_tokens", constant(token_share=0.9, prompt_share_asked=0.2), constant(token_share=0.7, prompt_share_asked=0.2)),
+    ("mismatch", constant(mismatch_kl=2e-3), constant(mismatch_kl=5e-4)),
+    ("mismatch_token", constant(mismatch_max=1.7), constant(mismatch_max=1.5)),
+    ("negative_kl", constant(kl_per_token=-1e-4), constant(kl_per_token=-1e-7)),
+    ("left_behind", moving((0.1, 0.12), (0.2, 0.1)), moving((0.1, 0.105), (0.2, 0.1))),
+    ("left_behind", moving((0.1, 0.12), (0.2, 0.1)), moving((0.1, 0.12), (0.1, 0.2))),
+    ("style_only", moving((0.2, 0.1), (0.2, 0.1), (0.5, 0.505)), moving((0.2, 0.1), (0.2, 0.1), (0.5, 0.6))),
+    ("style_only", moving((0.2, 0.1), (0.2, 0.1), (0.5, 0.505)), moving((0.2, 0.1), (0.2, 0.1), (0.99, 0.99))),
+    ("skipped", [{"optim/skipped_steps": 1.0}], [{"optim/skipped_steps": 0.0}]),
 ]
+"""An alarm that ships, steps on which it fires, steps beside them on which it does not."""
 
 
-@pytest.mark.parametrize(("metric", "wrong", "sound"), CASES)
-def test_an_alarm_fires_on_what_it_is_for_and_not_beside_it(metric, wrong, sound, caplog):
-    [line] = lines(caplog, Alarms(standard_alarms(DistillConfig())), wrong)
-    assert re.match(rf"alarm at step \d+: domain/law/{metric} is ", line)
-    assert lines(caplog, Alarms(standard_alarms(DistillConfig())), sound) == []
+@pytest.mark.parametrize(("name", "wrong", "sound"), CASES)
+def test_an_alarm_fires_on_what_it_is_for_and_not_beside_it(name, wrong, sound, caplog):
+    [line] = lines(caplog, watch(name), wrong)
+    assert re.match(r"alarm at step \d+: (domain/law/|optim/)\w+ is ", line)
+    assert SHIPPED[name].message in line
+    assert lines(caplog, watch(name), sound) == []
 
 
-def test_every_alarm_has_a_case(caplog):
-    for alarm in standard_alarms(DistillConfig()):
-        assert [case for case in CASES if lines(caplog, Alarms([alarm]), case[1])], alarm
+def test_every_alarm_that_ships_has_a_case_and_says_what_helps():
+    assert {name for name, _, _ in CASES} == set(SHIPPED)
+    assert all(len(rule.message) > 40 for rule in SHIPPED.values())
 
 
 def test_the_line_says_where_how_much_and_against_what(caplog):
-    [line] = lines(caplog, Alarms(STANDARD_ALARMS), rising("truncated", 0.1, 0.3))
+    [line] = lines(caplog, watch(), rising("truncated", 0.1, 0.3))
     assert line.startswith("alarm at step 10: domain/law/truncated is 0.3 over 5 steps, above 2 x its mean at the start (0.1): answers no longer end")
-    [line] = lines(caplog, Alarms(STANDARD_ALARMS), constant(student_entropy=0.1, teacher_entropy=0.3))
+    [line] = lines(caplog, watch(), constant(student_entropy=0.1, teacher_entropy=0.3))
     assert line.startswith("alarm at step 5: domain/law/student_entropy is 0.1 over 5 steps, below 0.5 x domain/law/teacher_entropy (0.3): the student")
 
 
 def test_an_episode_is_one_line_and_ends_after_calm_steps(caplog):
-    alarms, bad, good = Alarms([LOOPED]), {"domain/law/looped": 0.1}, {"domain/law/looped": 0.0}
+    alarms, bad, good = Alarms({"looped": LOOPED}), {"domain/law/looped": 0.1}, {"domain/law/looped": 0.0}
     hovering = [bad, good, bad, good, good, bad]
     assert len(lines(caplog, alarms, hovering)) == 1
     assert lines(caplog, alarms, [good] * (CALM_STEPS - 1) + [bad]) == []
@@ -74,41 +110,41 @@ def test_an_episode_is_one_line_and_ends_after_calm_steps(caplog):
 
 
 def test_domains_are_judged_each_for_itself(caplog):
-    alarms = Alarms([LOOPED])
+    alarms = Alarms({"looped": LOOPED})
     found = lines(caplog, alarms, [{"domain/law/looped": 0.1, "domain/code/looped": 0.0, "evaluation/code/looped": 0.9}])
     assert [line.split()[4] for line in found] == ["domain/law/looped"]
     assert alarms.observe(2, {"domain/law/looped": 0.1, "domain/code/looped": 0.2}) == {"alarms/active": 2}
 
 
 def test_the_mean_of_the_window_is_judged_and_not_before_it_is_full(caplog):
-    alarm = Alarm(metric="step/loss", condition=Condition.above, threshold=1.0, window=3, message="high")
+    alarm = AlarmRule(metric="step/loss", threshold=1.0, window=3, message="high")
     values = [9.0, 0.0, 0.0, 0.0, 2.9, 0.2]
     means = [sum(values[index - 2 : index + 1]) / 3 for index in range(2, 6)]
     expected = [index + 3 for index, value in enumerate(means) if value > 1][:1]
     assert expected == [3]
-    assert [int(line.split()[3][:-1]) for line in lines(caplog, Alarms([alarm]), [{"step/loss": value} for value in values])] == expected
-    assert lines(caplog, Alarms([alarm]), [{"step/loss": 9.0}] * 2) == []
+    assert [int(line.split()[3][:-1]) for line in lines(caplog, Alarms({"high": alarm}), [{"step/loss": value} for value in values])] == expected
+    assert lines(caplog, Alarms({"high": alarm}), [{"step/loss": 9.0}] * 2) == []
 
 
 def test_steps_without_the_metric_are_no_steps_of_its_window(caplog):
-    alarm = Alarm(metric="domain/D/looped", condition=Condition.above, threshold=0.05, window=2, message="loops")
-    assert len(lines(caplog, Alarms([alarm]), [{"domain/law/looped": 0.1}, {}, {}, {"domain/law/looped": 0.1}])) == 1
+    alarm = AlarmRule(metric="domain/D/looped", threshold=0.05, window=2, message="loops")
+    assert len(lines(caplog, Alarms({"high": alarm}), [{"domain/law/looped": 0.1}, {}, {}, {"domain/law/looped": 0.1}])) == 1
 
 
 def test_a_domain_that_is_asked_for_nothing_is_not_judged_by_its_share(caplog):
-    assert lines(caplog, Alarms(STANDARD_ALARMS), constant(token_share=0.0, prompt_share_asked=0.0)) == []
+    assert lines(caplog, watch(), constant(token_share=0.0, prompt_share_asked=0.0)) == []
 
 
 def test_a_figure_that_is_not_a_number_fires_nothing(caplog):
-    assert lines(caplog, Alarms(standard_alarms(DistillConfig())), constant(looped=math.nan, mismatch_kl=math.nan, student_entropy=math.nan)) == []
+    assert lines(caplog, watch(), constant(looped=math.nan, mismatch_kl=math.nan, student_entropy=math.nan)) == []
 
 
 @pytest.mark.parametrize("cut", [1, 3, 7, 9, 12, 20])
 def test_a_run_that_is_taken_up_logs_and_counts_as_one_that_was_not(cut, caplog):
     steps = rising("truncated", 0.1, 0.5) + constant(truncated=0.0, looped=0.2)
-    whole = Alarms(STANDARD_ALARMS)
+    whole = watch()
     expected = [[*lines(caplog, whole, [metrics], step), whole.observe(0, {})] for step, metrics in enumerate(steps, start=1)]
-    resumed = Alarms(STANDARD_ALARMS)
+    resumed = watch()
     caplog.clear()
     resumed.replay([{"step": 0}, *({"step": step, **metrics} for step, metrics in enumerate(steps[:cut], start=1))])
     assert not caplog.records
@@ -117,13 +153,99 @@ def test_a_run_that_is_taken_up_logs_and_counts_as_one_that_was_not(cut, caplog)
     assert sum(len(part) - 1 for part in expected) == 2
 
 
-@pytest.mark.parametrize(("dtype", "staleness", "threshold"), [(Dtype.float32, 0, 1e-3), (Dtype.bfloat16, 0, 1e-2), (Dtype.float32, 1, 1e-2)])
-def test_how_far_sampler_and_trainer_may_differ_follows_from_the_run(dtype, staleness, threshold):
-    cfg = DistillConfig(student=StudentConfig(dtype=dtype), rollout=RolloutConfig(staleness=staleness))
-    [alarm] = [alarm for alarm in standard_alarms(cfg) if alarm.metric == "domain/D/mismatch_kl"]
-    assert alarm.threshold == threshold
+@pytest.mark.parametrize(
+    ("overrides", "threshold"), [([], 1e-3), (["student.dtype=bfloat16"], 1e-2), (["rollout.staleness=1", "rollout.sampler=service"], 1e-2)]
+)
+def test_how_far_sampler_and_trainer_may_differ_follows_from_the_run(overrides, threshold):
+    assert rules_of(distill_config(*overrides))["mismatch"].threshold == threshold
 
 
-@pytest.mark.parametrize("cfg", [DistillConfig(rollout=RolloutConfig(replay="runs/other")), SpecializeConfig()])
-def test_rollouts_that_this_student_did_not_sample_have_no_alarm_for_it(cfg):
-    assert not [alarm for alarm in standard_alarms(cfg) if alarm.metric == "domain/D/mismatch_kl"]
+def test_rollouts_that_this_student_did_not_sample_have_no_alarm_for_it():
+    for cfg in (distill_config("rollout.replay=runs/other"), load_config("specialize", [])):
+        assert not {"mismatch", "mismatch_token"} & set(rules_of(cfg))
+
+
+def test_an_estimate_of_a_divergence_may_be_negative():
+    assert "negative_kl" not in rules_of(distill_config("teachers.signal=sampled_token"))
+
+
+def test_a_rule_is_changed_dropped_and_added_on_the_command_line():
+    own = "+alarms.rules.slow={metric: seconds/step, threshold: 60.0, message: slow}"
+    rules = distill_config("alarms.rules.looped.action=stop", "~alarms.rules.truncated", own).alarms.rules
+    assert (rules["looped"].action, "truncated" in rules, rules["slow"].threshold) == (AlarmAction.stop, False, 60.0)
+    assert distill_config("alarms=none").alarms.enabled is False
+    assert rules_of(distill_config("alarms.enabled=false")) == {}
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("alarms.rules.looped.metric=domain/D/loped", r"alarms.rules.looped.metric='domain/D/loped' is no metric \(did you mean 'domain/D/looped'\?\)"),
+        ("alarms.rules.looped.window=0", "alarms.rules.looped.window must be at least 1, not 0"),
+        ("alarms.rules.left_behind.window=2", "alarms.rules.left_behind.window must be at least 4, not 2"),
+        ("alarms.rules.looped.threshold=null", "alarms.rules.looped has no threshold"),
+        ("alarms.rules.looped.action=explode", "alarms.rules.looped.action"),
+        ("alarms.rules.style_only.relative_to=null", "needs relative_to"),
+        ("alarms.command=\"'say\"", "is no command"),
+    ],
+)
+def test_a_rule_that_could_not_fire_is_refused(override, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        distill_config(override)
+
+
+def test_every_metric_that_a_run_writes_may_be_watched(golden_dir):
+    written = [line.strip() for name in ("metrics_names.txt", "metrics_names_grpo.txt") for line in (golden_dir / name).read_text().splitlines() if "/" in line]
+    letters = {re.sub(r"/layer_\w+/", "/layer_LL/", name) for name in written}
+    missing = [name for name in letters if name not in documented_metrics() and not re.search(r"_(low|high)$|/PHASE$|^(seconds|balance)/", name)]
+    assert missing == []
+    check_alarms(distill_config().alarms)
+
+
+SCRIPT = "import os, sys; open(sys.argv[1], 'a').write(' '.join(os.environ[name] for name in ('OPD_ALARM', 'OPD_METRIC', 'OPD_STEP', 'OPD_VALUE')) + chr(10))"
+
+
+def episode(action: AlarmAction) -> Episode:
+    return Episode(alarm="looped", metric="domain/law/looped", value=0.25, action=action, line="domain/law/looped is 0.25: loops")
+
+
+def wait_for_threads() -> None:
+    for thread in threading.enumerate():
+        if thread.name.endswith("(_run)"):
+            thread.join(60)
+
+
+def test_an_alert_runs_the_users_command_once_per_episode_beside_the_run(tmp_path):
+    command = shlex.join([sys.executable, "-c", SCRIPT, str(tmp_path / "told")])
+    alarms = Alarms({"looped": replace(LOOPED, action=AlarmAction.alert)})
+    for step, value in enumerate([0.0, 0.25, 0.25, 0.25], start=1):
+        alarms.observe(step, {"domain/law/looped": value})
+        act(tmp_path, step, alarms.begun, command, None)
+    wait_for_threads()
+    assert (tmp_path / "told").read_text() == "looped domain/law/looped 2 0.25\n"
+
+
+def test_a_command_that_fails_is_a_line_and_no_more(tmp_path, caplog):
+    for command in (shlex.join([sys.executable, "-c", "import sys; sys.exit('no network')"]), "./nowhere"):
+        act(tmp_path, 1, [episode(AlarmAction.alert)], command, None)
+    wait_for_threads()
+    assert sorted(message.partition(":")[0] for message in caplog.messages) == ["alarms.command has ended with exit code 1", "alarms.command has failed"]
+
+
+def test_a_log_action_does_nothing_but_log(tmp_path):
+    act(tmp_path, 1, [episode(AlarmAction.log)], shlex.join([sys.executable, "-c", SCRIPT, str(tmp_path / "told")]), None)
+    wait_for_threads()
+    assert not (tmp_path / "told").exists()
+
+
+def test_a_stop_ends_the_run_after_its_checkpoint_with_a_code_of_its_own(tmp_path, device):
+    with StopRequest(distill_config("num_steps=9")) as stop:
+        assert not stop.is_due(1)
+        act(tmp_path, 2, [episode(AlarmAction.stop)], None, None)
+        assert stop.is_due(2)
+        words = r"stopped after step 2 \(alarm looped: domain/law/looped is 0.25\), with a checkpoint: .* alarms.rules.looped.action=log without it"
+        with pytest.raises(Preempted, match=words) as end:
+            stop.leave(2)
+    assert end.value.code == STOPPED
+    with StopRequest(distill_config("num_steps=9")) as stop:
+        assert not stop.is_due(3), "the next start is not asked to stop"

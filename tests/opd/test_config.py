@@ -7,11 +7,13 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
+import opd.alarm_config
 import opd.bench_config
 import opd.config
 import opd.harness_config
 import opd.job_config
 import opd.plan_config
+import opd.runs_config
 import opd.start_config
 import rollout.config
 import rollout.grader_config
@@ -20,9 +22,10 @@ from opd.__main__ import CONF, load_config, split_command
 from opd.config import SCHEMAS, DistillConfig, OptimizerKind, RunConfig, parse
 from rollout.config import PerturbationConfig
 
-GROUPS = sorted((path.parent.name, path.stem) for path in CONF.glob("*/*.yaml"))
+GROUPS = sorted((path.parent.name, path.stem) for path in CONF.glob("*/*.yaml") if path.parent.name != "sweep")
+"""All files of groups; conf/sweep is for W&B, and no group."""
 MODULES = (
-    opd.bench_config, opd.config, opd.harness_config, opd.job_config, opd.plan_config, opd.start_config, rollout.config, rollout.grader_config,
+    opd.alarm_config, opd.bench_config, opd.config, opd.harness_config, opd.job_config, opd.plan_config, opd.runs_config, opd.start_config, rollout.config, rollout.grader_config,
     teachers.config,
 )  # fmt: skip
 SELECT = {"domain": "domain=[{}]", "pipeline": "pipeline={}"}

@@ -1,5 +1,6 @@
 """What can be set (`opd COMMAND --help`), and what is set where (`--cfg`)."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -31,8 +32,7 @@ def test_a_composed_config_has_no_setting_that_is_not_listed(command):
     """And so the list is whole: what stands in no dataclass cannot be composed."""
     listed = {setting.path for setting in SETTINGS[command]}
     for path, value in leaves(OmegaConf.to_container(compose_config(command, []))):
-        if command in ("pipeline",) and path.startswith("stages."):
-            path = f"stages.NAME.{path.split('.')[2]}"
+        path = re.sub(r"^(stages|alarms\.rules)\.\w+\.", r"\1.NAME.", path)
         inside_mapping = [".".join(path.split(".")[:length]) for length in range(1, path.count(".") + 2)]
         assert listed & set(inside_mapping) or value == {}, path
 

@@ -12,6 +12,7 @@ import pytest
 from wandb.proto.wandb_internal_pb2 import Record
 
 from opd import wandb_log
+from opd.__main__ import load_config
 from opd.config import DistillConfig
 from opd.errors import Preempted
 from opd.job_config import LoggerConfig, LoggerKind
@@ -24,7 +25,7 @@ def records(run_dir: Path) -> list[dict]:
 
 
 def config(kind: LoggerKind) -> DistillConfig:
-    return DistillConfig(logger=LoggerConfig(kind=kind), num_steps=9)
+    return DistillConfig(logger=LoggerConfig(kind=kind), num_steps=9, alarms=load_config("distill", []).alarms)
 
 
 @pytest.fixture

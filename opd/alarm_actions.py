@@ -1,0 +1,56 @@
+"""What an alarm does beyond its line in the log: W&B's alert, the user's command, the end of the run.
+
+The command runs once for each episode, beside the training, which waits for neither its start nor its end; it has COMMAND_SECONDS, and what goes wrong
+with it is one line in the log. It is the user's own program, so it gets the environment that the run was started in (a token of a chat, perhaps), and what
+has happened:
+
+    OPD_ALARM   name of the rule         OPD_STEP   step            OPD_RUN    run folder
+    OPD_METRIC  name of the metric       OPD_VALUE  its mean        OPD_LINE   the line of the log
+"""
+
+import logging
+import os
+import shlex
+import subprocess
+import threading
+from collections.abc import Iterable
+from pathlib import Path
+
+from opd.alarm_config import AlarmAction
+from opd.alarms import Episode
+from opd.stopping import ask_to_stop
+from opd.wandb_log import WandbLog
+from rollout.errors import first_sentence
+
+COMMAND_SECONDS = 60
+LOG = logging.getLogger(__name__)
+
+
+def act(run_dir: Path, step: int, episodes: Iterable[Episode], command: str | None, wandb: WandbLog | None) -> None:
+    """Do what the episodes that begin at a step ask for; the main rank calls it."""
+    for episode in episodes:
+        if episode.action is AlarmAction.log:
+            continue
+        if wandb is not None:
+            wandb.alert(f"{run_dir.name}: {episode.alarm} at step {step}", episode.line)
+        if command is not None:
+            environment = {
+                "OPD_ALARM": episode.alarm, "OPD_METRIC": episode.metric, "OPD_VALUE": f"{episode.value:g}", "OPD_STEP": str(step), "OPD_RUN": str(run_dir),
+                "OPD_LINE": episode.line,
+            }  # fmt: skip
+            threading.Thread(target=_run, args=(command, environment)).start()
+        if episode.action is AlarmAction.stop:
+            ask_to_stop(f"alarm {episode.alarm}: {episode.line.partition(': ')[0]}", f"alarms.rules.{episode.alarm}.action=log")
+
+
+def _run(command: str, environment: dict[str, str]) -> None:
+    try:
+        done = subprocess.run(
+            shlex.split(command), env=os.environ | environment, stdin=subprocess.DEVNULL, capture_output=True, timeout=COMMAND_SECONDS, check=False,
+            start_new_session=True,
+        )  # fmt: skip
+    except (OSError, subprocess.TimeoutExpired) as error:
+        LOG.warning("alarms.command has failed: %s", first_sentence(error))
+        return
+    if done.returncode:
+        LOG.warning("alarms.command has ended with exit code %d: %s", done.returncode, done.stderr.decode(errors="replace").strip()[-200:])
