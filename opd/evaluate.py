@@ -28,6 +28,7 @@ from opd.evaluation_cache import EvaluationCache
 from opd.harness_config import HarnessRole
 from opd.intervals import Interval, mean, proportion
 from opd.loss_config import Backend, LossConfig
+from opd.model_card import refresh_card
 from opd.rollouts import FirstRequest, data_ranks
 from opd.run import require_own_folder, write_config
 from opd.tiles import Targets
@@ -209,6 +210,9 @@ def evaluate(cfg: EvaluateConfig) -> None:
         replace_text(folder / "evaluation.json", json.dumps(record, indent=2) + "\n")
         if evaluator is not None:
             print_comparison(record)
+            card = refresh_card(cfg.student.model, record)
+            if card is not None:
+                print(f"results written into the model card {card}")
         if tasks is not None:
             _harness_module().print_tasks(record["lm_eval"])
     require_certificates(record)

@@ -1,7 +1,7 @@
 """`opd export`: the trained student as a folder to serve, verified before it gets its name.
 
     RUN/config.yaml      resolved configuration
-    RUN/student/         Hugging Face folder: weights, config, generation config, tokenizer
+    RUN/student/         Hugging Face folder: weights, config, generation config, tokenizer, model card (opd/model_card.py)
     RUN/export.json      what was written and what was verified (below)
 
 DeepSeek-V4 is written in DeepSeek's released layout (opd/deepseek_layout.py) with its routed experts packed in MXFP4, 4.25 bits a weight; a run with
@@ -20,7 +20,8 @@ export.json (schema version 1):
 share_off_grid is that of experts' weights that were no FP4 values, 0 for a student trained under FP4; they were rounded if config.yaml has round_experts.
 spread counts 128 x 128 blocks by the spread of their scales, from 0. What only packing has is null in format plain; experts is null where FP4 fits none.
 verified says how many tensors, and logits of how many tokens, were found equal when the folder was loaded again. kl is KL(exported || given) on the
-exported model's own completions, null without domains. A folder that is there has passed: what fails stays as RUN/student.partial.
+exported model's own completions, null without domains. sha256 has every file but the card, which a later evaluation changes. A folder that is there has
+passed: what fails stays as RUN/student.partial.
 """
 
 import hashlib
@@ -43,6 +44,7 @@ from opd.evaluate import Evaluator
 from opd.export_check import require_equal
 from opd.export_config import ExportConfig, ExportFormat, RestFormat, shard_bytes
 from opd.export_rounding import ExpertFigures, round_experts, round_matrices
+from opd.model_card import write_card
 from opd.run import require_own_folder, write_config
 from opd.run_lock import lock
 from opd.shards import StoredTensor, write_shards
@@ -92,6 +94,7 @@ def export(cfg: ExportConfig) -> None:
     record |= {"verified": verified, "kl": _divergence(evaluator, model.to(device), cfg.seed)}
     record["kept"] = [] if tensors is None else kept_modules(tensors)
     record["sha256"] = {path.name: _sha256(path) for path in sorted(partial.iterdir())}
+    write_card(partial, record)
     (run_dir / "export.json").unlink(missing_ok=True)
     replace_folder(partial, run_dir / "student")
     replace_text(run_dir / "export.json", json.dumps(record, indent=2) + "\n")

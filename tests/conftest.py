@@ -24,6 +24,7 @@ if not torch.cuda.is_available():
 from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from wandb.proto.wandb_internal_pb2 import Record
 
 from opd.config import StudentConfig
 from opd.distributed import start_processes, stop_processes
@@ -237,3 +238,38 @@ def random_rollouts(make_rollout, tokenizer) -> Callable[..., list[Rollout]]:
         return [make_rollout(domain, tokens(before), tokens(after), request=request) for request, (domain, before, after) in enumerate(shapes)]
 
     return make
+
+
+def records_of_wandb(log: Path) -> list[Record]:
+    """What stands in a log of W&B's: blocks of 32 KiB, in which each piece of a record stands behind its checksum, length and place (LevelDB's format)."""
+    content, position, found, data = log.read_bytes(), 7, [], b""
+    while position + 7 < len(content):
+        left = 32768 - position % 32768
+        if left < 7:
+            position += left
+            continue
+        length, place = int.from_bytes(content[position + 4 : position + 6], "little"), content[position + 6]
+        data += content[position + 7 : position + 7 + length]
+        position += 7 + length
+        if place in (1, 4):  # whole, or the last piece
+            found.append(Record.FromString(data))
+            data = b""
+    return found
+
+
+@pytest.fixture(scope="session")
+def wandb_records() -> Callable[[Path], list[Record]]:
+    """wandb_records(log): what stands in a log of W&B's, run-ID.wandb."""
+    return records_of_wandb
+
+
+@pytest.fixture(scope="session")
+def wandb_rows() -> Callable[[Path], list[dict]]:
+    """wandb_rows(run_dir): the rows of history in W&B's logs of a run, in all its folders."""
+
+    def read(run_dir: Path) -> list[dict]:
+        logs = sorted((run_dir / "wandb").glob("offline-run-*/run-*.wandb"))
+        histories = [record.history for log in logs for record in records_of_wandb(log) if record.WhichOneof("record_type") == "history"]
+        return [{item.nested_key[0] if item.nested_key else item.key: json.loads(item.value_json) for item in history.item} for history in histories]
+
+    return read

@@ -28,7 +28,7 @@ def settings(run_dir, models) -> list[str]:
 
 
 def start(run_dir, models) -> subprocess.Popen:
-    command = [sys.executable, "-m", "opd", "distill", *settings(run_dir, models)]
+    command = [sys.executable, "-m", "opd", "distill", *settings(run_dir, models), "logger=offline"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, preexec_fn=heed_interrupts)
 
@@ -72,7 +72,7 @@ def wait_for(process: subprocess.Popen, run_dir, num_records: int) -> None:
         time.sleep(0.01)
 
 
-def test_a_run_that_is_interrupted_killed_and_ended_early_continues_bit_for_bit(models, whole_run, numbers, tmp_path):
+def test_a_run_that_is_interrupted_killed_and_ended_early_continues_bit_for_bit(models, whole_run, numbers, wandb_rows, tmp_path):
     run_dir = tmp_path / "run"
     process = start(run_dir, models)
     wait_for(process, run_dir, 4)
@@ -112,6 +112,10 @@ def test_a_run_that_is_interrupted_killed_and_ended_early_continues_bit_for_bit(
     assert len(starts) == (run_dir / "logs" / "rank-000.log").read_text().count("--- 20") == 4
     assert [record["step"] for record in records(run_dir)] == list(range(31)), "no step twice, none missing"
     assert numbers(run_dir) == numbers(whole_run)
+    assert len(list((run_dir / "wandb").glob("offline-run-*"))) == 1
+    assert [row["opd/step"] for row in wandb_rows(run_dir)] == [row["_step"] for row in wandb_rows(run_dir)] == list(range(31))
+    losses = [record["step/loss"] for record in records(whole_run) if record["step"]]
+    assert [row["step/loss"] for row in wandb_rows(run_dir)[1:]] == losses, "the curve is the undisturbed run's"
     assert (run_dir / "student" / "model.safetensors").read_bytes() == (whole_run / "student" / "model.safetensors").read_bytes()
 
 

@@ -306,7 +306,7 @@ def test_the_record_has_the_format_on_file_and_its_figures_are_those_of_the_file
     assert record["verified"] == {"tensors": len(loaded(exported / "student").state_dict()), "probe_tokens": 256}
     assert sum(record["experts"]["spread"]) == 3 * 8 * 3
     assert record["sha256"]["model.safetensors"] == hashlib.sha256((exported / "student" / "model.safetensors").read_bytes()).hexdigest()
-    assert set(record["sha256"]) == {path.name for path in (exported / "student").iterdir()}
+    assert set(record["sha256"]) == {path.name for path in (exported / "student").iterdir()} - {"README.md"}, "the card may change"
 
 
 # Experts that were not trained under FP4

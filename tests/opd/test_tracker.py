@@ -6,10 +6,10 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from wandb.proto.wandb_internal_pb2 import Record
 
 from opd import wandb_log
 from opd.__main__ import load_config
@@ -156,31 +156,7 @@ def test_an_offline_run_needs_no_account_and_a_resumed_one_has_the_same_id(no_ac
     assert all(identity in name for name in folders)
 
 
-def wandb_records(log: Path) -> list[Record]:
-    """What stands in a log of W&B's: blocks of 32 KiB, in which each piece of a record stands behind its checksum, length and place (LevelDB's format)."""
-    content, position, found, data = log.read_bytes(), 7, [], b""
-    while position + 7 < len(content):
-        left = 32768 - position % 32768
-        if left < 7:
-            position += left
-            continue
-        length, place = int.from_bytes(content[position + 4 : position + 6], "little"), content[position + 6]
-        data += content[position + 7 : position + 7 + length]
-        position += 7 + length
-        if place in (1, 4):  # whole, or the last piece
-            found.append(Record.FromString(data))
-            data = b""
-    return found
-
-
-def rows(run_dir: Path) -> list[dict]:
-    """The rows of history in W&B's logs of a run, in all its folders."""
-    logs = sorted((run_dir / "wandb").glob("offline-run-*/run-*.wandb"))
-    histories = [record.history for log in logs for record in wandb_records(log) if record.WhichOneof("record_type") == "history"]
-    return [{item.nested_key[0] if item.nested_key else item.key: json.loads(item.value_json) for item in history.item} for history in histories]
-
-
-def test_a_run_that_is_killed_and_resumed_twice_is_one_w_and_b_run_with_every_step_once(no_account, tmp_path):
+def test_a_run_that_is_killed_and_resumed_twice_is_one_w_and_b_run_with_every_step_once(no_account, tmp_path, wandb_rows):
     """Killed: W&B has rows of steps that are done again, or lacks rows of steps that count."""
     for first, last in ((0, 4), (2, 6), (5, 9)):
         tracker = Tracker(tmp_path, "test", config(LoggerKind.offline))
@@ -193,9 +169,9 @@ def test_a_run_that_is_killed_and_resumed_twice_is_one_w_and_b_run_with_every_st
         else:
             tracker.__exit__(None, None, None)
     assert len(list((tmp_path / "wandb").glob("offline-run-*"))) == 1
-    assert [row["opd/step"] for row in rows(tmp_path)] == [row["_step"] for row in rows(tmp_path)] == list(range(1, 10))
-    assert [row["step/loss"] for row in rows(tmp_path)] == [1.0, 2.0, 3.2, 4.2, 5.2, 6.5, 7.5, 8.5, 9.5]
-    assert [record["step/loss"] for record in records(tmp_path)] == [row["step/loss"] for row in rows(tmp_path)]
+    assert [row["opd/step"] for row in wandb_rows(tmp_path)] == [row["_step"] for row in wandb_rows(tmp_path)] == list(range(1, 10))
+    assert [row["step/loss"] for row in wandb_rows(tmp_path)] == [1.0, 2.0, 3.2, 4.2, 5.2, 6.5, 7.5, 8.5, 9.5]
+    assert [record["step/loss"] for record in records(tmp_path)] == [row["step/loss"] for row in wandb_rows(tmp_path)]
 
 
 def test_a_folder_that_has_been_uploaded_is_not_removed(no_account, tmp_path):
@@ -258,11 +234,11 @@ def go_online(folder: Path, **environment: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, capture_output=True, text=True, timeout=120, env=os.environ | environment, check=False)
 
 
-def test_a_server_that_cannot_be_reached_makes_the_run_an_offline_one(no_account, tmp_path):
+def test_a_server_that_cannot_be_reached_makes_the_run_an_offline_one(no_account, tmp_path, wandb_rows):
     done = go_online(tmp_path, WANDB_BASE_URL="http://127.0.0.1:9", WANDB_API_KEY="a" * 40)
     assert done.returncode == 0, done.stderr
     assert "so this run is logged offline" in done.stderr
-    assert [row["step/loss"] for row in rows(tmp_path)] == [1.0]
+    assert [row["step/loss"] for row in wandb_rows(tmp_path)] == [1.0]
 
 
 def test_without_a_login_a_run_that_is_to_be_uploaded_is_refused(no_account, tmp_path):
@@ -297,14 +273,19 @@ def test_a_run_that_fails_ends_its_w_and_b_run(no_account, tmp_path):
     assert tracker.wandb.run._is_finished
 
 
-def written_kinds(run_dir: Path) -> list[str]:
-    """The kinds of records in W&B's log of a short run."""
-    [log] = (run_dir / "wandb").glob("offline-run-*/run-*.wandb")
-    return [record.WhichOneof("record_type") for record in wandb_records(log)]
+@pytest.fixture
+def written_kinds(wandb_records) -> Callable[[Path], list[str]]:
+    """written_kinds(run_dir): the kinds of records in W&B's log of a short run."""
+
+    def read(run_dir: Path) -> list[str]:
+        [log] = (run_dir / "wandb").glob("offline-run-*/run-*.wandb")
+        return [record.WhichOneof("record_type") for record in wandb_records(log)]
+
+    return read
 
 
 @pytest.mark.parametrize(("end", "is_marked"), [(Preempted, True), (KeyError, False)])
-def test_a_run_that_ended_early_and_is_to_go_on_is_marked_so_in_w_and_b(end, is_marked, no_account, tmp_path):
+def test_a_run_that_ended_early_and_is_to_go_on_is_marked_so_in_w_and_b(end, is_marked, no_account, tmp_path, written_kinds):
     with pytest.raises(end), Tracker(tmp_path, "test", config(LoggerKind.offline)):
         raise end("ended")
     deadline = time.monotonic() + 60

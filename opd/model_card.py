@@ -1,0 +1,241 @@
+"""The model card of an export: README.md of the folder that is handed on, written from the facts (opd/model_card_facts.py), in Hugging Face's format.
+
+`opd export` writes it with what the run itself has measured; `opd evaluate` of an exported folder puts its results in their place, which changes this file
+alone, so that export.json, whose sha256 it is not in, stays true. What was not measured or is not stated is said to be so. A domain is named as a regression
+where its intervals say that the student is worse than its teacher, or than the model it began with.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+from huggingface_hub import EvalResult, ModelCardData
+
+from opd.model_card_facts import CardFacts, is_hub_id, licence_of, read_facts, shown_name
+from opd.run_facts import without_passwords
+from rollout.files import read_json, replace_text
+
+CARD = "README.md"
+NOT_MEASURED = "Not measured. `opd evaluate student.model=FOLDER 'domain=[...]'` of this folder fills this in."
+OBJECTIVE = "L = sum_d w_d / N_d sum_t KL(student || teacher_d), over the whole vocabulary, on the student's own answers"
+MADE = {
+    "distill": f"On-policy distillation: {OBJECTIVE} (arXiv:2606.19348, section 5.1.2).",
+    "specialize": "Supervised fine-tuning on reference answers, and GRPO on its own where grpo.num_steps says so.",
+    "merge": "Arithmetic on the weights of its teachers, without training.",
+}
+
+
+def write_card(folder: Path, record: dict[str, Any], evaluation: dict[str, Any] | None = None) -> None:
+    """Write the card into an exported model's folder. record: export.json. evaluation: what opd/comparison.py defines."""
+    replace_text(folder / CARD, model_card(record, read_facts(record["source"]), evaluation))
+
+
+def refresh_card(model: str, evaluation: dict[str, Any]) -> Path | None:
+    """Put results into the card of an exported folder that was evaluated; returns the card, or None where the model is no export."""
+    folder = Path(model)
+    if folder.name != "student" or not (folder.parent / "export.json").is_file():
+        return None
+    write_card(folder, read_json(folder.parent / "export.json"), evaluation)
+    return folder / CARD
+
+
+def model_card(record: dict[str, Any], facts: CardFacts, evaluation: dict[str, Any] | None) -> str:
+    """The text of a card. record: export.json."""
+    sections = [
+        ("", [f"# {_title(record, facts)}", _what(record)]),
+        ("How it was made", _making(facts)),
+        ("Teachers", _teachers(facts)),
+        ("Data", _data(facts)),
+        ("Results", _results(facts, evaluation)),
+        ("Known regressions and limits", _regressions(facts, evaluation)),
+        ("Files", _table(["file", "sha256"], [[name, digest] for name, digest in record["sha256"].items()])),
+        ("Settings", _settings(facts)),
+    ]
+    text = "\n\n".join("\n".join(([f"## {title}", ""] if title else []) + lines) for title, lines in sections)
+    return f"---\n{_metadata(record, facts, evaluation).to_yaml()}\n---\n\n{text}\n"
+
+
+def _metadata(record: dict[str, Any], facts: CardFacts, evaluation: dict[str, Any] | None) -> ModelCardData:
+    base = facts.config.get("student", {}).get("model")
+    results = []
+    for name, domain in (evaluation or {}).get("domains", {}).items():
+        if domain.get("student") is not None:
+            place = {"task_type": "text-generation", "dataset_type": f"opd-{name}", "dataset_name": name}  # the type groups the results
+            results.append(EvalResult(**place, metric_type="accuracy", metric_value=domain["student"]["accuracy"]))
+    licence = licence_of(base, facts.config.get("student", {}).get("revision"))
+    given = {"license": licence if licence and not licence.startswith("see ") else None, "base_model": base if is_hub_id(base) else None}
+    return ModelCardData(
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["distillation", record["family"]] + (["mxfp4"] if record["format"] == "fp4" else []),
+        model_name=_title(record, facts) if results else None,
+        eval_results=results or None,
+        **{name: value for name, value in given.items() if value},
+    )
+
+
+def _title(record: dict[str, Any], facts: CardFacts) -> str:
+    return f"{facts.run.name} ({record['family']})" if facts.run is not None else f"{shown_name(record['source'])} ({record['family']})"
+
+
+def _what(record: dict[str, Any]) -> str:
+    layout = {
+        "fp4": "routed experts packed in MXFP4 (DeepSeek-V4's released layout), the rest in " + record["dtype"],
+        "plain": f"all weights in {record['dtype']}, as transformers writes them",
+    }[record["format"]]
+    verified = f"{record['verified']['tensors']} tensors and the logits of {record['verified']['probe_tokens']} tokens were equal when it was loaded again"
+    how = "`AutoModelForCausalLM.from_pretrained(FOLDER)` of transformers loads it"
+    return f"A {record['family']} model: {layout}. {how}; {verified}. Written by `opd export`."
+
+
+def _making(facts: CardFacts) -> list[str]:
+    if facts.run is None:
+        return ["Not known: the model does not lie in the folder of a run."]
+    student = facts.config.get("student", {})
+    begun = shown_name(student.get("model")) if student.get("model") else "a new model"
+    rows = [["command", f"opd {facts.command}"], ["began with", begun], ["seed", facts.config.get("seed")]]
+    if facts.command != "merge":
+        rows += [["steps", f"{facts.step} of {facts.steps}"], ["completion tokens trained on", f"{facts.tokens:,}" if facts.tokens else "not recorded"]]
+        rows += [["routed experts trained under", facts.config.get("quant", {}).get("experts", "not recorded")]]
+    if facts.lineage is not None:
+        rows.append(["branched from", shown_name(str(facts.lineage.get("branch_from", facts.lineage.get("source", "another run"))))])
+    if facts.starts:
+        last = facts.starts[-1]
+        commit = last["git"]["commit"] + (" with changes" if last["git"]["diff"] else "") if last["git"] else "not a repository"
+        devices = ", ".join(last["hardware"]["devices"]) or last["hardware"]["cpu"]
+        rows += [["code", f"{commit}, sha256 {last['code'][:12]}"], ["hardware", f"{last['ranks']} ranks, {devices}"]]
+        rows.append(["versions", ", ".join(f"{name} {number}" for name, number in last["versions"].items())])
+    else:
+        rows.append(["code, versions, hardware", "not recorded"])
+    return [MADE.get(facts.command, ""), "", *_table(["", ""], rows)]
+
+
+def _teachers(facts: CardFacts) -> list[str]:
+    if not facts.spans:
+        return ["None." if facts.command == "specialize" else "Not recorded."]
+    rows, licences = [], {}
+    for number, span in enumerate(facts.spans):
+        end = facts.spans[number + 1]["from_step"] - 1 if number + 1 < len(facts.spans) else facts.step
+        for name, domain in span["domains"].items():
+            teacher = domain["teacher"]
+            licence = licence_of(teacher.get("model"), teacher.get("revision"))
+            licences[name] = licence
+            model, digest = shown_name(teacher.get("model") or teacher.get("server")), (teacher.get("hash") or "-")[:16]
+            rows.append([name, model, teacher.get("revision") or "-", digest, licence or "not stated", f"{span['from_step']}-{end}"])
+    differ = "The teachers' licences are not all the same: what this model may be used for is for who hands it on to settle."
+    notes = ["", differ] if len(set(licences.values())) > 1 else []
+    return _table(["domain", "teacher", "revision", "hash of the weights", "licence", "steps"], rows) + notes
+
+
+def _data(facts: CardFacts) -> list[str]:
+    rows = []
+    recorded = facts.starts[-1]["data"] if facts.starts else {}
+    for name, domain in facts.config.get("domains", {}).items():
+        for source, cfg in (domain["prompts"].get("sources") or {"prompts": domain["prompts"]}).items():
+            found = recorded.get(name, {}).get(source, {})
+            known = [found.get("rows", "not recorded"), (found.get("sha256") or "not recorded")[:16]]
+            rows.append([name, shown_name(cfg.get("path")), cfg.get("revision") or "-", *known, domain["prompts"].get("share")])
+        held_out = domain.get("held_out", {})
+        place = shown_name(held_out.get("path")) if held_out.get("path") else "none"
+        rows.append([f"{name}, held out", place, held_out.get("revision") or "-", held_out.get("rows") or "all", "-", "-"])
+    return _table(["domain", "data", "revision", "rows", "sha256 of the rows", "share"], rows) if rows else ["Not recorded."]
+
+
+def _results(facts: CardFacts, evaluation: dict[str, Any] | None) -> list[str]:
+    if evaluation is not None and evaluation["domains"]:
+        rows = [
+            [name, *(_accuracy(domain.get(role)) for role in ("base", "teacher", "student")), _interval(domain["recovery"]), _floor(domain), _kl(domain)]
+            for name, domain in evaluation["domains"].items()
+        ]
+        note = "Held-out prompts, temperature 1, 95 % intervals; recovery is this model's accuracy over its teacher's; floor is what the KL guarantees of it."
+        return _table(["domain", "before", "teacher", "this model", "recovery", "floor", "KL to the teacher (nats per token)"], rows) + ["", note]
+    last = {name: value for record in facts.records for name, value in record.items() if name.startswith("evaluation/")}
+    names = sorted({name.split("/")[1] for name in last})
+    if not names:
+        return [NOT_MEASURED]
+    rows = [[name, _figure(last, name, "accuracy"), _figure(last, name, "kl_per_token")] for name in names]
+    note = "Measured by the run itself while it trained, on as many held-out prompts as evaluation.prompts says; not by an evaluation of this folder."
+    return _table(["domain", "accuracy", "KL to the teacher (nats per token)"], rows) + ["", note]
+
+
+def _regressions(facts: CardFacts, evaluation: dict[str, Any] | None) -> list[str]:
+    found = regressions(evaluation) if evaluation is not None else ["Whether it is worse than its teachers or than what it began with was not measured."]
+    last = facts.records[-1] if facts.records else {}
+    cut = {name.split("/")[1]: value for name, value in last.items() if name.startswith("domain/") and name.endswith("/truncated")}
+    found += [f"{name}: {value:.1%} of the last step's answers did not end." for name, value in cut.items() if value > 0.01]
+    if last.get("alarms/active"):
+        found.append(f"{int(last['alarms/active'])} alarms were active at the end of training.")
+    for span in facts.spans:
+        found += [f"{name}: its teacher failed, and training went on without it from step {drop['step']}." for name, drop in span["dropped"].items()]
+    if len(facts.spans) > 1:
+        found.append(f"The teachers or domains were changed during training, at step {', '.join(str(span['from_step']) for span in facts.spans[1:])}.")
+    if facts.step is not None and facts.steps is not None and facts.step < facts.steps:
+        found.append(f"These are the weights after step {facts.step} of {facts.steps}.")
+    return [f"- {_escaped(line)}" for line in found] or ["None is known: no domain is worse than its teacher, or than before, beyond the intervals."]
+
+
+def regressions(evaluation: dict[str, Any]) -> list[str]:
+    """A sentence for each domain in which the student is worse than its teacher, or than the base, beyond the 95 % intervals."""
+    found = []
+    for name, domain in evaluation["domains"].items():
+        recovery, difference = domain["recovery"], domain["difference"]
+        if isinstance(recovery, dict) and recovery["high"] < 1:
+            found.append(f"{name}: it recovers {recovery['value']:.3f} [{recovery['low']:.3f}, {recovery['high']:.3f}] of its teacher's accuracy.")
+        if difference is not None and difference["high"] < 0:
+            found.append(f"{name}: its accuracy is {-difference['value']:.3f} below that of the model it began with.")
+        if recovery == "not graded":
+            found.append(f"{name}: its answers are not graded, so that only the KL says how near it came.")
+    return found
+
+
+def _settings(facts: CardFacts) -> list[str]:
+    if not facts.config:
+        return ["Not known."]
+    text = without_passwords(yaml.safe_dump(_portable(facts.config), sort_keys=False, allow_unicode=True)).replace("```", "'''")
+    return ["<details><summary>the run's resolved settings</summary>", "", "```yaml", text.rstrip("\n"), "```", "", "</details>"]
+
+
+def _portable(value: Any, key: str = "", upload_text: bool | None = None) -> Any:
+    """Settings without paths of this machine, and without system prompts unless the run may upload text."""
+    if isinstance(value, dict):
+        allowed = value["logger"].get("upload_text", False) if "logger" in value else upload_text
+        return {name: _portable(inner, name, allowed) for name, inner in value.items()}
+    if isinstance(value, list):
+        return [_portable(inner, key, upload_text) for inner in value]
+    if key == "system_prompt" and value is not None and not upload_text:
+        return "(left out: logger.upload_text=false)"
+    return shown_name(value) if isinstance(value, str) and (value.startswith(("/", "~")) or Path(value).is_absolute()) else value
+
+
+def _table(header: list[str], rows: list[list[Any]]) -> list[str]:
+    lines = [[_escaped(str(cell)) for cell in row] for row in rows]
+    return [f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *lines)]
+
+
+def _escaped(text: str) -> str:
+    """Text of data or settings, so that it ends neither its cell nor its line, and opens no tag."""
+    return " ".join(text.split()).replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;").replace("`", "'")
+
+
+def _accuracy(found: dict[str, Any] | None) -> str:
+    return "not measured" if found is None or found.get("accuracy") is None else f"{found['accuracy']:.3f} [{found['low']:.3f}, {found['high']:.3f}]"
+
+
+def _interval(found: dict[str, float] | str | None) -> str:
+    return found or "not known" if not isinstance(found, dict) else f"{found['value']:.3f} [{found['low']:.3f}, {found['high']:.3f}]"
+
+
+def _floor(domain: dict[str, Any]) -> str:
+    return "not known" if domain.get("certificate") is None else f"{domain['certificate']['low']:.3f}"
+
+
+def _kl(domain: dict[str, Any]) -> str:
+    found = domain.get("kl", {}).get("student")
+    return "not measured" if found is None else f"{found['per_token']['value']:.4g}"
+
+
+def _figure(last: dict[str, float], name: str, figure: str) -> str:
+    value = last.get(f"evaluation/{name}/{figure}")
+    if value is None:
+        return "not measured"
+    return f"{value:.3f} [{last[f'evaluation/{name}/{figure}_low']:.3f}, {last[f'evaluation/{name}/{figure}_high']:.3f}]"
