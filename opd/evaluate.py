@@ -56,8 +56,12 @@ class Evaluator:
         self.domains, self.cfg, self.tokenizer, self.teachers = cfg.domains, cfg.evaluation, tokenizer, teachers
         self.sampling = _sampling(cfg)
         self.loss = LossConfig(backend=cfg.loss.backend if isinstance(cfg, DistillConfig) else Backend.auto)  # always exact reverse KL
-        longest = context_length(student.config, "student") - self.sampling.max_new_tokens
+        context = context_length(student.config, "student")
+        longest = context - self.sampling.max_new_tokens
         is_wanted = isinstance(cfg, EvaluateConfig) or cfg.evaluation.every > 0
+        if is_wanted and longest < 1 and any(domain.held_out.path for domain in cfg.domains.values()):
+            given = f"completions of {self.sampling.max_new_tokens} tokens leave no room for a prompt in the student's context of {context}"
+            raise ValueError(f"in the evaluation {given}: lower evaluation.max_new_tokens")
         prompts = {name: domain.prompts for name, domain in cfg.domains.items()}
         sources = {name: domain.held_out for name, domain in cfg.domains.items() if is_wanted}
         held_out = load_held_out(prompts, sources, tokenizer, longest)

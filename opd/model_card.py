@@ -148,14 +148,14 @@ def _results(facts: CardFacts, evaluation: dict[str, Any] | None) -> list[str]:
             for name, domain in evaluation["domains"].items()
         ]
         note = "Held-out prompts, temperature 1, 95 % intervals; recovery is this model's accuracy over its teacher's; floor is what the KL guarantees of it."
-        return _table(["domain", "before", "teacher", "this model", "recovery", "floor", "KL to the teacher (nats per token)"], rows) + ["", note]
+        return [*_table(["domain", "before", "teacher", "this model", "recovery", "floor", "KL to the teacher (nats per token)"], rows), "", note]
     last = {name: value for record in facts.records for name, value in record.items() if name.startswith("evaluation/")}
     names = sorted({name.split("/")[1] for name in last})
     if not names:
         return [NOT_MEASURED]
     rows = [[name, _figure(last, name, "accuracy"), _figure(last, name, "kl_per_token")] for name in names]
     note = "Measured by the run itself while it trained, on as many held-out prompts as evaluation.prompts says; not by an evaluation of this folder."
-    return _table(["domain", "accuracy", "KL to the teacher (nats per token)"], rows) + ["", note]
+    return [*_table(["domain", "accuracy", "KL to the teacher (nats per token)"], rows), "", note]
 
 
 def _regressions(facts: CardFacts, evaluation: dict[str, Any] | None) -> list[str]:

@@ -7,7 +7,8 @@
 
 TOKEN: {"token": id, "text", "logprob"}, the likeliest first, at the tokens with the highest divergence, the highest first (opd/likeliest.py).
 figures: over all rollouts of the domain in the step, on all ranks, and their tokens in the loss: sums by tenth of the completion (position t of T belongs to
-number 10 t // T) and by class of token (`token_class`); and the prompts with the highest mean, at most MOST_PROMPTS.
+number 10 t // T) and by class of token (`token_class`); and the rollouts with the highest mean, the worst quarter, at most MOST_PROMPTS: of a domain with few
+prompts each would else be among the worst at every step.
 
 kl: the divergence that the run's loss settings name, as it entered the step's loss (from a sampled token an estimate, which may be negative), of the
 student before the step's update; null on tokens that are not in the loss. place: by the mean over the tokens of the loss among the domain's rollouts of
@@ -183,7 +184,8 @@ def _pairs(found: tuple[torch.Tensor, torch.Tensor], number: int) -> list[tuple[
 def _joined(parts: list[dict[str, Any]]) -> dict[str, Any]:
     """The figures of several ranks as one."""
     classes = sorted({name for part in parts for name in part["classes"]})
-    worst = sorted(item for part in parts for item in part["prompts"])[:MOST_PROMPTS]
+    ordered = sorted(item for part in parts for item in part["prompts"])
+    worst = ordered[: min(MOST_PROMPTS, -(-len(ordered) // 4))]
     return {
         "deciles": [_sum(part["deciles"][number] for part in parts) for number in range(10)],
         "classes": {name: _sum(part["classes"].get(name, [0.0, 0]) for part in parts) for name in classes},

@@ -121,7 +121,7 @@ def plan(command: str, overrides: list[str]) -> tuple[SweepConfig, Path, list[Jo
         words = [f"{key.split('.')[-1] if short[key.split('.')[-1]] == 1 else key}_{value}" for key, value in chosen.items()]
         name = re.sub(r"[^A-Za-z0-9.+-]+", "_", "-".join(words)).strip("_.") or "job"
         given = [f"{key}={value}" if value is not None else key for key, value in combination.items()]
-        given += [f"run_dir='{folder / name}'"] + _group(command, folder, given)
+        given += [f"run_dir='{folder / name}'", *_group(command, folder, given)]
         load_config(command, given)
         jobs.append(Job(name=name, chosen=chosen, overrides=given))
     twice = [name for name, count in Counter(job.name for job in jobs).items() if count > 1]

@@ -1,0 +1,115 @@
+"""What student and teacher would have said at the worst tokens, against whole logits of transformers' own forward; and that the update does not notice it."""
+
+import copy
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from opd.config import DistillConfig
+from opd.job_config import SamplesConfig
+from opd.likeliest import LIKELIEST, WORST
+from opd.loss_config import DivergenceKind, LossConfig
+from opd.samples import Samples
+from opd.update import update
+from rollout.config import ModelConfig
+from rollout.model import load_model
+from teachers.config import DomainConfig, SignalKind, TeacherConfig, TeachersConfig
+from teachers.pool import TeacherPool
+
+TEACHERS = {"law": "v4", "code": "qwen3_moe"}
+SIGNALS = {
+    "zero3": (3, LossConfig(temperature=0.7), TeachersConfig(max_resident=2)),
+    "forward KL": (1, LossConfig(kind=DivergenceKind.forward_kl, smoothing=0.1, cap=0.5), TeachersConfig(max_resident=2)),
+    "policy gradient": (1, LossConfig(policy_gradient=True), TeachersConfig(max_resident=2)),
+    "top_k": (1, LossConfig(), TeachersConfig(max_resident=2, signal=SignalKind.top_k, top_k=3)),
+    "sampled_token": (1, LossConfig(), TeachersConfig(max_resident=2, signal=SignalKind.sampled_token)),
+}
+
+
+@pytest.fixture
+def rollouts(random_rollouts) -> list:
+    """Of two domains; one has tokens outside the loss, one fewer tokens than are looked at."""
+    found = random_rollouts([("law", 3, 19), ("code", 9, 2), ("law", 6, 4), ("code", 2, 12), ("law", 12, 11), ("code", 5, 15)])
+    found[0].completion_mask_T[2:5] = False
+    return found
+
+
+@pytest.fixture
+def setting(make_config, teacher_folders):
+    """(config, pool settings) by name."""
+
+    def make(name: str) -> tuple[DistillConfig, TeachersConfig]:
+        stage, loss, teachers = SIGNALS[name]
+        domains = {domain: DomainConfig(teacher=TeacherConfig(model=str(teacher_folders[model]))) for domain, model in TEACHERS.items()}
+        return make_config(domains, stage=stage, loss=loss, teachers=teachers, samples=SamplesConfig(every=1), max_tokens=40), teachers
+
+    return make
+
+
+@pytest.fixture
+def one_update(make_engine, v4_model, tokenizer, device, rollouts):
+    """(metrics, weights afterwards) of one update, with samples kept in a folder where one is given."""
+
+    def make(cfg: DistillConfig, teachers: TeachersConfig, folder: Path | None = None) -> tuple[dict, dict]:
+        pool = TeacherPool(cfg.domains, teachers, tokenizer, device)
+        engine = make_engine(v4_model, cfg)
+        metrics = update(engine, pool, pool.score(rollouts), cfg, None if folder is None else Samples(folder, cfg, tokenizer))
+        return metrics, engine.full_weights()
+
+    return make
+
+
+def logprobs_of(model, rollout, vocab_size: int) -> torch.Tensor:
+    """[T, V] at temperature 1, by the model's own forward."""
+    ids = torch.tensor([[*rollout.prompt.tokens, *rollout.completion_T.tolist()]])
+    with torch.no_grad():
+        logits = model(input_ids=ids).logits[0, len(rollout.prompt.tokens) - 1 : -1, :vocab_size]
+    return logits.double().log_softmax(-1)
+
+
+def require_likeliest(found: list[dict], logprob_V: torch.Tensor, count: int = LIKELIEST) -> None:
+    expected = logprob_V.topk(count)
+    assert [token["token"] for token in found] == expected.indices.tolist()
+    assert [token["logprob"] for token in found] == pytest.approx(expected.values.tolist(), abs=1e-4)
+
+
+@pytest.mark.parametrize("name", SIGNALS)
+def test_what_was_likely_is_what_the_models_own_forward_says(name, setting, one_update, rollouts, v4_model, teacher_folders, tokenizer, tmp_path):
+    cfg, teachers = setting(name)
+    one_update(cfg, teachers, tmp_path)
+    student = copy.deepcopy(v4_model).eval()
+    models = {domain: load_model(ModelConfig(model=str(teacher_folders[model])), "teacher").eval() for domain, model in TEACHERS.items()}
+    by_request = {rollout.prompt.request: rollout for rollout in rollouts}
+    looked_at = 0
+    for domain, kept in json.loads((tmp_path / "samples/000001.json").read_text())["domains"].items():
+        for record in kept:
+            rollout = by_request[record["request"]]
+            own_TV, other_TV = (logprobs_of(model, rollout, len(tokenizer)) for model in (student, models[domain]))
+            inside = [(-kl, place) for place, kl in enumerate(record["kl"]) if kl is not None]
+            assert len(record["at_worst"]) == min(WORST, len(inside))
+            if cfg.loss.cap is None:
+                assert [worst["position"] for worst in record["at_worst"]] == [place for _, place in sorted(inside)[:WORST]]
+            for worst in record["at_worst"]:
+                place = worst["position"]
+                require_likeliest(worst["student"], own_TV[place])
+                if name == "sampled_token":
+                    target = int(rollout.completion_T[place])
+                    [given] = worst["teacher"]
+                    assert (given["token"], given["logprob"]) == (target, pytest.approx(float(other_TV[place, target]), abs=1e-4))
+                else:
+                    require_likeliest(worst["teacher"], other_TV[place], 3 if name == "top_k" else LIKELIEST)
+                looked_at += 1
+    assert looked_at > 20
+
+
+@pytest.mark.parametrize("name", ["zero3", "top_k"])
+def test_an_update_whose_samples_are_kept_is_bit_identical_to_one_without(name, setting, one_update, tmp_path):
+    cfg, teachers = setting(name)
+    metrics, weights = one_update(cfg, teachers)
+    with_samples, weights_with_samples = one_update(cfg, teachers, tmp_path)
+    clocks = ("seconds", "loads", "bytes_loaded", "load_seconds", "load_hidden")
+    for key in metrics:
+        assert metrics[key] == with_samples[key] or key.endswith(clocks), key
+    assert all(torch.equal(tensor, weights_with_samples[key]) for key, tensor in weights.items())
