@@ -135,6 +135,9 @@ def split_command(arguments: list[str]) -> tuple[str, list[str]]:
         raise ValueError(f"there is no command {arguments[0]!r}{nearest(arguments[0], list(COMMANDS))}; the commands are {', '.join(COMMANDS)}")
     if arguments[0] == "bench":
         return _bench_command(arguments[1:])
+    if arguments[0] == "report" and len(arguments) > 2 and _is_run(arguments[1]) and _is_run(arguments[2]):
+        runs = [argument for argument in arguments[1:] if _is_run(argument)]
+        return "report", [f"run_dir={quoted(runs[0])}", f"others=[{','.join(map(quoted, runs[1:]))}]", *(item for item in arguments[1:] if item not in runs)]
     if len(arguments) > 1 and _is_run(arguments[1]):
         arguments = [arguments[0], *_of_run(arguments[0], arguments[1]), *arguments[2:]]
     if arguments[0] == "inspect":  # domain is a group of files elsewhere

@@ -31,6 +31,7 @@ from opd.loss_config import Backend, LossConfig
 from opd.model_card import refresh_card
 from opd.rollouts import FirstRequest, data_ranks
 from opd.run import require_own_folder, write_config
+from opd.scores import write_scores
 from opd.tiles import Targets
 from rollout.config import SamplingConfig
 from rollout.files import replace_text
@@ -54,7 +55,7 @@ class Evaluator:
     def __init__(self, cfg: RunConfig | EvaluateConfig, student: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, teachers: TeacherPool | None):
         """Reads the held-out prompts, unless evaluation.every=0. `teachers` are needed for divergences only."""
         self.domains, self.cfg, self.tokenizer, self.teachers = cfg.domains, cfg.evaluation, tokenizer, teachers
-        self.sampling = _sampling(cfg)
+        self.sampling, self.run_dir = _sampling(cfg), Path(cfg.run_dir) if isinstance(cfg, RunConfig) else None
         self.loss = LossConfig(backend=cfg.loss.backend if isinstance(cfg, DistillConfig) else Backend.auto)  # always exact reverse KL
         context = context_length(student.config, "student")
         longest = context - self.sampling.max_new_tokens
@@ -76,7 +77,10 @@ class Evaluator:
         """Results per domain with held-out prompts; takes the source's weights first where one is given. Every rank calls it."""
         if source is not None and self.prompts:
             sampler.refresh(source)
-        return {name: self.evaluate_domain(name, sampler) for name in self.prompts}
+        results = {name: self.evaluate_domain(name, sampler) for name in self.prompts}
+        if source is not None and self.run_dir is not None and is_main():
+            write_scores(self.run_dir, source.policy_step, self.prompts, results)
+        return results
 
     def evaluate_domain(self, name: str, sampler: LocalSampler, with_kl: bool = True) -> DomainResult:
         """The sampler's model on one domain, its divergence from the domain's teacher included if asked; every rank calls it."""

@@ -99,8 +99,12 @@ class ReportConfig:
     """`opd report RUN`: one HTML page on a run (opd/report.py).
 
     run_dir: folder of the run or pipeline; report.html is written there.
+    others: further runs, in `opd report RUN RUN ...`: then the page compares them all with the first (opd/report_compare.py), and is written to `out`.
+    out: file of a comparison.
     upload: also log the page as an artifact of the run's W&B run, without text of prompts and completions unless the run has logger.upload_text=true.
     """
 
     run_dir: str = ""
+    others: list[str] = field(default_factory=list)
+    out: str = "comparison.html"
     upload: bool = False

@@ -23,6 +23,7 @@ from markupsafe import Markup
 from omegaconf import OmegaConf
 
 from opd.job_config import LoggerConfig, LoggerKind, ReportConfig
+from opd.report_compare import commit_of, render_comparison
 from opd.report_figures import accuracy_intervals, sections
 from opd.report_reader import RunFacts, read_run, without_text
 from rollout.files import replace_text
@@ -48,6 +49,11 @@ def report(cfg: ReportConfig) -> None:
     """Write RUN/report.html, upload it if asked, and print its path. Raises ValueError where there is nothing to report on, or nowhere to upload."""
     if not cfg.run_dir:
         raise ValueError("report needs a run: write `opd report RUN`, with the folder of a run or of a pipeline")
+    if cfg.others:
+        if cfg.upload:
+            raise ValueError("a comparison belongs to no W&B run: leave upload=true out")
+        replace_text(Path(cfg.out), render_comparison([Path(name) for name in (cfg.run_dir, *cfg.others)]))
+        return print(cfg.out)
     facts = read_run(Path(cfg.run_dir))
     logger = _logger_of(facts)
     if cfg.upload and logger.kind is LoggerKind.none:
@@ -113,7 +119,7 @@ def _about(facts: RunFacts) -> list[tuple[str, str]]:
         ("experts", config.get("quant", {}).get("experts", "")),
         ("seed", str(config.get("seed", ""))),
         ("versions", ", ".join(f"{name} {number}" for name, number in facts.versions.items()) or "not recorded by this command"),
-        ("git commit", "not recorded"),
+        ("git commit", commit_of(facts.train_folder)),
     ]
     if facts.train_folder != facts.folder:
         found.insert(0, ("curves from", f"stage {facts.train_folder.name} (opd {facts.train_command})"))

@@ -19,6 +19,7 @@ LEFT, RIGHT, TOP, BOTTOM = 50, 94, 10, 40
 POINTS, POINTS_AMONG_MANY = 100, 36
 """Of a line at most, and of one among more than four, where noise would hide which is which; more are averaged over equal stretches of steps."""
 COLOURS, DASHES = 6, 3
+STEPS = "optimizer steps done"
 LABEL_HEIGHT = 11.5
 LOG_RATIO = 30
 """Of largest and smallest value, from which a scale that may be logarithmic is."""
@@ -52,13 +53,15 @@ class Scale:
         return math.log10(max(value, self.low)) if self.is_log else value
 
 
-def line_chart(title: str, lines: list[Line], y_axis: str, *, may_be_log: bool = False, bounds: tuple[float, float] | None = None) -> Markup:
-    """Lines over optimizer steps. y_axis: name with its unit; bounds: what the axis shows at least."""
+def line_chart(
+    title: str, lines: list[Line], y_axis: str, *, may_be_log: bool = False, bounds: tuple[float, float] | None = None, x_axis: str = STEPS
+) -> Markup:
+    """Lines over optimizer steps, or over what x_axis says. y_axis: name with its unit; bounds: what the axis shows at least."""
     lines = [Line(name=line.name, points=reduced(line.points, most_points(len(lines))), style=line.style) for line in lines]
     steps = [step for line in lines for step, _ in line.points]
     x = linear_scale(min(0.0, *steps), max([*steps, 1.0]), LEFT, CHART - RIGHT, 5)
     y = _value_scale([value for line in lines for _, value in line.points], may_be_log, bounds)
-    parts = [_axes(x, y, "optimizer steps done", y_axis + (", logarithmic" if y.is_log else ""))]
+    parts = [_axes(x, y, x_axis, y_axis + (", logarithmic" if y.is_log else ""))]
     for line in lines:
         path = "M" + "L".join(f"{x.at(step):.1f},{y.at(value):.1f}" for step, value in line.points)
         values = ";".join(f"{step:g},{value:.4g}" for step, value in line.points)

@@ -7,6 +7,7 @@
     RUN/changes.jsonl        opd/config_changes.py
     RUN/lineage.json         opd/branch.py, with branch_from
     RUN/metrics.jsonl        opd/metrics.py
+    RUN/scores.json          opd/scores.py: scores of each held-out prompt at the newest evaluation
     RUN/checkpoints/         opd/checkpoint.py
     RUN/teachers.json        which teachers scored which steps, and the domains' settings then: teachers/manifest.py (of a distillation)
     RUN/warmup.json          opd/warmup.py, with warmup=sft
@@ -59,7 +60,7 @@ from rollout.files import replace_text
 from rollout.model import save_model
 
 FILES = (
-    "config.yaml", "state.json", "starts.jsonl", "metrics.jsonl", "wandb_id", "evaluation.json", "teachers.json", "warmup.json", "changes.jsonl",
+    "config.yaml", "state.json", "starts.jsonl", "metrics.jsonl", "scores.json", "wandb_id", "evaluation.json", "teachers.json", "warmup.json", "changes.jsonl",
     "lineage.json",
 )  # fmt: skip
 FOLDERS = (

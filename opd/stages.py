@@ -22,7 +22,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from types import FrameType
@@ -32,6 +32,7 @@ import psutil
 import torch
 from omegaconf import OmegaConf
 
+from opd.alarm_config import AlarmsConfig
 from opd.console import ProgressDisplay, headline
 from opd.distributed import num_cores
 from opd.errors import PREEMPTED, Preempted
@@ -167,7 +168,8 @@ def plan(cfg: PipelineConfig) -> dict[str, Stage]:
         folder = Path(cfg.run_dir) / name
         overrides = [*stage.overrides, f"run_dir={folder}", f"seed={cfg.seed if stage.seed is None else stage.seed}"]
         config = load_config(stage.command, overrides)
-        identity = OmegaConf.to_yaml(OmegaConf.structured(config)) + "".join(stages[before].hash for before in stage.after)
+        counted = replace(config, alarms=AlarmsConfig()) if COMMANDS[stage.command].trains else config  # what watches a run does not change it
+        identity = OmegaConf.to_yaml(OmegaConf.structured(counted)) + "".join(stages[before].hash for before in stage.after)
         if COMMANDS[stage.command].trains:
             overrides += _logger_overrides(cfg.logger)
         state_file = _state_file(Path(cfg.run_dir), name)

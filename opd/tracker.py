@@ -130,7 +130,11 @@ class Tracker:
     def _tell_checkpoint(self) -> None:
         """Tell W&B of the checkpoint in force, where it is a new one: by its pointer, which follows when it is whole, whoever writes it."""
         pointer = self.file.parent / "checkpoints" / "latest.json"
-        if pointer.is_file() and (newest := read_json(pointer))["step"] != self.checkpoint:
+        try:
+            newest = read_json(pointer)
+        except ValueError:
+            return  # there is none yet, or a resume has to say what is wrong with it
+        if newest["step"] != self.checkpoint:
             self.checkpoint = newest["step"]
             self.wandb.made("checkpoint", "checkpoint", str(pointer.parent / newest["tag"]), f"step-{self.checkpoint}")
 

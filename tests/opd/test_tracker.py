@@ -201,6 +201,26 @@ def test_w_and_b_that_hangs_holds_up_neither_a_step_nor_the_end(no_account, tmp_
     tracker.wandb.thread.join(60)
 
 
+def test_checkpoints_models_and_data_are_artifacts_by_reference(no_account, short_run, wandb_records):
+    [log] = (short_run / "wandb").glob("offline-run-*/run-*.wandb")
+    requests = [record.request.log_artifact.artifact for record in wandb_records(log) if record.WhichOneof("record_type") == "request"]
+    found = {artifact.name: artifact for artifact in [*requests, *(record.artifact for record in wandb_records(log))] if artifact.name}
+    identity = (short_run / "wandb_id").read_text()
+    assert set(found) >= {"teacher-arithmetic", "teacher-tools", "student", "data-arithmetic-prompts", "data-tools-prompts", f"checkpoint-{identity}"}
+    [span] = json.loads((short_run / "teachers.json").read_text())["spans"]
+    described = json.loads(found["teacher-tools"].metadata)
+    assert (described["hash"], described["role"]) == (span["domains"]["tools"]["teacher"]["hash"], "input")
+    assert not found["student"].manifest.contents or all(entry.ref.startswith("file://") for entry in found["student"].manifest.contents)
+
+
+def test_a_damaged_pointer_to_the_checkpoint_does_not_end_the_run(no_account, tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "latest.json").write_text("{")
+    with Tracker(tmp_path, "test", config(LoggerKind.offline)) as tracker:
+        tracker.log(1, {"step/loss": 1.0})
+    assert len(records(tmp_path)) == 1
+
+
 def test_w_and_b_that_fails_is_said_once_and_ends_nothing(no_account, tmp_path, caplog):
     def fail() -> None:
         raise BrokenPipeError("gone")

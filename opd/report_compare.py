@@ -1,0 +1,188 @@
+"""`opd report RUN RUN ...`: runs beside each other on one page: what differs between them, their curves, and who is better on the same held-out prompts.
+
+Only what differs is listed: settings (dotted paths of config.yaml), code, versions, hardware, initial student, teachers, data. Curves of the figures that at
+least two of the runs have stand over steps, over the student's tokens and over seconds, both added up over the steps that count. The table pairs each run with
+the first, prompt by prompt, from the scores of their newest evaluations (opd/scores.py): an interval of the mean of differences, which is much smaller than the
+difference of two intervals. It is blank, and says why, where two runs have answered other prompts.
+"""
+
+import base64
+import hashlib
+import json
+import re
+from datetime import datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import yaml
+from markupsafe import Markup
+
+from opd.comparison import paired_difference
+from opd.composition import leaves
+from opd.intervals import Interval
+from opd.report_charts import STEPS, Line, line_chart, style_class
+from opd.report_figures import Figure, Section
+from opd.run_facts import read_starts
+from opd.runs import RunRow, describe
+from opd.scores import read_scores
+from rollout.files import read_json
+
+UNCOUNTED = ("run_dir", "fresh", "logger", "launch")
+"""Settings that do not make two runs differ."""
+UNKNOWN = "not recorded"
+CURVES = {
+    r"step/loss": ("Loss of the step", "nats"),
+    r"evaluation/(.+)/accuracy": ("Accuracy on held-out prompts", "share right"),
+    r"evaluation/(.+)/kl_per_sequence": ("KL to the teacher on held-out prompts", "nats per completion"),
+    r"domain/(.+)/kl_per_token": ("KL to the teacher on the rollouts", "nats per token"),
+    r"domain/(.+)/student_entropy": ("Entropy of the student", "nats per token"),
+    r"domain/(.+)/completion_length": ("Length of completions", "tokens"),
+}
+AXES = {"steps": STEPS, "tokens": "completion tokens of the student, added up", "seconds": "seconds of steps, added up"}
+
+
+def render_comparison(folders: list[Path]) -> str:
+    """The page. Raises ValueError for a folder that is no run, or is named twice."""
+    for folder in folders:
+        if not (folder / "config.yaml").is_file():
+            raise ValueError(f"{folder} is not a folder of a run: it has no config.yaml")
+    if len({folder.resolve() for folder in folders}) < len(folders):
+        raise ValueError("a run is named twice: a comparison needs different ones")
+    names = _names(folders)
+    records = {name: _records(folder) for name, folder in zip(names, folders, strict=True)}
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
+    )
+    script = (Path(__file__).parent / "report_page.js").read_text()
+    return environment.get_template("report_compare.html").render(
+        names=names,
+        runs=[_about(name, describe(folder), folder) for name, folder in zip(names, folders, strict=True)],
+        differences=differences(dict(zip(names, folders, strict=True))),
+        pairs=paired_table(dict(zip(names, folders, strict=True))),
+        sections=[_section(axis, records) for axis in AXES],
+        script=Markup(script),
+        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+        written=datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
+        version=version("opd"),
+    )
+
+
+def commit_of(folder: Path) -> str:
+    """The commit that a run was last started with, as far as it was recorded."""
+    starts = read_starts(folder)
+    git = starts[-1]["git"] if starts else None
+    return UNKNOWN if git is None else git["commit"][:12] + (" with changes" if git["diff"] else "")
+
+
+def differences(folders: dict[str, Path]) -> list[tuple[str, list[str]]]:
+    """(what, its value in each run) of everything that is not the same in all."""
+    found = {name: _described(folder) for name, folder in folders.items()}
+    keys = list(dict.fromkeys(key for values in found.values() for key in values))
+    rows = [(key, [values.get(key, UNKNOWN if key.startswith(RECORDED) else "-") for values in found.values()]) for key in keys]
+    return [(key, values) for key, values in rows if len(set(values)) > 1]
+
+
+def paired_table(folders: dict[str, Path]) -> list[dict[str, Any]]:
+    """A row for each domain and run but the first: prompts, both accuracies, and the paired difference or why there is none."""
+    scores = {name: read_scores(folder) for name, folder in folders.items()}
+    seeds = {name: yaml.safe_load((folder / "config.yaml").read_text()).get("seed") for name, folder in folders.items()}
+    first, *others = scores
+    rows = []
+    for domain in (scores[first] or {"domains": {}})["domains"]:
+        ours = scores[first]["domains"][domain]
+        for name in others:
+            theirs = (scores[name] or {"domains": {}})["domains"].get(domain)
+            row = {"domain": domain, "run": name, "first": _mean(ours), "other": "", "difference": "", "note": "", "prompts": len(ours["scores"])}
+            if theirs is None:
+                row["note"] = "no scores: a run keeps those of its newest evaluation, with evaluation.every=N"
+            elif theirs["prompts"] != ours["prompts"]:
+                row |= {"other": _mean(theirs), "note": "it answered other prompts"}
+            else:
+                found = paired_difference(theirs["scores"], ours["scores"])
+                note = "" if seeds[name] == seeds[first] else "another seed, so other random numbers: the interval is still of the same prompts"
+                row |= {"other": _mean(theirs), "difference": _shown(found), "note": note}
+            rows.append(row)
+    return rows
+
+
+RECORDED = ("code", "commit", "version of ", "hardware", "initial student", "teacher of ", "data of ")
+
+
+def _described(folder: Path) -> dict[str, str]:
+    """Everything by which a run may differ from another, as text."""
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    found = {path: json.dumps(value) for path, value in leaves(config) if path.split(".")[0] not in UNCOUNTED}
+    starts = read_starts(folder)
+    if starts:
+        last = starts[-1]
+        found |= {"code": last["code"][:12], "commit": commit_of(folder), "hardware": ", ".join(last["hardware"]["devices"]) or last["hardware"]["cpu"]}
+        found |= {f"version of {name}": number for name, number in last["versions"].items()}
+        found["initial student"] = (starts[0]["student"] or {"hash": "a new model"})["hash"] or UNKNOWN
+        found |= {f"data of {name}, {source}": data["sha256"][:16] for name, sources in last["data"].items() for source, data in sources.items()}
+    if (folder / "teachers.json").is_file():
+        span = read_json(folder / "teachers.json")["spans"][-1]
+        identities = {name: domain["teacher"] for name, domain in span["domains"].items()}
+        found |= {f"teacher of {name}": str(own.get("hash") or own.get("fingerprint") or UNKNOWN)[:16] for name, own in identities.items()}
+    return found
+
+
+def _section(axis: str, records: dict[str, list[dict[str, Any]]]) -> Section:
+    """All curves over one axis."""
+    places = {name: positions(found, axis) for name, found in records.items()}
+    figures = []
+    for pattern, (title, unit) in CURVES.items():
+        metrics = sorted({key for found in records.values() for record in found for key in record if re.fullmatch(pattern, key)})
+        for metric in metrics:
+            lines = []
+            for number, (name, found) in enumerate(records.items()):
+                points = [(places[name][index], record[metric]) for index, record in enumerate(found) if metric in record]
+                lines += [Line(name=name, points=points, style=number)] if points else []
+            if len(lines) > 1:
+                domain = re.fullmatch(pattern, metric).groups()
+                full = f"{title}: {domain[0]}" if domain else title
+                picture = line_chart(full, lines, unit, may_be_log=unit.startswith("nats"), x_axis=AXES[axis])
+                legend = [(line.name, style_class(line.style)) for line in lines]
+                figures.append(Figure(title=full, picture=picture, caption=metric, legend=legend))
+    absent = [] if figures else ["No figure is in the metrics of two of these runs."]
+    return Section(title=f"Over {axis}", figures=figures, absent=absent)
+
+
+def positions(records: list[dict[str, Any]], axis: str) -> list[float]:
+    """Where each record stands on an axis: its step, or the tokens or seconds of all steps up to it."""
+    if axis == "steps":
+        return [float(record["step"]) for record in records]
+    key = "step/completion_tokens" if axis == "tokens" else "seconds/step"
+    total, found = 0.0, []
+    for record in records:
+        total += record.get(key, 0.0) if record["step"] else 0.0
+        found.append(total)
+    return found
+
+
+def _about(name: str, row: RunRow, folder: Path) -> dict[str, str]:
+    step = "" if row.step is None else f", step {row.step}" + (f" of {row.steps}" if row.steps else "")
+    return {"name": name, "folder": str(folder), "about": f"opd {row.command}, {row.state}{step}", "commit": commit_of(folder)}
+
+
+def _names(folders: list[Path]) -> list[str]:
+    """The folders' last names, with as much before as tells them apart."""
+    for length in range(1, max(len(folder.parts) for folder in folders) + 1):
+        names = ["/".join(folder.parts[-length:]) for folder in folders]
+        if len(set(names)) == len(names):
+            return names
+    return [str(folder) for folder in folders]
+
+
+def _records(folder: Path) -> list[dict[str, Any]]:
+    file = folder / "metrics.jsonl"
+    return [json.loads(line) for line in file.read_text().splitlines() if line.endswith("}")] if file.is_file() else []
+
+
+def _mean(scores: dict[str, Any]) -> str:
+    return f"{sum(scores['scores']) / len(scores['scores']):.3f}"
+
+
+def _shown(found: Interval) -> str:
+    return f"{found.value:+.3f} [{found.low:+.3f}, {found.high:+.3f}]"

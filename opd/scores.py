@@ -1,0 +1,39 @@
+"""The scores of each held-out prompt at a run's newest evaluation: RUN/scores.json, schema version 1, from which runs are compared prompt by prompt.
+
+    {"schema": 1, "step": updates done, "domains": {D: {"prompts": sha256 of the prompts' tokens and answers, "scores": [number of each prompt, in order]}}}
+
+Two runs have answered the same prompts, with the same random numbers, where the hashes and the seed are equal. Of a domain without a grader there is nothing.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from opd.comparison import DomainResult
+from rollout.files import read_json, replace_text
+from rollout.types import Prompt
+
+SCHEMA = 1
+FILE = "scores.json"
+
+
+def write_scores(run_dir: Path, step: int, prompts: dict[str, list[Prompt]], results: dict[str, DomainResult]) -> None:
+    """Write RUN/scores.json, where the run has a folder; the main rank calls it."""
+    graded = {name: result.scores for name, result in results.items() if result.scores is not None}
+    if run_dir.is_dir() and graded:
+        domains = {name: {"prompts": _digest(prompts[name]), "scores": list(scores)} for name, scores in graded.items()}
+        replace_text(run_dir / FILE, json.dumps({"schema": SCHEMA, "step": step, "domains": domains}) + "\n")
+
+
+def read_scores(run_dir: Path) -> dict[str, Any] | None:
+    """The record; None where the run has none, or of another version."""
+    record = read_json(run_dir / FILE) if (run_dir / FILE).is_file() else {}
+    return record if record.get("schema") == SCHEMA else None
+
+
+def _digest(prompts: list[Prompt]) -> str:
+    digest = hashlib.sha256()
+    for prompt in prompts:
+        digest.update(json.dumps([list(prompt.tokens), prompt.answer]).encode())
+    return digest.hexdigest()

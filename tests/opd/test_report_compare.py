@@ -1,0 +1,138 @@
+"""`opd report RUN RUN`: only what differs, the right place of each point on each axis, differences prompt by prompt, and text that stays text."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from opd.__main__ import split_command
+from opd.job_config import ReportConfig
+from opd.report import report
+from opd.report_compare import differences, paired_table, positions, render_comparison
+from opd.scores import read_scores
+
+
+@pytest.fixture
+def make_run(tmp_path):
+    """make_run("a", scores=[1, 0], prompts="x", lr=0.1): a folder as a run leaves it."""
+
+    def make(name: str, scores: list[float] | None = None, prompts: str = "x", seed: int = 0, **optim) -> Path:
+        folder = tmp_path / name
+        folder.mkdir()
+        config = {"run_dir": name, "seed": seed, "optim": {"lr": 0.5} | optim, "logger": {"group": name}}
+        (folder / "config.yaml").write_text("# written by opd distill\n" + yaml.safe_dump(config))
+        records = [{"schema": 1, "step": step, "step/loss": 1.0 / (step + 1), "step/completion_tokens": 10 * step, "seconds/step": 2.0} for step in range(4)]
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+        if scores is not None:
+            record = {"schema": 1, "step": 3, "domains": {"law": {"prompts": prompts, "scores": scores}}}
+            (folder / "scores.json").write_text(json.dumps(record))
+        return folder
+
+    return make
+
+
+def test_only_what_differs_is_listed(make_run):
+    folders = {"a": make_run("a"), "b": make_run("b", lr=0.25, clip_norm=1.0)}
+    assert differences(folders) == [("optim.lr", ["0.5", "0.25"]), ("optim.clip_norm", ["-", "1.0"])]
+
+
+def test_code_teachers_and_data_differ_by_their_hashes_and_an_old_run_has_not_recorded_them(short_run, tmp_path):
+    shutil.copytree(short_run, tmp_path / "other")
+    start = json.loads((short_run / "starts.jsonl").read_text().splitlines()[-1])
+    start["code"], start["data"]["tools"]["prompts"]["sha256"] = "0" * 64, "1" * 64
+    (tmp_path / "other" / "starts.jsonl").write_text(json.dumps(start) + "\n")
+    found = dict(differences({"a": short_run, "b": tmp_path / "other"}))
+    assert set(found) == {"code", "data of tools, prompts"}
+    assert found["code"][1] == "0" * 12
+    (tmp_path / "other" / "starts.jsonl").unlink()
+    assert dict(differences({"a": short_run, "b": tmp_path / "other"}))["code"][1] == "not recorded"
+
+
+def test_differences_are_paired_prompt_by_prompt(make_run):
+    ours, theirs = [1, 0, 1, 1, 0, 1, 1, 0], [1, 1, 1, 1, 0, 1, 1, 1]
+    [row] = paired_table({"a": make_run("a", ours), "b": make_run("b", theirs)})
+    each = [their - our for our, their in zip(ours, theirs, strict=True)]
+    mean = sum(each) / 8
+    half = 1.96 * (sum((value - mean) ** 2 for value in each) / 7 / 8) ** 0.5
+    shown = [float(number) for number in re.findall(r"[+-]\d\.\d+", row["difference"])]
+    assert shown == pytest.approx([mean, mean - half, mean + half], abs=0.02)
+    assert (row["first"], row["other"], row["prompts"], row["note"]) == ("0.625", "0.875", 8, "")
+
+
+def test_runs_that_answered_other_prompts_are_not_paired(make_run):
+    folders = {"a": make_run("a", [1, 0]), "b": make_run("b", [1, 0], prompts="y"), "c": make_run("c"), "d": make_run("d", [1, 1], seed=1)}
+    found = {row["run"]: (row["difference"] != "", row["note"]) for row in paired_table(folders)}
+    assert found["b"] == (False, "it answered other prompts")
+    assert found["c"][1].startswith("no scores")
+    assert found["d"][0]
+    assert "another seed" in found["d"][1]
+
+
+def test_tokens_and_seconds_are_added_up_over_the_steps():
+    steps = [(0, 9.0, 4), (1, 2.0, 5), (2, 3.0, 7)]
+    records = [{"step": step, "seconds/step": seconds, "step/completion_tokens": tokens} for step, seconds, tokens in steps]
+    assert positions(records, "steps") == [0.0, 1.0, 2.0]
+    assert positions(records, "tokens") == [0.0, 5.0, 12.0]
+    assert positions(records, "seconds") == [0.0, 2.0, 5.0]
+
+
+def test_the_page_has_every_run_and_axis_and_needs_no_network(make_run):
+    page = render_comparison([make_run("a", [1, 0]), make_run("b", [1, 1], lr=0.1)])
+    assert [title for title in ("Over steps", "Over tokens", "Over seconds") if f">{title}</h2>" in page] == ["Over steps", "Over tokens", "Over seconds"]
+    assert page.count('class="line c0') + page.count('class="line c1') >= 6
+    assert not re.findall(r"(?:src|href)=\"(?!#|data:)", page)
+    assert "optim.lr" in page
+
+
+def test_text_of_a_run_is_text(make_run):
+    page = render_comparison([make_run("a"), make_run("<script>alert(1)</script>".replace("/", "_"))])
+    assert "<script>alert" not in page
+    assert "&lt;script&gt;alert" in page
+
+
+def test_runs_of_one_name_are_told_apart_by_their_folders(make_run):
+    (make_run("x").parent / "p").mkdir()
+    first = make_run("y")
+    second = first.parent / "p" / "y"
+    shutil.copytree(first, second)
+    page = render_comparison([first, second])
+    assert f"<h1>{first.parent.name}/y | p/y</h1>" in page
+
+
+@pytest.mark.parametrize(("names", "sentence"), [(["a", "nowhere"], "is not a folder of a run"), (["a", "a"], "named twice")])
+def test_what_cannot_be_compared_is_refused(names, sentence, make_run, tmp_path):
+    make_run("a")
+    with pytest.raises(ValueError, match=sentence):
+        render_comparison([tmp_path / name for name in names])
+
+
+def test_several_runs_behind_the_command_are_a_comparison(make_run):
+    one, two = make_run("a"), make_run("b")
+    assert split_command(["report", str(one), str(two), "out=x.html"]) == ("report", [f"run_dir='{one}'", f"others=['{two}']", "out=x.html"])
+    assert split_command(["report", str(one)]) == ("report", [f"run_dir='{one}'"])
+    with pytest.raises(ValueError, match="belongs to no W&B run"):
+        report(ReportConfig(run_dir=str(one), others=[str(two)], upload=True))
+
+
+def test_a_run_keeps_the_scores_of_its_newest_evaluation(short_run):
+    record = read_scores(short_run)
+    last = json.loads((short_run / "metrics.jsonl").read_text().splitlines()[-1])
+    assert (record["step"], set(record["domains"])) == (2, {"arithmetic"})
+    scores = record["domains"]["arithmetic"]["scores"]
+    assert sum(scores) / len(scores) == pytest.approx(last["evaluation/arithmetic/accuracy"])
+
+
+def test_the_command_writes_the_page_and_touches_no_run(short_run, tmp_path):
+    for name in ("one", "two"):
+        shutil.copytree(short_run, tmp_path / name)
+    before = {path: path.stat().st_mtime_ns for name in ("one", "two") for path in (tmp_path / name).rglob("*")}
+    command = [sys.executable, "-m", "opd", "report", "one", "two", "out=page.html"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
+    assert (done.returncode, done.stdout.strip()) == (0, "page.html"), done.stderr
+    assert "Nothing that was recorded" in (tmp_path / "page.html").read_text()
+    assert {path: path.stat().st_mtime_ns for name in ("one", "two") for path in (tmp_path / name).rglob("*")} == before
