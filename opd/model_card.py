@@ -3,31 +3,41 @@
 `opd export` writes it with what the run itself has measured; `opd evaluate` of an exported folder puts its results in their place, which changes this file
 alone, so that export.json, whose sha256 it is not in, stays true. What was not measured or is not stated is said to be so. A domain is named as a regression
 where its intervals say that the student is worse than its teacher, or than the model it began with.
+
+A card is refreshed only where all but its results would be written as it stands. The run may be gone, another run of that name may lie there, it may have gone
+on, or someone has edited the card: none of that may cost facts that are known, so such a card is left alone, and a warning says so.
 """
 
+import logging
+import re
 from pathlib import Path
 from typing import Any
 
 import yaml
 from huggingface_hub import EvalResult, ModelCardData
 
-from opd.model_card_facts import CardFacts, is_hub_id, licence_of, read_facts, shown_name
-from opd.run_facts import without_passwords
+from opd.model_card_facts import CardFacts, is_hub_id, licence_of, licences, licences_of, public_text, read_facts, scored_by, shown_name, sources
 from rollout.files import read_json, replace_text
 
 CARD = "README.md"
 NOT_MEASURED = "Not measured. `opd evaluate student.model=FOLDER 'domain=[...]'` of this folder fills this in."
-OBJECTIVE = "L = sum_d w_d / N_d sum_t KL(student || teacher_d), over the whole vocabulary, on the student's own answers"
+DIVERGENCES = {"reverse_kl": "KL(student || teacher_d)", "forward_kl": "KL(teacher_d || student)", "jsd": "JSD(student, teacher_d)"}
+SIGNALS = {
+    "hidden_states": "over the whole vocabulary",
+    "top_k": "over the teacher's likeliest tokens, with all others as one",
+    "sampled_token": "estimated from the sampled token",
+}
 MADE = {
-    "distill": f"On-policy distillation: {OBJECTIVE} (arXiv:2606.19348, section 5.1.2).",
     "specialize": "Supervised fine-tuning on reference answers, and GRPO on its own where grpo.num_steps says so.",
     "merge": "Arithmetic on the weights of its teachers, without training.",
 }
 
+LOG = logging.getLogger(__name__)
+
 
 def write_card(folder: Path, record: dict[str, Any], evaluation: dict[str, Any] | None = None) -> None:
     """Write the card into an exported model's folder. record: export.json. evaluation: what opd/comparison.py defines."""
-    replace_text(folder / CARD, model_card(record, read_facts(record["source"]), evaluation))
+    replace_text(folder / CARD, _card_of(folder, record, evaluation))
 
 
 def refresh_card(model: str, evaluation: dict[str, Any]) -> Path | None:
@@ -35,12 +45,35 @@ def refresh_card(model: str, evaluation: dict[str, Any]) -> Path | None:
     folder = Path(model)
     if folder.name != "student" or not (folder.parent / "export.json").is_file():
         return None
-    write_card(folder, read_json(folder.parent / "export.json"), evaluation)
-    return folder / CARD
+    card, record = folder / CARD, read_json(folder.parent / "export.json")
+    text = _card_of(folder, record, evaluation)
+    if card.is_file() and _without_results(card.read_text()) != _without_results(text):
+        why = "it was edited, or the run that it describes is not here or has gone on"
+        LOG.warning("%s stays as it is (%s): the results are in evaluation.json, and a new export makes a new card", card, why)
+        return None
+    try:
+        replace_text(card, text)
+    except OSError as error:
+        LOG.warning("%s stays as it is, it cannot be written (%s): the results are in evaluation.json", card, error.strerror)
+        return None
+    return card
 
 
-def model_card(record: dict[str, Any], facts: CardFacts, evaluation: dict[str, Any] | None) -> str:
-    """The text of a card. record: export.json."""
+def _card_of(folder: Path, record: dict[str, Any], evaluation: dict[str, Any] | None) -> str:
+    sizes = {name: (folder / name).stat().st_size for name in record["sha256"] if (folder / name).is_file()}
+    return model_card(record, read_facts(record["source"]), evaluation, sizes)
+
+
+def _without_results(text: str) -> str:
+    """A card without what an evaluation changes in it: its metadata's results, and two sections."""
+    front, _, rest = text.removeprefix("---\n").partition("\n---\n")
+    metadata = yaml.safe_load(front) or {}
+    kept = {name: value for name, value in metadata.items() if name not in ("model-index", "model_name")}
+    return f"{kept}{re.sub(r'(?ms)^## (?:Results|Known regressions and limits)$.*?(?=^## )', '', rest)}"
+
+
+def model_card(record: dict[str, Any], facts: CardFacts, evaluation: dict[str, Any] | None, sizes: dict[str, int] | None = None) -> str:
+    """The text of a card. record: export.json. sizes: of the files, in bytes."""
     sections = [
         ("", [f"# {_title(record, facts)}", _what(record)]),
         ("How it was made", _making(facts)),
@@ -48,7 +81,7 @@ def model_card(record: dict[str, Any], facts: CardFacts, evaluation: dict[str, A
         ("Data", _data(facts)),
         ("Results", _results(facts, evaluation)),
         ("Known regressions and limits", _regressions(facts, evaluation)),
-        ("Files", _table(["file", "sha256"], [[name, digest] for name, digest in record["sha256"].items()])),
+        ("Files", _table(["file", "sha256", "bytes"], [[name, digest, (sizes or {}).get(name, "-")] for name, digest in record["sha256"].items()])),
         ("Settings", _settings(facts)),
     ]
     text = "\n\n".join("\n".join(([f"## {title}", ""] if title else []) + lines) for title, lines in sections)
@@ -56,14 +89,16 @@ def model_card(record: dict[str, Any], facts: CardFacts, evaluation: dict[str, A
 
 
 def _metadata(record: dict[str, Any], facts: CardFacts, evaluation: dict[str, Any] | None) -> ModelCardData:
-    base = facts.config.get("student", {}).get("model")
+    base = facts.base.get("model")
     results = []
     for name, domain in (evaluation or {}).get("domains", {}).items():
-        if domain.get("student") is not None:
+        if domain.get("student") is not None and domain["student"]["accuracy"] is not None:  # a result without a value makes the card invalid
             place = {"task_type": "text-generation", "dataset_type": f"opd-{name}", "dataset_name": name}  # the type groups the results
             results.append(EvalResult(**place, metric_type="accuracy", metric_value=domain["student"]["accuracy"]))
-    licence = licence_of(base, facts.config.get("student", {}).get("revision"))
-    given = {"license": licence if licence and not licence.startswith("see ") else None, "base_model": base if is_hub_id(base) else None}
+    stated = licences(facts)
+    [licence] = stated if len(stated) == 1 else [None]
+    given = {"license": licence if licence and " " not in licence else None, "base_model": base if is_hub_id(base) else None}
+    given["datasets"] = list(dict.fromkeys(cfg["path"] for _, _, cfg in sources(facts) if is_hub_id(cfg.get("path"))))
     return ModelCardData(
         library_name="transformers",
         pipeline_tag="text-generation",
@@ -75,7 +110,7 @@ def _metadata(record: dict[str, Any], facts: CardFacts, evaluation: dict[str, An
 
 
 def _title(record: dict[str, Any], facts: CardFacts) -> str:
-    return f"{facts.run.name} ({record['family']})" if facts.run is not None else f"{shown_name(record['source'])} ({record['family']})"
+    return _escaped(f"{facts.run.name if facts.run is not None else shown_name(record['source'])} ({record['family']})")
 
 
 def _what(record: dict[str, Any]) -> str:
@@ -91,14 +126,21 @@ def _what(record: dict[str, Any]) -> str:
 def _making(facts: CardFacts) -> list[str]:
     if facts.run is None:
         return ["Not known: the model does not lie in the folder of a run."]
-    student = facts.config.get("student", {})
-    begun = shown_name(student.get("model")) if student.get("model") else "a new model"
+    begun = shown_name(facts.base["model"]) if facts.base.get("model") else "a new model"
     rows = [["command", f"opd {facts.command}"], ["began with", begun], ["seed", facts.config.get("seed")]]
+    if facts.base.get("model"):
+        first = (facts.starts[0].get("student") if facts.starts else None) or {}
+        licence = licence_of(facts.base["model"], facts.base.get("revision")) or "not stated"
+        digest, revision = first.get("hash") or "not recorded", facts.base.get("revision") or "-"
+        rows[2:2] = [["its revision", revision], ["hash of its weights", digest], ["its licence", licence]]
+    if facts.merged is not None:
+        chosen = ", ".join(f"{name} {value:g}" for name, value in facts.merged["chosen"].items() if value is not None)
+        rows.append(["merged by", f"{facts.merged['kind']}, {chosen}"])
     if facts.command != "merge":
         rows += [["steps", f"{facts.step} of {facts.steps}"], ["completion tokens trained on", f"{facts.tokens:,}" if facts.tokens else "not recorded"]]
         rows += [["routed experts trained under", facts.config.get("quant", {}).get("experts", "not recorded")]]
     if facts.lineage is not None:
-        rows.append(["branched from", shown_name(str(facts.lineage.get("branch_from", facts.lineage.get("source", "another run"))))])
+        rows.append(["branched from", f"{shown_name(facts.lineage['from'])}, after step {facts.lineage['step']}"])
     if facts.starts:
         last = facts.starts[-1]
         commit = last["git"]["commit"] + (" with changes" if last["git"]["diff"] else "") if last["git"] else "not a repository"
@@ -107,34 +149,50 @@ def _making(facts: CardFacts) -> list[str]:
         rows.append(["versions", ", ".join(f"{name} {number}" for name, number in last["versions"].items())])
     else:
         rows.append(["code, versions, hardware", "not recorded"])
-    return [MADE.get(facts.command, ""), "", *_table(["", ""], rows)]
+    made = _objective(facts) if facts.command == "distill" else MADE.get(facts.command, "")
+    return [made, "", *_table(["", ""], rows)]
+
+
+def _objective(facts: CardFacts) -> str:
+    """What a distillation minimised, in one line, as its settings say."""
+    loss, signal = facts.config.get("loss", {}), facts.config.get("teachers", {}).get("signal", "hidden_states")
+    if loss.get("constant_penalty"):
+        return "A control in which no teacher speaks (loss.constant_penalty)."
+    kind = loss.get("kind", "reverse_kl")
+    answers = "answers that another student gave" if facts.config.get("rollout", {}).get("replay") else "the student's own answers"
+    line = f"Distillation: L = sum_d w_d / N_d sum_t {DIVERGENCES.get(kind, kind)}, {SIGNALS.get(signal, signal)}, on {answers}"
+    standard = {"kind": "reverse_kl", "temperature": 1.0, "smoothing": 0.0, "cap": None, "policy_gradient": False}
+    changed = [f"loss.{name}={loss[name]}" for name, value in standard.items() if name != "kind" and loss.get(name, value) != value]
+    beta = [f"loss.beta={loss.get('beta')}"] * (kind == "jsd")
+    warmup = facts.config.get("warmup", {})
+    before = f" Before it: {warmup.get('steps')} updates on the teachers' own answers." if warmup.get("kind", "none") != "none" else ""
+    return f"{line}{''.join(f', {each}' for each in beta + changed)}.{before}"
 
 
 def _teachers(facts: CardFacts) -> list[str]:
-    if not facts.spans:
+    scored = scored_by(facts)
+    if not scored:
         return ["None." if facts.command == "specialize" else "Not recorded."]
-    rows, licences = [], {}
-    for number, span in enumerate(facts.spans):
-        end = facts.spans[number + 1]["from_step"] - 1 if number + 1 < len(facts.spans) else facts.step
-        for name, domain in span["domains"].items():
-            teacher = domain["teacher"]
-            licence = licence_of(teacher.get("model"), teacher.get("revision"))
-            licences[name] = licence
-            model, digest = shown_name(teacher.get("model") or teacher.get("server")), (teacher.get("hash") or "-")[:16]
-            rows.append([name, model, teacher.get("revision") or "-", digest, licence or "not stated", f"{span['from_step']}-{end}"])
-    differ = "The teachers' licences are not all the same: what this model may be used for is for who hands it on to settle."
-    notes = ["", differ] if len(set(licences.values())) > 1 else []
-    return _table(["domain", "teacher", "revision", "hash of the weights", "licence", "steps"], rows) + notes
+    rows = []
+    for name, teacher, steps in scored:
+        model = shown_name(teacher.get("model") or teacher.get("server"))
+        if teacher.get("adapter"):
+            model = f"{shown_name(teacher['adapter'])} on {model}"
+        digest = (teacher.get("adapter_hash") or teacher.get("hash") or "not recorded")[:16]
+        licence = " and ".join(each or "not stated" for each in licences_of(teacher))
+        rows.append([name, model, teacher.get("adapter_revision") or teacher.get("revision") or "-", digest, licence, steps])
+    differ = "Of what this model was made from the licences are not all the same: what it may be used for is for who hands it on to settle."
+    return _table(["domain", "teacher", "revision", "hash of the weights", "licence", "steps"], rows) + (["", differ] if len(licences(facts)) > 1 else [])
 
 
 def _data(facts: CardFacts) -> list[str]:
     rows = []
     recorded = facts.starts[-1]["data"] if facts.starts else {}
+    for name, source, cfg in sources(facts):
+        found = recorded.get(name, {}).get(source, {})
+        known = [found.get("rows", "not recorded"), (found.get("sha256") or "not recorded")[:16]]
+        rows.append([name, shown_name(cfg.get("path")), cfg.get("revision") or "-", *known, facts.config["domains"][name]["prompts"].get("share")])
     for name, domain in facts.config.get("domains", {}).items():
-        for source, cfg in (domain["prompts"].get("sources") or {"prompts": domain["prompts"]}).items():
-            found = recorded.get(name, {}).get(source, {})
-            known = [found.get("rows", "not recorded"), (found.get("sha256") or "not recorded")[:16]]
-            rows.append([name, shown_name(cfg.get("path")), cfg.get("revision") or "-", *known, domain["prompts"].get("share")])
         held_out = domain.get("held_out", {})
         place = shown_name(held_out.get("path")) if held_out.get("path") else "none"
         rows.append([f"{name}, held out", place, held_out.get("revision") or "-", held_out.get("rows") or "all", "-", "-"])
@@ -149,17 +207,21 @@ def _results(facts: CardFacts, evaluation: dict[str, Any] | None) -> list[str]:
         ]
         note = "Held-out prompts, temperature 1, 95 % intervals; recovery is this model's accuracy over its teacher's; floor is what the KL guarantees of it."
         return [*_table(["domain", "before", "teacher", "this model", "recovery", "floor", "KL to the teacher (nats per token)"], rows), "", note]
-    last = {name: value for record in facts.records for name, value in record.items() if name.startswith("evaluation/")}
-    names = sorted({name.split("/")[1] for name in last})
-    if not names:
+    measured = [record for record in facts.records if any(name.startswith("evaluation/") for name in record)]
+    if not measured or (measured[-1]["step"] == 0 and facts.step != 0):  # what is of step 0 is of the model that it began with
         return [NOT_MEASURED]
+    last = measured[-1]
+    names = sorted({name.split("/")[1] for name in last if name.startswith("evaluation/")})
     rows = [[name, _figure(last, name, "accuracy"), _figure(last, name, "kl_per_token")] for name in names]
+    when = f"after step {last['step']}" + ("" if last["step"] == facts.step else f", and these weights are those after step {facts.step}")
     note = "Measured by the run itself while it trained, on as many held-out prompts as evaluation.prompts says; not by an evaluation of this folder."
-    return [*_table(["domain", "accuracy", "KL to the teacher (nats per token)"], rows), "", note]
+    return [*_table(["domain", "accuracy", "KL to the teacher (nats per token)"], rows), "", f"{note} It was {when}."]
 
 
 def _regressions(facts: CardFacts, evaluation: dict[str, Any] | None) -> list[str]:
-    found = regressions(evaluation) if evaluation is not None else ["Whether it is worse than its teachers or than what it began with was not measured."]
+    found = ["Whether it is worse than its teachers or than what it began with was not measured."]
+    if evaluation is not None:
+        found = regressions(evaluation) + _unmeasured(facts, evaluation)
     last = facts.records[-1] if facts.records else {}
     cut = {name.split("/")[1]: value for name, value in last.items() if name.startswith("domain/") and name.endswith("/truncated")}
     found += [f"{name}: {value:.1%} of the last step's answers did not end." for name, value in cut.items() if value > 0.01]
@@ -185,13 +247,28 @@ def regressions(evaluation: dict[str, Any]) -> list[str]:
             found.append(f"{name}: its accuracy is {-difference['value']:.3f} below that of the model it began with.")
         if recovery == "not graded":
             found.append(f"{name}: its answers are not graded, so that only the KL says how near it came.")
+        if domain["student"].get("truncated", 0) > 0.01:
+            found.append(f"{name}: {domain['student']['truncated']:.1%} of its answers in the evaluation did not end.")
+    return found
+
+
+def _unmeasured(facts: CardFacts, evaluation: dict[str, Any]) -> list[str]:
+    """A sentence for each comparison that the evaluation does not have."""
+    found, missing = [], [name for name in facts.config.get("domains", {}) if name not in evaluation["domains"]]
+    if missing:
+        found.append(f"Not evaluated: {', '.join(missing)}.")
+    for name, domain in evaluation["domains"].items():
+        if domain["recovery"] is None:
+            found.append(f"{name}: its recovery is undefined, its teacher having an accuracy near 0.")
+        if domain["difference"] is None and domain["recovery"] != "not graded":
+            found.append(f"{name}: it was not compared with the model it began with (base.model).")
     return found
 
 
 def _settings(facts: CardFacts) -> list[str]:
     if not facts.config:
         return ["Not known."]
-    text = without_passwords(yaml.safe_dump(_portable(facts.config), sort_keys=False, allow_unicode=True)).replace("```", "'''")
+    text = yaml.safe_dump(_portable(facts.config), sort_keys=False, allow_unicode=True).replace("```", "'''")
     return ["<details><summary>the run's resolved settings</summary>", "", "```yaml", text.rstrip("\n"), "```", "", "</details>"]
 
 
@@ -204,7 +281,11 @@ def _portable(value: Any, key: str = "", upload_text: bool | None = None) -> Any
         return [_portable(inner, key, upload_text) for inner in value]
     if key == "system_prompt" and value is not None and not upload_text:
         return "(left out: logger.upload_text=false)"
-    return shown_name(value) if isinstance(value, str) and (value.startswith(("/", "~")) or Path(value).is_absolute()) else value
+    if key == "command" and value is not None:
+        return "(left out: what a run calls on an alarm may hold keys)"
+    if isinstance(value, str):
+        return shown_name(value) if value.startswith(("/", "~")) else public_text(value)
+    return value
 
 
 def _table(header: list[str], rows: list[list[Any]]) -> list[str]:
@@ -214,7 +295,7 @@ def _table(header: list[str], rows: list[list[Any]]) -> list[str]:
 
 def _escaped(text: str) -> str:
     """Text of data or settings, so that it ends neither its cell nor its line, and opens no tag."""
-    return " ".join(text.split()).replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;").replace("`", "'")
+    return " ".join(text.split()).replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;").replace("`", "'").replace("](", "]\\(")
 
 
 def _accuracy(found: dict[str, Any] | None) -> str:

@@ -5,6 +5,7 @@ named by its last parts, since the rest says nothing to who gets the model.
 """
 
 import json
+import logging
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +18,10 @@ from opd.run_facts import read_starts, without_passwords
 from rollout.files import read_json
 
 LICENCES = ("LICENSE", "LICENSE.txt", "LICENSE.md", "LICENCE")
+LOCAL_PATH = re.compile(r"(?:(?<=[\s'\"=,\[])|^)(?:~|/[\w.@+-]+)(?:/[\w.@+-]+)+")
+HOMES = re.compile(r"^(?:/(?:home|Users)/[^/]+|/root|~)(?=/|$)")
+
+LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,8 +29,8 @@ class CardFacts:
     """What is known of a model's making.
 
     run: its folder; None where the model lies in none. command: distill, specialize, merge. config: RUN/config.yaml. step: of the weights, of `steps`.
-    starts: RUN/starts.jsonl. spans: of RUN/teachers.json. first, last: records of metrics.jsonl at step 0 and at the model's step. tokens: completion tokens
-    trained on.
+    starts: RUN/starts.jsonl. spans: of RUN/teachers.json. records: of metrics.jsonl. All three up to the model's step. lineage: RUN/lineage.json. merged:
+    RUN/merge.json.
     """
 
     run: Path | None = None
@@ -37,6 +42,12 @@ class CardFacts:
     spans: list[dict[str, Any]] = field(default_factory=list)
     records: list[dict[str, Any]] = field(default_factory=list)
     lineage: dict[str, Any] | None = None
+    merged: dict[str, Any] | None = None
+
+    @property
+    def base(self) -> dict[str, Any]:
+        """Settings of the model that it was made from; without a "model" where it was new."""
+        return self.config.get("base" if self.command == "merge" else "student", {})
 
     @property
     def tokens(self) -> int:
@@ -64,11 +75,44 @@ def read_facts(model: str) -> CardFacts:
         config=config,
         step=newest if step is None else step,
         steps=config.get("num_steps", 0) + config.get("grpo", {}).get("num_steps", 0) or None,
-        starts=read_starts(run),
+        starts=[start for start in read_starts(run) if step is None or start["step"] < max(step, 1)],
         spans=[span for span in teachers["spans"] if step is None or span["from_step"] <= step],
         records=kept,
         lineage=read_json(run / "lineage.json") if (run / "lineage.json").is_file() else None,
+        merged=read_json(run / "merge.json") if (run / "merge.json").is_file() else None,
     )
+
+
+def scored_by(facts: CardFacts) -> list[tuple[str, dict[str, Any], str]]:
+    """(domain, teacher, steps that it scored), the teachers of a merged model included."""
+    if facts.command == "merge":
+        return [(name, domain.get("teacher", {}), "-") for name, domain in facts.config.get("domains", {}).items()]
+    found = []
+    for number, span in enumerate(facts.spans):
+        end = facts.spans[number + 1]["from_step"] - 1 if number + 1 < len(facts.spans) else facts.step
+        for name, domain in span["domains"].items():
+            ends = [each for each in (end, span["dropped"].get(name, {}).get("step", end + 1) - 1 if end is not None else None) if each is not None]
+            if not ends or min(ends) >= span["from_step"]:
+                found.append((name, domain["teacher"], f"{span['from_step']}-{min(ends)}" if ends else f"from {span['from_step']}"))
+    return found
+
+
+def licences(facts: CardFacts) -> set[str | None]:
+    """What the base and the teachers state, each its own; None of one that states nothing."""
+    stated = {licence for _, teacher, _ in scored_by(facts) for licence in licences_of(teacher)}
+    return stated | ({licence_of(facts.base["model"], facts.base.get("revision"))} if facts.base.get("model") else set())
+
+
+def licences_of(teacher: dict[str, Any]) -> list[str | None]:
+    """Of a teacher's model, and of its adapter."""
+    adapter = [licence_of(teacher["adapter"], teacher.get("adapter_revision"))] if teacher.get("adapter") else []
+    return [licence_of(teacher.get("model"), teacher.get("revision")), *adapter]
+
+
+def sources(facts: CardFacts) -> list[tuple[str, str, dict[str, Any]]]:
+    """(domain, source, its settings) of all prompts."""
+    prompts = {name: domain["prompts"] for name, domain in facts.config.get("domains", {}).items()}
+    return [(name, source, cfg) for name, each in prompts.items() for source, cfg in (each.get("sources") or {"prompts": each}).items()]
 
 
 def licence_of(model: str | None, revision: str | None = None) -> str | None:
@@ -78,10 +122,24 @@ def licence_of(model: str | None, revision: str | None = None) -> str | None:
     folder = Path(model)
     card = try_to_load_from_cache(model, "README.md", revision=revision) if is_hub_id(model) else folder / "README.md"
     if isinstance(card, str | Path) and Path(card).is_file():
-        stated = (metadata_load(card) or {}).get("license")
+        stated = _stated_licence(Path(card))
         if stated:
-            return str(stated)
+            return stated
     return next((f"see its {name}" for name in LICENCES if folder.is_dir() and (folder / name).is_file()), None)
+
+
+def _stated_licence(card: Path) -> str | None:
+    """In a card's metadata. One that cannot be read states nothing: it is somebody else's, and no reason to lose an export."""
+    try:
+        metadata = metadata_load(card) or {}
+    except (yaml.YAMLError, ValueError):
+        LOG.warning("the metadata of %s cannot be read, so its licence counts as not stated", card)
+        return None
+    stated = metadata.get("license")
+    names = [str(name) for name in (stated if isinstance(stated, list) else [stated]) if name]
+    if names == ["other"] and metadata.get("license_name"):
+        return f"other: {metadata['license_name']}"
+    return ", ".join(names) or None
 
 
 def is_hub_id(model: str | None) -> bool:
@@ -94,11 +152,24 @@ def shown_name(model: str | None) -> str:
     if model is None:
         return "not known"
     text = without_passwords(model)
+    if "://" in text:
+        return public_text(text)
     path = Path(text)
-    if not path.is_absolute() and not path.exists():
+    if not path.is_absolute() and not text.startswith("~") and not path.exists():
         return text
-    parts = [part for part in path.parts if part not in ("/", "..", ".")]
-    return "/".join(parts[-2:]) + " (local)"
+    return f"{_last_parts(text)} (local)"
+
+
+def public_text(text: str) -> str:
+    """A setting without passwords, without what follows the ? of an address (where keys stand), and with the ends of local paths alone."""
+    text = re.sub(r"(\w+://[^\s?'\"]+)\?[^\s'\"]+", r"\1?***", without_passwords(text))
+    return LOCAL_PATH.sub(lambda found: f"{_last_parts(found[0])} (local)", text)
+
+
+def _last_parts(path: str) -> str:
+    """The last two parts of a path, and nobody's home folder."""
+    parts = [part for part in Path(HOMES.sub("", path)).parts if part not in ("/", "..", ".")]
+    return "/".join(parts[-2:]) or "home"
 
 
 def _run_of(folder: Path) -> tuple[Path | None, int | None]:

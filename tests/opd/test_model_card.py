@@ -11,7 +11,7 @@ from huggingface_hub import ModelCard
 from opd.__main__ import load_config
 from opd.evaluate import evaluate
 from opd.export import export
-from opd.model_card import model_card, regressions
+from opd.model_card import model_card, refresh_card, regressions
 from opd.model_card_facts import CardFacts, licence_of, read_facts, shown_name
 
 RECORD = {
@@ -59,7 +59,7 @@ def test_its_facts_are_those_of_the_run(exported, short_run):
         found = start["data"][name]["prompts"]
         assert f"| {name} | synthetic:{name} | - | {found['rows']} | {found['sha256'][:16]} | 1.0 |" in text
     for name, digest in json.loads((exported / "export.json").read_text())["sha256"].items():
-        assert f"| {name} | {digest} |" in text
+        assert f"| {name} | {digest} | " in text
     assert f"{records[-1]['evaluation/arithmetic/accuracy']:.3f} [" in text
     assert "Measured by the run itself while it trained" in text
 
@@ -170,3 +170,151 @@ def test_a_checkpoints_model_has_the_facts_up_to_its_step(short_run):
     facts = read_facts(str(model_folder(f"{short_run}@1")))
     assert (facts.step, facts.steps, facts.run) == (1, 2, short_run)
     assert max(record["step"] for record in facts.records) == 1
+
+
+# What a card must not say
+
+
+def section(text: str, title: str) -> str:
+    return text.partition(f"## {title}\n")[2].partition("\n## ")[0]
+
+
+def distilled(**fields) -> CardFacts:
+    return CardFacts(**({"run": Path("run"), "command": "distill", "step": 20, "steps": 20} | fields))
+
+
+def test_a_domain_without_grades_leaves_the_metadata_valid():
+    ungraded = result(0.0, "not graded", (0.0, 0.0, 0.0)) | {"student": {"accuracy": None, "low": None, "high": None}, "difference": None}
+    data = ModelCard(model_card(RECORD, CardFacts(), evaluation(law=ungraded, code=result(0.8, (1, 1, 1), (0, 0, 0))))).data
+    assert [(each.dataset_name, each.metric_value) for each in data.eval_results] == [("code", 0.8)]
+
+
+def test_what_was_measured_before_training_is_no_result_of_it():
+    def measured(step: int, value: float) -> dict:
+        return {"step": step} | {f"evaluation/law/accuracy{end}": value for end in ("", "_low", "_high")}
+
+    assert "0.125" not in section(model_card(RECORD, distilled(records=[measured(0, 0.125), {"step": 20}]), None), "Results")
+    text = section(model_card(RECORD, distilled(records=[measured(0, 0.125), measured(10, 0.5), {"step": 20}]), None), "Results")
+    assert "0.500" in text
+    assert "after step 10, and these weights are those after step 20" in text
+
+
+def test_no_regression_is_denied_that_was_not_looked_for():
+    alone = result(0.9, (1.0, 0.9, 1.1), (0, 0, 0)) | {"difference": None}
+    facts = distilled(config={"domains": {name: {"prompts": {"path": "org/law"}} for name in ("law", "code")}})
+    text = section(model_card(RECORD, facts, evaluation(law=alone)), "Known regressions and limits")
+    assert "None is known" not in text
+    assert "law: it was not compared with the model it began with" in text
+    assert "Not evaluated: code." in text
+
+
+def test_answers_that_the_evaluation_cut_are_named():
+    cut = result(0.9, (1.0, 0.9, 1.1), (0, -1, 1))
+    cut["student"]["truncated"] = 0.5
+    assert regressions(evaluation(law=cut)) == ["law: 50.0% of its answers in the evaluation did not end."]
+
+
+def test_a_branch_names_the_run_it_came_from(tmp_path):
+    lineage = {"schema": 1, "from": str(tmp_path / "runs" / "first"), "step": 7, "manifest": "ab"}
+    assert "| branched from | runs/first (local), after step 7 |" in model_card(RECORD, distilled(lineage=lineage), None)
+
+
+def test_the_objective_is_that_of_the_settings():
+    def made(**config) -> str:
+        return section(model_card(RECORD, distilled(config=config), None), "How it was made")
+
+    assert "KL(student || teacher_d), over the whole vocabulary, on the student's own answers." in made()
+    other = made(loss={"kind": "jsd", "beta": 0.25, "cap": 3.0}, teachers={"signal": "top_k"}, warmup={"kind": "teacher_answers", "steps": 9})
+    assert "KL(student" not in other
+    for words in ("JSD(student, teacher_d), over the teacher's likeliest tokens", "loss.beta=0.25", "loss.cap=3.0", "9 updates on the teachers' own answers"):
+        assert words in other
+
+
+def test_a_teacher_is_credited_with_the_steps_it_scored_and_with_its_adapter():
+    domains = {"law": {"teacher": {"model": "org/base", "adapter": "org/adapter", "hash": "aa", "adapter_hash": "bb"}}, "code": {"teacher": {"model": "org/t"}}}
+    spans = [{"from_step": 1, "domains": domains, "dropped": {"law": {"step": 5, "reason": "gone"}}}]
+    spans += [{"from_step": 11, "domains": domains, "dropped": {}}] * 2  # the first of them holds no step
+    found = [line.split(" | ") for line in section(model_card(RECORD, distilled(spans=spans), None), "Teachers").splitlines()[3:]]
+    assert [(row[0], row[1], row[3], row[5]) for row in found] == [
+        ("| law", "org/adapter on org/base", "bb", "1-4 |"),
+        ("| code", "org/t", "not recorded", "1-10 |"),
+        ("| law", "org/adapter on org/base", "bb", "11-20 |"),
+        ("| code", "org/t", "not recorded", "11-20 |"),
+    ]
+
+
+def test_the_card_of_a_merged_model_names_what_was_merged():
+    domains = {"law": {"teacher": {"model": "org/law"}, "prompts": {"path": "org/data"}}}
+    merged = {"kind": "ties", "chosen": {"scale": 0.4, "density": 0.2}}
+    text = model_card(RECORD, CardFacts(run=Path("run"), command="merge", config={"base": {"model": "org/base"}, "domains": domains}, merged=merged), None)
+    for line in ("| began with | org/base |", "| merged by | ties, scale 0.4, density 0.2 |", "| law | org/law | - | not recorded | not stated | - |"):
+        assert line in text
+    data = ModelCard(text).data
+    assert (data.base_model, data.datasets) == ("org/base", ["org/data"])
+
+
+@pytest.mark.parametrize(("base", "teacher", "expected"), [("mit", "mit", "mit"), ("mit", "cc-by-nc-4.0", None), ("mit", None, None)])
+def test_a_licence_is_claimed_where_all_that_it_was_made_of_states_it(base, teacher, expected, tmp_path):
+    for name, licence in (("base", base), ("teacher", teacher)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "README.md").write_text("" if licence is None else f"---\nlicense: {licence}\n---\n")
+    spans = [{"from_step": 1, "domains": {"law": {"teacher": {"model": str(tmp_path / "teacher")}}}, "dropped": {}}]
+    text = model_card(RECORD, distilled(config={"student": {"model": str(tmp_path / "base")}}, spans=spans), None)
+    assert ModelCard(text).data.license == expected
+    assert ("not all the same" in text) == (expected is None)
+
+
+def test_a_teachers_broken_card_costs_no_export(tmp_path):
+    (tmp_path / "README.md").write_text("---\nlicense: [mit\n---\n")
+    (tmp_path / "LICENSE").write_text("x")
+    assert licence_of(str(tmp_path)) == "see its LICENSE"
+
+
+def test_keys_and_homes_stay_here():
+    given = {"alarms": {"command": "notify SECRET1"}, "path": "https://host/rows.parquet?sig=SECRET2"}
+    given |= {"log": "copy to /home/alice/private/rows", "x": "/home/alice"}
+    text = model_card(RECORD, distilled(config=given), None)
+    assert not [word for word in ("SECRET1", "SECRET2", "alice") if word in text]
+    assert "https://host/rows.parquet" in text
+    assert "private/rows (local)" in text
+
+
+@pytest.fixture
+def copied(exported, tmp_path) -> tuple[Path, dict]:
+    """A copy of the export, and results of its two domains."""
+    shutil.copytree(exported, tmp_path / "export")
+    return tmp_path / "export", evaluation(arithmetic=result(0.75, (1, 1, 1), (0, 0, 0)))
+
+
+def test_a_refresh_is_the_same_twice_and_changes_the_results_alone(copied):
+    folder, found = copied
+    card = folder / "student" / "README.md"
+    before = card.read_text()
+    assert refresh_card(str(folder / "student"), found) == card
+    once = card.read_text()
+    refresh_card(str(folder / "student"), found)
+    assert card.read_text() == once
+    titles = [line[3:] for line in before.splitlines() if line.startswith("## ")]
+    assert [title for title in titles if section(before, title) != section(once, title)] == ["Results", "Known regressions and limits"]
+
+
+@pytest.mark.parametrize("change", ["the run is gone", "someone edited it"])
+def test_a_refresh_takes_no_fact_from_a_card(change, copied, caplog):
+    folder, found = copied
+    card = folder / "student" / "README.md"
+    if change == "the run is gone":
+        record = json.loads((folder / "export.json").read_text())
+        (folder / "export.json").write_text(json.dumps(record | {"source": "nowhere/student"}))
+    else:
+        card.write_text(card.read_text().replace("## Teachers", "## Our teachers"))
+    before = card.read_bytes()
+    assert refresh_card(str(folder / "student"), found) is None
+    assert card.read_bytes() == before
+    assert "stays as it is" in caplog.text
+
+
+def test_the_files_have_their_sizes(exported):
+    text = (exported / "student" / "README.md").read_text()
+    for name in json.loads((exported / "export.json").read_text())["sha256"]:
+        line = next(line for line in text.splitlines() if line.startswith(f"| {name} |"))
+        assert line.endswith(f" | {(exported / 'student' / name).stat().st_size} |")
