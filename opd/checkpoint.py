@@ -24,6 +24,7 @@ from opd.job_config import CheckpointConfig
 from opd.resharding import converted, fits, layout_for, layout_of
 from opd.run import record_changes
 from opd.run_facts import record_start
+from opd.run_state import begin_state
 from opd.tracker import Tracker
 from rollout.files import read_json
 from rollout.prompts import PromptMixture
@@ -126,6 +127,7 @@ def resume(run_dir: Path, engine: Engine, stream: Resumable, tracker: Tracker, t
     for change in record_changes(run_dir, engine.cfg, step) if is_main() else ():
         tracker.display.say(f"{change} ({change.rule.value})")
     if is_main():
+        begin_state(run_dir, tracker.task, tracker.num_steps)  # not before: a start that is refused leaves the run as it was
         tracker.record_start(record_start(run_dir, step, engine.cfg, stream.prompts.domains))
     if teachers is not None and is_main():
         teachers.manifest.write(run_dir)

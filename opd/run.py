@@ -55,7 +55,6 @@ from opd.distributed import Group, barrier, broadcast_object, is_main, rank
 from opd.engine import Engine
 from opd.run_lock import LOCK_FILE, lock
 from opd.run_log import open_log
-from opd.run_state import begin_state
 from rollout.files import replace_text
 from rollout.model import save_model
 
@@ -80,8 +79,6 @@ def open_run(cfg: RunConfig, command: str) -> Path:
     problem = broadcast_object(problem)
     if problem is not None:
         raise ValueError(problem)
-    if is_main():
-        begin_state(folder, command, cfg.total_steps)
     open_log(folder, rank(Group.data))
     return folder
 

@@ -3,8 +3,8 @@
     {"schema": 1, "command", "state": "running" | "done" | "preempted" | "failed", "why": one sentence | null, "steps": optimizer steps of the whole run | null,
      "host", "pid", "begun": seconds since 1970 of this start, "ended": seconds since 1970 | null}
 
-The main rank writes it when the folder is its own, and when it leaves, with the sentence that the user reads. One that is killed leaves "running"
-behind: who reads it has to ask whether the process is still there.
+The main rank writes it when the run begins or goes on, after every check (a start that is refused leaves it as it was), and when it leaves, with the sentence
+that the user reads. One that is killed leaves "running" behind: who reads it has to ask whether the process is still there.
 """
 
 import json

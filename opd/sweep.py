@@ -20,13 +20,14 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 from opd.composition import STORED, choices, load_config
+from opd.config import SCHEMAS
 from opd.console import ProgressDisplay, print_table
 from opd.errors import FAILED_JOBS, INTERRUPTED, PREEMPTED
 from opd.run_lock import lock
@@ -121,7 +122,7 @@ def plan(command: str, overrides: list[str]) -> tuple[SweepConfig, Path, list[Jo
         words = [f"{key.split('.')[-1] if short[key.split('.')[-1]] == 1 else key}_{value}" for key, value in chosen.items()]
         name = re.sub(r"[^A-Za-z0-9.+-]+", "_", "-".join(words)).strip("_.") or "job"
         given = [f"{key}={value}" if value is not None else key for key, value in combination.items()]
-        given += [f"run_dir='{folder / name}'", *_group(command, folder, given)]
+        given += [f"run_dir='{folder / name}'", *_group(command, folder, given), *_threads(command, cfg.parallel, given)]
         load_config(command, given)
         jobs.append(Job(name=name, chosen=chosen, overrides=given))
     twice = [name for name, count in Counter(job.name for job in jobs).items() if count > 1]
@@ -148,6 +149,13 @@ def _group(command: str, folder: Path, given: list[str]) -> list[str]:
     """The W&B group, for commands that have a logger and unless it is given."""
     has_logger = command in ("distill", "specialize", "pipeline", "compare")
     return [f"logger.group='{folder.name}'"] if has_logger and not any(override.lstrip("+").startswith("logger.group=") for override in given) else []
+
+
+def _threads(command: str, parallel: int, given: list[str]) -> list[str]:
+    """The cores shared among jobs that run side by side, unless threads are given: each would else take all of them."""
+    has_threads = any(setting.name == "threads" for setting in fields(SCHEMAS[command]))
+    is_given = any(override.lstrip("+").startswith("threads=") for override in given)
+    return [f"threads={max(1, len(os.sched_getaffinity(0)) // parallel)}"] if parallel > 1 and has_threads and not is_given else []
 
 
 def _take_up(folder: Path, command: str, jobs: list[Job], is_fresh: bool) -> None:

@@ -49,6 +49,11 @@ def test_values_are_chosen_in_hydras_grammar(override, names, tmp_path):
     assert [job.name for job in plan("distill", [f"run_dir={tmp_path}", override])[2]] == names
 
 
+def test_jobs_side_by_side_share_the_cores(tmp_path):
+    for given, expected in (([], None), (["sweep.parallel=64"], 1), (["sweep.parallel=64", "threads=3"], 3)):
+        assert load_config("distill", plan("distill", [f"run_dir={tmp_path}", "seed=1,2", *given])[2][0].overrides).threads == expected
+
+
 def test_settings_of_one_name_are_told_apart(tmp_path):
     [job] = plan("distill", [f"run_dir={tmp_path}", "evaluation.every=1,2", "checkpoint.every=3,4"])[2][:1]
     assert job.name == "evaluation.every_1-checkpoint.every_3"
