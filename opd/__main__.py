@@ -15,6 +15,7 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
+from opd.choice import chosen_step
 from opd.composition import CONF, STORED, compose_config, leaves, load_config, origins, quoted
 from opd.errors import INTERRUPTED, USER_ERROR, Preempted, RankLost, nearest
 from opd.run_log import begin_log
@@ -147,19 +148,23 @@ def split_command(arguments: list[str]) -> tuple[str, list[str]]:
 
 def _is_run(argument: str) -> bool:
     """Whether an argument is RUN or RUN@STEP, and not a setting; a folder's name may hold any sign."""
-    return Path(re.sub(r"@\d+$", "", argument)).is_dir() or not ("=" in argument or argument.startswith("~"))
+    return Path(re.sub(r"@(\d+|chosen)$", "", argument)).is_dir() or not ("=" in argument or argument.startswith("~"))
 
 
 def _of_run(command: str, name: str) -> list[str]:
     """The overrides that RUN, or RUN@STEP, stands for behind a command."""
-    run, _, step = name.rpartition("@") if re.fullmatch(r".+@\d+", name) else (name, "", "")
+    run, _, step = name.rpartition("@") if re.fullmatch(r".+@(\d+|chosen)", name) else (name, "", "")
+    if step == "chosen":
+        step = str(chosen_step(Path(run)))
     if command in ("distill", "specialize", "check", "plan", "pipeline", "compare") and (Path(run).is_dir() or "/" in run):
         if step:
             raise ValueError(f"a run goes on from its newest checkpoint: write opd {command} {run}, or branch_from={name} and another run_dir for a new run")
         return [f"{STORED}{run}"]
+    if command == "evaluate" and (Path(run).is_dir() or "/" in run):
+        return [f"{STORED}{run}", *([f"checkpoints=[{int(step)}]"] if step else [])]
     if command == "export":
         place = f"{run}/export-step-{int(step):06d}" if step else f"{run}/export"
-        return [f"student.model={quoted(name if step else f'{run}/student')}", f"run_dir={quoted(place)}"]
+        return [f"student.model={quoted(f'{run}@{step}' if step else f'{run}/student')}", f"run_dir={quoted(place)}"]
     if command == "runs" and not step:
         return [f"folders=[{quoted(run)}]"]
     if command == "inspect":

@@ -16,6 +16,7 @@ from pathlib import Path
 from omegaconf import OmegaConf
 
 from opd import checkpoint_files as files
+from opd.choice import chosen_step
 from opd.config import RunConfig
 from rollout.files import read_json, replace_text
 
@@ -57,8 +58,10 @@ def begin_branch(folder: Path, cfg: RunConfig) -> None:
 def branch_source(name: str) -> Path:
     """The folder of the checkpoint that branch_from names. Raises ValueError where it is not there."""
     run, _, step = name.rpartition("@") if "@" in name else (name, "", "")
+    if step == "chosen":
+        step = str(chosen_step(Path(run)))
     if step and not step.isdecimal():
-        raise ValueError(f"branch_from must be RUN@STEP or RUN, not {name!r}")
+        raise ValueError(f"branch_from must be RUN@STEP, RUN@chosen or RUN, not {name!r}")
     found = files.find(Path(run) / "checkpoints").tags
     if not found:
         raise ValueError(f"branch_from={name}: {run} holds no checkpoint")

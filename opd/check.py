@@ -13,7 +13,7 @@ from opd.config import CheckCommandConfig
 from opd.console import print_table
 from opd.deepspeed_settings import deepspeed_settings
 from opd.distributed import is_main, start_processes
-from opd.evaluate import Evaluator
+from opd.evaluator import Evaluator
 from opd.rollouts import build_stream, data_ranks
 from opd.signal_check import CheckReport, run_checks
 from opd.signal_figures import SignalFigures

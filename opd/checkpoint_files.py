@@ -6,6 +6,7 @@ Tree (schema version 2):
     RUN/checkpoints/step-SSSSSS/    files of opd/checkpoint.py and manifest.json, {"schema": 2, "files": {NAME: {"bytes": N, "sha256": HEX}}}, which
                                     names every other file of the folder
     RUN/checkpoints/partial/        one that is being written, or that a kill left
+    RUN/checkpoints/step-SSSSSS.going/  one that is being deleted
     RUN/checkpoints/parts/          opd/checkpoint_writer.py
 
 Order of writing: every rank writes its files under `partial`, has them on disk (fsync) and hashes them; the main rank writes the manifest, renames the
@@ -15,12 +16,14 @@ leaves the older checkpoint in force. Order of reading: the pointer's checkpoint
 
 import hashlib
 import json
+import logging
 import os
 import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+from opd.choice import read_choice
 from rollout.files import fsync_folder, read_json, replace_text
 
 SCHEMA = 2
@@ -30,6 +33,9 @@ READABLE = (1, 2)
 TAG = re.compile(r"step-\d{6,}")
 MANIFEST = "manifest.json"
 PARTIAL = "partial"
+GOING = ".going"
+"""Ends the name of a checkpoint that is being deleted."""
+LOG = logging.getLogger(__name__)
 PIECE = 1 << 22
 """Bytes that are hashed at a time."""
 
@@ -82,14 +88,40 @@ def point_to(folder: Path, step: int) -> None:
 
 
 def forget_older(folder: Path, step: int, keep: int) -> None:
-    """Delete all but the newest `keep` checkpoints (one at least) up to a step; a later one was left by a kill before its pointer."""
-    for old in [tag for tag in _tags(folder) if tag <= tag_of(step)][: -max(1, keep)]:
-        shutil.rmtree(folder / old)
+    """Delete all but the newest `keep` checkpoints (one at least) up to a step; a later one was left by a kill before its pointer.
+
+    The chosen one (opd/choice.py) stays beside these. `opd evaluate` may choose it meanwhile, so that one is renamed first, and comes back where it is chosen
+    by then: who chooses looks whether it is there after having chosen.
+    """
+    try:
+        _chosen(folder)
+    except ValueError as error:
+        LOG.warning("no older checkpoint is deleted, since nobody knows which is chosen: %s", error)
+        return
+    for left in folder.glob(f"step-*{GOING}"):
+        _delete(left, folder)
+    for old in [tag for tag in saved_tags(folder) if tag <= tag_of(step)][: -max(1, keep)]:
+        if old != _chosen(folder):
+            _delete((folder / old).rename(folder / f"{old}{GOING}"), folder)
+
+
+def _delete(going: Path, folder: Path) -> None:
+    """Delete a checkpoint that was renamed for it, unless it was chosen."""
+    tag = going.name.removesuffix(GOING)
+    if tag == _chosen(folder) and not (folder / tag).exists():
+        going.rename(folder / tag)
+    else:
+        shutil.rmtree(going)
+
+
+def _chosen(folder: Path) -> str | None:
+    choice = read_choice(folder.parent)
+    return tag_of(choice["chosen"]["step"]) if choice is not None and choice["chosen"] is not None else None
 
 
 def find(folder: Path) -> Candidates:
     """The checkpoints to try. Raises ValueError for a pointer of a schema that is not read."""
-    tags, pointer = _tags(folder)[::-1], folder / "latest.json"
+    tags, pointer = saved_tags(folder)[::-1], folder / "latest.json"
     if not pointer.exists():
         return Candidates(tags=tags, problem=f"{pointer} is missing" if tags else None)
     try:
@@ -139,7 +171,12 @@ def digest_of(folder: Path) -> str | None:
     return hashlib.sha256((folder / MANIFEST).read_bytes()).hexdigest() if (folder / MANIFEST).is_file() else None
 
 
-def _tags(folder: Path) -> tuple[str, ...]:
+def step_of(tag: str) -> int:
+    return int(tag.removeprefix("step-"))
+
+
+def saved_tags(folder: Path) -> tuple[str, ...]:
+    """The checkpoints in RUN/checkpoints, by step."""
     return tuple(sorted(path.name for path in folder.glob("step-*") if path.is_dir() and TAG.fullmatch(path.name)))
 
 

@@ -1,4 +1,4 @@
-"""A checkpoint's weights as a model: RUN@STEP wherever a setting names one (student.model, a teacher's model, base.model).
+"""A checkpoint's weights as a model: RUN@STEP, or RUN@chosen (opd/choice.py), wherever a setting names one (student.model, a teacher's model, base.model).
 
 What the run would have written to RUN/student, had it ended after that step, is made once, in RUN/students/step-SSSSSS, a Hugging Face folder: float32
 masters rounded to the dtype of training, and to FP4 values where the run quantised its experts. Optimizer, step and prompt stream stay behind (with
@@ -23,6 +23,7 @@ from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
 from opd import checkpoint_files as files
+from opd.choice import chosen_step
 from opd.config import StudentConfig
 from opd.quant_config import ExpertFormat, QuantConfig
 from opd.student import build_student, load_student_tokenizer
@@ -33,7 +34,7 @@ from rollout.files import read_json, replace_text
 from rollout.model import replace_folder, write_model
 
 SCHEMA = 1
-NAME = re.compile(r"(.+)@(\d+)")
+NAME = re.compile(r"(.+)@(\d+|chosen)")
 
 
 def resolve_models(cfg: Any) -> None:
@@ -48,6 +49,7 @@ def resolve_models(cfg: Any) -> None:
 def model_folder(name: str) -> Path:
     """The folder of RUN@STEP, made where it is not there. Raises ValueError where the run or its checkpoint is not there or is damaged."""
     run, step = NAME.fullmatch(name).groups()
+    step = str(chosen_step(Path(run))) if step == "chosen" else step
     source = Path(run) / "checkpoints" / files.tag_of(int(step))
     if not (Path(run) / "config.yaml").is_file():
         raise ValueError(f"{name}: {run} is not a folder of a run")
@@ -55,7 +57,7 @@ def model_folder(name: str) -> Path:
     if not source.is_dir() and (folder / "checkpoint.json").is_file():
         return folder  # made while the checkpoint was there
     if not source.is_dir():
-        steps = [str(int(path.name.removeprefix("step-"))) for path in sorted(source.parent.glob("step-*"))]
+        steps = [str(files.step_of(tag)) for tag in files.saved_tags(source.parent)]
         raise ValueError(f"{name}: there is no checkpoint of step {step}; there are {', '.join(steps) or 'none'}")
     try:
         with _alone_in(folder.parent):

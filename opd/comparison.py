@@ -6,9 +6,9 @@ the sum of two variances wherever the two find the same prompts hard. Over all d
 
     evaluation.json (schema version 1)
     {"schema": 1, "domains": {NAME: {
-        "base", "teacher", "student": {"accuracy", "low", "high", "greedy", "prompts", "truncated"}, "dropped_prompts",
-        "recovery": {"value", "low", "high"} | "not graded",
-        "difference": {"value", "low", "high"} | null,
+        "base", "teacher", "student": {"accuracy", "low", "high", "greedy", "prompts", "truncated", "samples", "pass": {K: {"value", "low", "high"}}},
+        "dropped_prompts", "recovery": {"value", "low", "high"} | "not graded" | "no teacher",
+        "difference": {"value", "low", "high"} | null, "gap_closed": {"value", "low", "high"} | null,
         "certificate": {"floor", "low", "share", "holds"} | null,
         "kl": {"base", "student": {"per_token": {"value", "low", "high"}, "per_sequence": {...}}}}},
      "difference": {"value", "low", "high"} | null, "min_recovery": number | null, "not_graded": [NAME, ...],
@@ -17,16 +17,20 @@ the sum of two variances wherever the two find the same prompts hard. Over all d
         "perturbed": {"rate", "base", "teacher", "student": {"accuracy", "low", "high", "truncated", "replaced"}}
 
 difference: accuracy of the student less that of the base at temperature 1; null without a base or a grader.
+pass: of each k of evaluation.pass_k, the chance that one of k completions scores 1 (opd/intervals.py); not there where none was asked for.
+gap_closed: of the teacher's lead over the base, how much the student has, both paired; null where that lead may be 0. It and recovery need a teacher, which
+    domains of `retention` have not.
 certificate: what the student's divergence says of its accuracy (opd/certificate.py); null without a grader or a divergence.
 perturbed: the same prompts, where each sampled token of the domain's alphabet is replaced with probability `rate` (rollout/perturbation.py); an
     addition to schema 1, which a reader that does not know it may pass over. Every other figure is of completions without it.
 """
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 from opd.certificate import certify
 from opd.console import print_table
-from opd.intervals import Interval, mean, ratio
+from opd.intervals import Interval, mean, pass_at, ratio, ratio_of_sums
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,9 +51,9 @@ class PerturbedResult:
 class DomainResult:
     """One model on one domain's held-out prompts.
 
-    truncated: share of the completions at temperature 1 that hit max_new_tokens.
-    scores: of each prompt at temperature 1, in the order of the prompts; accuracy: their mean; greedy: at temperature 0; None where the domain has no
-        grader.
+    truncated: share of the completions at temperature 1 that hit max_new_tokens. samples: completions of each prompt at temperature 1.
+    scores: of each prompt at temperature 1, a mean over its samples, in the order of the prompts; right: how many of them score 1; accuracy: mean score;
+        greedy: at temperature 0; None where the domain has no grader.
     kl_per_token, kl_per_sequence: from the domain's teacher, in nats; None where it was not asked for.
     perturbed: what the domain's perturbation leaves of its accuracy; None where it has none.
     """
@@ -62,20 +66,28 @@ class DomainResult:
     kl_per_token: Interval | None
     kl_per_sequence: Interval | None
     perturbed: PerturbedResult | None = None
+    samples: int = 1
+    right: tuple[int, ...] | None = None
 
 
-def comparison(base: dict[str, DomainResult], teacher: dict[str, DomainResult], student: dict[str, DomainResult], dropped: dict[str, int]) -> dict:
-    """The record that `opd evaluate` writes (module docstring); `base` may be empty. dropped: held-out prompts too long to be used."""
+def comparison(
+    base: dict[str, DomainResult], teacher: dict[str, DomainResult], student: dict[str, DomainResult], dropped: dict[str, int], pass_k: Sequence[int] = ()
+) -> dict:
+    """The record that `opd evaluate` writes (module docstring); `base` may be empty, and `teacher` lack domains. dropped: held-out prompts too long to be
+    used.
+    """
     domains, recoveries = {}, {}
     for name, result in student.items():
-        roles = {"base": base.get(name), "teacher": teacher[name], "student": result}
-        record = {role: _accuracy_record(found) for role, found in roles.items() if found is not None}
-        recovery = None if result.accuracy is None else ratio(result.accuracy, teacher[name].accuracy)
+        roles = {"base": base.get(name), "teacher": teacher.get(name), "student": result}
+        record = {role: _accuracy_record(found, pass_k) for role, found in roles.items() if found is not None}
+        is_recovered = result.accuracy is not None and name in teacher
+        recovery = ratio(result.accuracy, teacher[name].accuracy) if is_recovered else None
         record["dropped_prompts"] = dropped[name]
         record["difference"] = _difference_record(base, {name: result})
-        record["certificate"] = _certificate_record(result, teacher[name])
-        record["recovery"] = "not graded" if result.accuracy is None else recovery and asdict(recovery)
-        if result.accuracy is not None:
+        record["gap_closed"] = _gap_record(**roles)
+        record["certificate"] = _certificate_record(result, teacher.get(name))
+        record["recovery"] = "not graded" if result.accuracy is None else "no teacher" if name not in teacher else recovery and asdict(recovery)
+        if is_recovered:
             recoveries[name] = None if recovery is None else recovery.value
         kl = {role: found for role, found in roles.items() if role != "teacher" and found is not None and found.kl_per_token is not None}
         if kl:
@@ -89,7 +101,7 @@ def comparison(base: dict[str, DomainResult], teacher: dict[str, DomainResult], 
         "domains": domains,
         "difference": _difference_record(base, student),
         "min_recovery": None if unknown else min(recoveries.values()),
-        "not_graded": [name for name in student if name not in recoveries],
+        "not_graded": [name for name, result in student.items() if result.accuracy is None],
     }
 
 
@@ -119,14 +131,30 @@ def require_certificates(record: dict) -> None:
             )
 
 
-def _certificate_record(student: DomainResult, teacher: DomainResult) -> dict | None:
-    if student.accuracy is None or student.kl_per_sequence is None:
+def _gap_record(base: DomainResult | None, teacher: DomainResult | None, student: DomainResult) -> dict | None:
+    """(student - base) / (teacher - base), prompt by prompt; None where the teacher's lead may be 0, since what is divided by it says nothing."""
+    if base is None or teacher is None or student.scores is None:
+        return None
+    lead = paired_difference(teacher.scores, base.scores)
+    if lead.low <= 0 <= lead.high:
+        return None
+    gains = [(one - zero, best - zero) for one, best, zero in zip(student.scores, teacher.scores, base.scores, strict=True)]
+    below, above = sum(lead for _, lead in gains), sum(gain for gain, _ in gains)
+    squares = sum(lead**2 for _, lead in gains), sum(gain**2 for gain, _ in gains), sum(gain * lead for gain, lead in gains)
+    found = ratio_of_sums(len(gains), below, above, *squares)
+    return asdict(Interval(found.value, min(found.low, found.high), max(found.low, found.high)))
+
+
+def _certificate_record(student: DomainResult, teacher: DomainResult | None) -> dict | None:
+    if teacher is None or student.accuracy is None or student.kl_per_sequence is None:
         return None
     return asdict(certify(student.accuracy, teacher.accuracy, student.prompts, student.kl_per_sequence))
 
 
-def _accuracy_record(result: DomainResult) -> dict:
-    counts = {"prompts": result.prompts, "truncated": result.truncated}
+def _accuracy_record(result: DomainResult, pass_k: Sequence[int]) -> dict:
+    counts = {"prompts": result.prompts, "truncated": result.truncated, "samples": result.samples}
+    if pass_k and result.right is not None:
+        counts["pass"] = {str(k): asdict(pass_at(result.right, result.samples, k)) for k in pass_k}
     if result.accuracy is None:
         return {"accuracy": None, "low": None, "high": None, "greedy": None, **counts}
     accuracy = result.accuracy
@@ -165,12 +193,25 @@ def print_comparison(record: dict) -> None:
     )
     print_table("", ["domain", *roles, "recovery", "greedy: " + " ".join(roles), "KL to teacher", "floor"], rows, caption)
     _print_perturbed(record["domains"])
+    _print_closed(record["domains"])
     if record.get("difference") is not None:
         found = {"all": record} | record["domains"]
         cells = [f"{name} {_interval_cell(part['difference'], '+')}" for name, part in found.items() if part.get("difference") is not None]
         print(f"student less base, accuracy on the same prompts: {'; '.join(cells)}")
     if cut:
         print(f"more than 1 % of the student's completions were cut at max_new_tokens in {', '.join(cut)}: raise evaluation.max_new_tokens")
+
+
+def _print_closed(domains: dict[str, dict]) -> None:
+    """The part of the teacher's lead that the student has, and pass@k, of the domains that have them."""
+    closed = [f"{name} {_interval_cell(domain['gap_closed'])}" for name, domain in domains.items() if domain.get("gap_closed") is not None]
+    if closed:
+        print(f"of the teacher's lead over the base: {'; '.join(closed)}")
+    for role in ("base", "teacher", "student"):
+        found = {name: domain[role].get("pass", {}) for name, domain in domains.items() if role in domain}
+        cells = [f"{name} {', '.join(f'pass@{k} ' + _interval_cell(value) for k, value in own.items())}" for name, own in found.items() if own]
+        if cells:
+            print(f"{role}: {'; '.join(cells)}")
 
 
 def _print_perturbed(domains: dict[str, dict]) -> None:

@@ -26,6 +26,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from opd.errors import explain
+from opd.evaluate_config import settings_of_run
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
 STORED = "config_of="
@@ -150,7 +151,7 @@ def _sources(command: str, overrides: list[str]) -> Iterator[tuple[str, list[str
         return
     with tempfile.TemporaryDirectory() as folder:
         stored = {"defaults": [f"{command}_schema", "_self_", *({key: [] if key == "domain" else None} for key in group_choices(command))]}
-        stored |= _stored_values(command, run) | {"run_dir": str(run), "fresh": False}
+        stored |= _stored_values(command, run)
         (Path(folder) / "stored.yaml").write_text(yaml.safe_dump(stored, sort_keys=False))
         with initialize_config_dir(config_dir=folder, version_base="1.3"):
             yield "stored", [*_search_path([CONF, *searched]), *given], [Path(folder), CONF, *searched]
@@ -172,11 +173,16 @@ def _stored_values(command: str, run: Path) -> dict[str, Any]:
     text = file.read_text()
     mark = re.match(r"# written by opd (\w+)", text)
     writer = mark[1] if mark else "something else"
+    if command == "evaluate":
+        if writer in ("distill", "specialize"):
+            return settings_of_run(yaml.safe_load(text), str(run))
+        if writer == "evaluate":
+            return yaml.safe_load(text) | {"run_dir": str(run)}
     if writer != SAME_SETTINGS.get(command, command):
         inside = sorted(str(path.parent) for path in run.glob("*/config.yaml"))
         hint = f": name one of its runs, {', '.join(inside)}" if inside else ""
         raise ValueError(f"{run} is a folder of opd {writer}, not of opd {SAME_SETTINGS.get(command, command)}{hint}")
-    return yaml.safe_load(text)
+    return yaml.safe_load(text) | {"run_dir": str(run), "fresh": False}
 
 
 def _adds_member(override: str, schema: type) -> bool:

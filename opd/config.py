@@ -13,21 +13,22 @@ from omegaconf.errors import OmegaConfBaseException
 from opd.alarm_config import AlarmsConfig, check_alarms
 from opd.bench_config import DivergenceBenchConfig, QatBenchConfig, RolloutBenchConfig, StepBenchConfig, TeachersBenchConfig
 from opd.compare_config import CompareConfig, check_compare
+from opd.evaluate_config import EvaluateConfig, EvaluationConfig, check_evaluate, check_evaluation
 from opd.export_config import ExportConfig, check_export
 from opd.grpo_config import GrpoConfig, check_grpo, group_rollouts
-from opd.harness_config import HarnessConfig, check_harness
-from opd.job_config import CheckpointConfig, LaunchConfig, LoggerConfig, ProfileConfig, RanksConfig, ReportConfig, SamplesConfig
+from opd.harness_config import check_harness
+from opd.job_config import CheckpointConfig, LaunchConfig, LoggerConfig, ProfileConfig, ReportConfig, SamplesConfig
 from opd.loss_config import LossConfig
 from opd.merge_config import MergeConfig, check_merge
 from opd.pipeline_config import PipelineConfig
 from opd.plan_config import PlanConfig
 from opd.quant_config import QuantConfig
-from opd.ranges import check_evaluated, check_loss, check_profile, check_ranges, check_rollout, check_routes, check_schedules, check_start
+from opd.ranges import check_loss, check_profile, check_ranges, check_rollout, check_routes, check_schedules, check_start
 from opd.runs_config import InspectConfig, RunsConfig
 from opd.start_config import CheckConfig, WarmupConfig
 from rollout.config import ModelConfig, RolloutConfig
 from rollout.errors import first_sentence
-from teachers.config import DomainConfig, SignalKind, TeachersConfig
+from teachers.config import DomainConfig, TeachersConfig
 
 
 class Router(Enum):
@@ -113,24 +114,6 @@ class OptimConfig:
     clip_norm: float | None = 1.0
     update_ratio_every: int = 10
     max_skipped_steps: int = 0
-
-
-@dataclass(slots=True)
-class EvaluationConfig:
-    """Evaluation on held-out prompts: temperature 1, and greedy beside it.
-
-    every: steps between evaluations while training; 0 evaluates never.
-    prompts: held-out prompts per domain while training; null takes all.
-    kl: also the held-out divergence from each domain's teacher; not where a server holds it, which cannot give whole distributions.
-    max_new_tokens: completion tokens at most; null takes rollout.max_new_tokens (256 in commands without rollouts).
-    decode_width: rows decoded together; null takes rollout.decode_width (64 in commands without rollouts).
-    """
-
-    every: int = 0
-    prompts: int | None = 256
-    kl: bool = True
-    max_new_tokens: int | None = None
-    decode_width: int | None = None
 
 
 @dataclass(slots=True)
@@ -244,34 +227,6 @@ class SpecializeConfig(RunConfig):
         return self.num_steps + self.grpo.num_steps
 
 
-@dataclass(slots=True)
-class EvaluateConfig:
-    """`opd evaluate`: accuracy on held-out prompts of the student, of its domains' teachers, and of the base it began from.
-
-    run_dir: folder for evaluation.json and the resolved configuration.
-    seed: key of every random choice.
-    threads: CPU threads of this process; null chooses.
-    student, base: models to compare; base may be left out.
-    domains, teachers: as for `opd distill`.
-    evaluation: how; all held-out prompts unless it says otherwise.
-    lm_eval: tasks of EleutherAI's lm_eval to score as well, or in place of domains.
-    cache: folder in which what was measured of each model is kept, and looked up by weights, prompts and settings (opd/evaluation_cache.py); null keeps none.
-    launch: its processes.
-    """
-
-    run_dir: str = "runs/evaluate"
-    seed: int = 0
-    threads: int | None = None
-    student: ModelConfig = field(default_factory=ModelConfig)
-    base: ModelConfig = field(default_factory=ModelConfig)
-    domains: dict[str, DomainConfig] = field(default_factory=dict)
-    teachers: TeachersConfig = field(default_factory=TeachersConfig)
-    evaluation: EvaluationConfig = field(default_factory=lambda: EvaluationConfig(prompts=None))
-    lm_eval: HarnessConfig = field(default_factory=HarnessConfig)
-    cache: str | None = None
-    launch: RanksConfig = field(default_factory=RanksConfig)
-
-
 SCHEMAS: dict[str, type] = {
     "distill": DistillConfig,
     "check": CheckCommandConfig,
@@ -326,9 +281,9 @@ def parse(config: DictConfig, schema: type) -> Any:
         check_merge(parsed)
     if isinstance(parsed, CompareConfig):
         check_compare(parsed)
-    if isinstance(parsed, EvaluateConfig) and parsed.teachers.signal is not SignalKind.hidden_states:
-        raise ValueError("opd evaluate always compares whole distributions, so teachers.signal would be ignored: remove it")
+    if isinstance(parsed, RunConfig | EvaluateConfig):
+        check_evaluation(parsed.evaluation)
     if isinstance(parsed, EvaluateConfig):
-        check_evaluated(parsed.domains)
+        check_evaluate(parsed)
         check_harness(parsed.lm_eval, parsed.base, bool(parsed.domains))
     return parsed

@@ -4,7 +4,7 @@ from opd.checkpoint import dropped_domains, is_due, resume, save
 from opd.config import DistillConfig
 from opd.distributed import start_processes
 from opd.engine import Engine
-from opd.evaluate import Evaluator, evaluation_metrics
+from opd.evaluator import Evaluator, evaluation_metrics
 from opd.metrics import data_metrics, rollout_metrics
 from opd.rollouts import build_stream, data_ranks
 from opd.run import finish_run, open_run

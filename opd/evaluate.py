@@ -1,194 +1,34 @@
-"""Evaluation on held-out prompts: accuracy at temperature 1 (greedy beside it), and the divergence from each domain's teacher; where a domain asks for it
-also the accuracy under an environment that replaces tokens (rollout/perturbation.py), from completions of its own, which enter no other figure.
+"""`opd evaluate`: base, teachers and student on every domain's held-out prompts, and on tasks of lm_eval where these are named.
 
-A figure is a sum over all held-out prompts divided by their number, with its 95 % interval; ranks answer a share of the prompts each. Random
-numbers are keyed apart from training's, and are the same for every model that is evaluated. `opd evaluate` writes what opd/comparison.py defines.
-
-B: rollouts of a micro-batch. N: its completion tokens, flattened. D: hidden size. V: vocabulary.
+`opd evaluate RUN` is opd/checkpoint_evaluation.py.
 """
 
 import importlib
 import json
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from opd.batch import forward_batches
-from opd.comparison import DomainResult, PerturbedResult, comparison, print_comparison, require_certificates
-from opd.config import DistillConfig, EvaluateConfig, RunConfig, rollout_settings
-from opd.distributed import Group, gather_objects, is_main, num_ranks, rank, reduce_sum, start_processes
-from opd.estimators import distillation_loss, signal_of, student_states
-from opd.evaluation_cache import EvaluationCache
+from opd.checkpoint_evaluation import evaluate_checkpoints
+from opd.comparison import comparison, print_comparison, require_certificates
+from opd.config import EvaluateConfig
+from opd.distributed import is_main, start_processes
+from opd.evaluator import Evaluator, sampling_of
 from opd.harness_config import HarnessRole
-from opd.intervals import Interval, mean, proportion
-from opd.loss_config import Backend, LossConfig
+from opd.held_out import build_evaluator, results_of, teacher_results
 from opd.model_card import refresh_card
-from opd.rollouts import FirstRequest, data_ranks
 from opd.run import require_own_folder, write_config
-from opd.scores import write_scores
-from opd.tiles import Targets
-from rollout.config import SamplingConfig
 from rollout.files import replace_text
-from rollout.grading import grade_rollout, require_gradable
-from rollout.model import context_length, end_tokens, load_model, load_tokenizer, logit_transform
-from rollout.perturbation import Perturbation, build_perturbation
-from rollout.prompts import DomainPrompts, load_held_out
-from rollout.sampler import LocalSampler, WeightSource
-from rollout.types import Prompt, Rollout
+from rollout.model import end_tokens, load_model, load_tokenizer
+from rollout.sampler import LocalSampler
 from teachers.compatibility import check_compatible
-from teachers.config import SignalKind
-from teachers.pool import TeacherPool
 
 if TYPE_CHECKING:
     from opd.harness_tasks import HarnessTasks
-
-
-class Evaluator:
-    """Evaluates models on the held-out prompts of a run's domains."""
-
-    def __init__(self, cfg: RunConfig | EvaluateConfig, student: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, teachers: TeacherPool | None):
-        """Reads the held-out prompts, unless evaluation.every=0. `teachers` are needed for divergences only."""
-        self.domains, self.cfg, self.tokenizer, self.teachers = cfg.domains, cfg.evaluation, tokenizer, teachers
-        self.sampling, self.run_dir = _sampling(cfg), Path(cfg.run_dir) if isinstance(cfg, RunConfig) else None
-        self.loss = LossConfig(backend=cfg.loss.backend if isinstance(cfg, DistillConfig) else Backend.auto)  # always exact reverse KL
-        context = context_length(student.config, "student")
-        longest = context - self.sampling.max_new_tokens
-        is_wanted = isinstance(cfg, EvaluateConfig) or cfg.evaluation.every > 0
-        if is_wanted and longest < 1 and any(domain.held_out.path for domain in cfg.domains.values()):
-            given = f"completions of {self.sampling.max_new_tokens} tokens leave no room for a prompt in the student's context of {context}"
-            raise ValueError(f"in the evaluation {given}: lower evaluation.max_new_tokens")
-        prompts = {name: domain.prompts for name, domain in cfg.domains.items()}
-        sources = {name: domain.held_out for name, domain in cfg.domains.items() if is_wanted}
-        held_out = load_held_out(prompts, sources, tokenizer, longest)
-        require_gradable(held_out, {name: domain.grader for name, domain in cfg.domains.items()})
-        self.prompts = {name: _held_out(rows, cfg.evaluation.prompts) for name, rows in held_out.items()}
-        self.dropped = {name: rows.num_dropped for name, rows in held_out.items()}
-        self.perturbations = {name: self._perturbation(name, student, cfg.seed) for name in self.prompts if cfg.domains[name].perturbation.rate}
-        if teachers is not None:
-            teachers.require_context({name: rows.longest + self.sampling.max_new_tokens for name, rows in held_out.items()})
-
-    def evaluate(self, sampler: LocalSampler, source: WeightSource | None = None) -> dict[str, DomainResult]:
-        """Results per domain with held-out prompts; takes the source's weights first where one is given. Every rank calls it."""
-        if source is not None and self.prompts:
-            sampler.refresh(source)
-        results = {name: self.evaluate_domain(name, sampler) for name in self.prompts}
-        if source is not None and self.run_dir is not None and is_main():
-            write_scores(self.run_dir, source.policy_step, self.prompts, results)
-        return results
-
-    def evaluate_domain(self, name: str, sampler: LocalSampler, with_kl: bool = True) -> DomainResult:
-        """The sampler's model on one domain, its divergence from the domain's teacher included if asked; every rank calls it."""
-        own = self.prompts[name][rank(Group.data) :: num_ranks(Group.data)]
-        sampled = sampler.sample(own, replace(self.sampling, temperature=1.0))
-        count = len(self.prompts[name])
-        scores = accuracy = greedy = None
-        if self.domains[name].grader is not None:
-            scores = self._scores(name, sampled)
-            accuracy = proportion(sum(scores), count)
-            greedy = proportion(sum(self._scores(name, sampler.sample(own, replace(self.sampling, temperature=0.0)))), count)
-        kl_per_token = kl_per_sequence = None
-        if with_kl and self.cfg.kl and self.teachers is not None and not self.teachers.is_remote(name):
-            kl_per_token, kl_per_sequence = self._divergence(sampler.model, sampled)
-        unfinished = torch.tensor(sum(not rollout.finished for rollout in sampled), dtype=torch.float64)
-        return DomainResult(
-            prompts=count,
-            truncated=float(reduce_sum(unfinished, Group.data)) / count,
-            scores=scores,
-            accuracy=accuracy,
-            greedy=greedy,
-            perturbed=self._perturbed(name, sampler) if name in self.perturbations else None,
-            kl_per_token=kl_per_token,
-            kl_per_sequence=kl_per_sequence,
-        )
-
-    def _perturbation(self, name: str, student: PreTrainedModel, seed: int) -> Perturbation:
-        ends = end_tokens(student, self.tokenizer)
-        return build_perturbation(self.domains[name].perturbation, self.tokenizer, ends, seed, f"domains.{name}.perturbation")
-
-    def _perturbed(self, name: str, sampler: LocalSampler) -> PerturbedResult:
-        """Accuracy of samples of their own, at temperature 1; what they diverge is not asked, since they are not the model's alone."""
-        own, count = self.prompts[name][rank(Group.data) :: num_ranks(Group.data)], len(self.prompts[name])
-        sampled = sampler.sample_perturbed(own, replace(self.sampling, temperature=1.0), self.perturbations[name])
-        totals = [sum(not rollout.finished for rollout in sampled), sum(int((~rollout.completion_mask_T).sum()) for rollout in sampled)]
-        unfinished, replaced = reduce_sum(torch.tensor(totals, dtype=torch.float64), Group.data).tolist()
-        scores = self._scores(name, sampled)
-        rate = self.perturbations[name].rate
-        return PerturbedResult(rate=rate, accuracy=proportion(sum(scores), count), truncated=unfinished / count, replaced=replaced / count)
-
-    def _scores(self, name: str, rollouts: list[Rollout]) -> tuple[float, ...]:
-        """Scores of all ranks' rollouts, in the order of the domain's prompts; `rollouts` are this rank's."""
-        grader = self.domains[name].grader
-        return in_prompt_order(gather_objects([grade_rollout(grader, rollout, self.tokenizer) for rollout in rollouts], Group.data))
-
-    @torch.no_grad()
-    def _divergence(self, model: PreTrainedModel, rollouts: list[Rollout]) -> tuple[Interval | None, Interval | None]:
-        """KL(student || teacher) per token and per sequence; the per-token interval treats sequences as the independent units. None of a dropped domain."""
-        sums = torch.zeros(6, dtype=torch.float64)
-        scored = [item for item in self.teachers.score(rollouts, SignalKind.hidden_states) if item.signal.kind is not None]
-        for batch in forward_batches(scored, self.teachers, model.device):
-            student = student_states(model, batch, logit_transform(model.config, "student"))
-            signal = signal_of(batch, self.teachers.head(batch.teacher))
-            _, losses = distillation_loss(student, signal, Targets(batch.target_N), batch.weight_N, self.loss, len(self.tokenizer))
-            kl_B = torch.zeros(len(batch.rollouts), dtype=torch.float64).index_add_(0, batch.rollout_N.cpu(), (losses.loss_N * batch.mask_N).double().cpu())
-            tokens_B = torch.tensor([rollout.num_loss_tokens for rollout in batch.rollouts], dtype=torch.float64)
-            ones_B = torch.ones_like(kl_B)
-            sums += torch.stack([ones_B, tokens_B, kl_B, tokens_B**2, kl_B**2, kl_B * tokens_B], dim=1).sum(0)
-        count, tokens, kl, tokens_squared, kl_squared, product = reduce_sum(sums, Group.data).tolist()
-        if not count:
-            return None, None
-        return _ratio_of_sums(count, tokens, kl, tokens_squared, kl_squared, product), mean(kl, kl_squared, int(count))
-
-
-def evaluation_metrics(results: dict[str, DomainResult]) -> dict[str, float]:
-    """Results under the names of opd/metrics.py."""
-    metrics = {}
-    for name, result in results.items():
-        metrics[f"evaluation/{name}/truncated"] = result.truncated
-        for figure in ("accuracy", "kl_per_token", "kl_per_sequence"):
-            interval = {"accuracy": result.accuracy, "kl_per_token": result.kl_per_token, "kl_per_sequence": result.kl_per_sequence}[figure]
-            if interval is not None:
-                metrics[f"evaluation/{name}/{figure}"] = interval.value
-                metrics[f"evaluation/{name}/{figure}_low"] = interval.low
-                metrics[f"evaluation/{name}/{figure}_high"] = interval.high
-        if result.greedy is not None:
-            metrics[f"evaluation/{name}/greedy"] = result.greedy.value
-        if result.perturbed is not None:
-            metrics[f"evaluation/{name}/perturbed"] = result.perturbed.accuracy.value
-            metrics[f"evaluation/{name}/perturbed_low"] = result.perturbed.accuracy.low
-            metrics[f"evaluation/{name}/perturbed_high"] = result.perturbed.accuracy.high
-    return metrics
-
-
-def in_prompt_order(shares: list[list[float]]) -> tuple[float, ...]:
-    """The ranks' shares of a domain put together: rank r of n has prompts r, r + n, r + 2 n, ..."""
-    return tuple(shares[i % len(shares)][i // len(shares)] for i in range(sum(map(len, shares))))
-
-
-def _held_out(prompts: DomainPrompts, limit: int | None) -> list[Prompt]:
-    return [prompts.prompt(source, row, FirstRequest.evaluation + number) for number, (source, row) in enumerate(prompts.all_rows()[:limit])]
-
-
-def _sampling(cfg: RunConfig | EvaluateConfig) -> SamplingConfig:
-    """How completions are drawn: as in the run's rollouts, unless the evaluation says otherwise."""
-    default = rollout_settings(cfg) or SamplingConfig(max_new_tokens=256)
-    own = cfg.evaluation
-    return SamplingConfig(max_new_tokens=own.max_new_tokens or default.max_new_tokens, decode_width=own.decode_width or default.decode_width)
-
-
-def _ratio_of_sums(count: float, tokens: float, kl: float, tokens_squared: float, kl_squared: float, product: float) -> Interval:
-    """sum(kl) / sum(tokens) with the linearised (delta-method) interval of a ratio of two sums over sequences."""
-    value = kl / tokens
-    residual = max(0.0, kl_squared - 2 * value * product + value**2 * tokens_squared)
-    mean_tokens = tokens / count
-    spread = mean(0.0, residual, int(count))
-    half = (spread.high - spread.value) / mean_tokens
-    return Interval(value, value - half, value + half)
 
 
 def evaluate(cfg: EvaluateConfig) -> None:
@@ -196,10 +36,13 @@ def evaluate(cfg: EvaluateConfig) -> None:
     RUN/evaluation.json and prints the tables.
     """
     device = start_processes(cfg.launch.timeout_minutes)
+    if cfg.run is not None:
+        evaluate_checkpoints(cfg, device)
+        return
     folder = Path(cfg.run_dir)
     require_own_folder(folder, "evaluate")
     if cfg.student.model is None:
-        raise ValueError("there is nothing to evaluate: set student.model to a folder or hub id")
+        raise ValueError("there is nothing to evaluate: set student.model to a folder or hub id, or write a run behind the command")
     if not (cfg.domains or cfg.lm_eval.tasks):
         raise ValueError("there is nothing to evaluate the student on: add domains, as in domain=[law], or lm_eval.tasks=[gsm8k]")
     tasks = _harness_tasks(cfg)
@@ -207,7 +50,7 @@ def evaluate(cfg: EvaluateConfig) -> None:
     if cfg.base.model is not None:
         check_compatible("base", cfg.base, tokenizer)
     student = load_model(cfg.student, "student", device)
-    evaluator = _evaluator(cfg, student, tokenizer, device) if cfg.domains else None
+    evaluator = build_evaluator(cfg, student, tokenizer, device) if cfg.domains else None
     models = {"student": student} | ({"base": load_model(cfg.base, "base", device)} if cfg.base.model is not None else {})
     record = comparison({}, {}, {}, {}) if evaluator is None else _compared(cfg, evaluator, models)
     if tasks is not None:
@@ -226,29 +69,10 @@ def evaluate(cfg: EvaluateConfig) -> None:
     require_certificates(record)
 
 
-def _evaluator(cfg: EvaluateConfig, student: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, device: torch.device) -> Evaluator:
-    """Raises ValueError where no domain could be evaluated."""
-    teachers = TeacherPool(cfg.domains, cfg.teachers, tokenizer, device, data_ranks())
-    teachers.require_whole(teachers.configs)
-    evaluator = Evaluator(cfg, student, tokenizer, teachers)
-    if not evaluator.prompts:
-        raise ValueError("no domain has held-out prompts: set domains.NAME.held_out.path")
-    return evaluator
-
-
 def _compared(cfg: EvaluateConfig, evaluator: Evaluator, models: dict[str, PreTrainedModel]) -> dict:
     """The models and the teachers on every domain's held-out prompts."""
-    results = {role: _results(cfg, evaluator, model, list(evaluator.prompts)) for role, model in models.items()}
-    teacher, teachers = {}, evaluator.teachers
-    for name in evaluator.prompts:
-        teacher |= _results(cfg, evaluator, teachers.get(teachers.teacher_of[name]).model, [name], with_kl=False)
-    return comparison(results.get("base", {}), teacher, results["student"], evaluator.dropped)
-
-
-def _results(cfg: EvaluateConfig, evaluator: Evaluator, model: PreTrainedModel, names: list[str], with_kl: bool = True) -> dict[str, DomainResult]:
-    """A model on the named domains, from the cache where it has been evaluated before."""
-    sampler = LocalSampler(model, end_tokens(model, evaluator.tokenizer), cfg.seed, len(evaluator.tokenizer))
-    return EvaluationCache(cfg.cache).results(evaluator, sampler, names, with_kl)
+    results = {role: results_of(cfg, evaluator, model, list(evaluator.prompts)) for role, model in models.items()}
+    return comparison(results.get("base", {}), teacher_results(cfg, evaluator), results["student"], evaluator.dropped, cfg.pass_k)
 
 
 def _harness_module() -> ModuleType:
@@ -277,7 +101,7 @@ def _harness_record(
 ) -> dict[str, Any]:
     from opd.harness import HarnessLimits, HarnessModel
 
-    sampling = _sampling(cfg)
+    sampling = sampling_of(cfg)
     limits = HarnessLimits(
         max_new_tokens=sampling.max_new_tokens, decode_width=sampling.decode_width, tokens_per_forward=cfg.teachers.max_tokens_per_forward
     )

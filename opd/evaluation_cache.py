@@ -25,7 +25,7 @@ from rollout.weights import hash_tensors
 from teachers.manifest import teacher_identity
 
 if TYPE_CHECKING:
-    from opd.evaluate import Evaluator
+    from opd.evaluator import Evaluator
 
 SCHEMA = 1
 INTERVALS = ("accuracy", "greedy", "kl_per_token", "kl_per_sequence")
@@ -61,13 +61,15 @@ def _key(evaluator: "Evaluator", sampler: LocalSampler, name: str, with_kl: bool
     """What a result depends on besides the model."""
     prompts = hashlib.sha256(json.dumps([(prompt.request, prompt.tokens, prompt.answer) for prompt in evaluator.prompts[name]]).encode()).hexdigest()
     domain, policy = evaluator.domains[name], sampler.policy
-    teacher = teacher_identity(domain.teacher, f"teacher of {name}") if with_kl and evaluator.cfg.kl and evaluator.teachers is not None else None
+    has_teacher = evaluator.teachers is not None and name in evaluator.teachers.teacher_of
+    teacher = teacher_identity(domain.teacher, f"teacher of {name}") if with_kl and evaluator.cfg.kl and has_teacher else None
     return {
         "domain": name,
         "prompts": prompts,
         "grader": grader_identity(domain.grader),
         "perturbation": asdict(domain.perturbation),
         "sampling": asdict(evaluator.sampling),
+        "samples": evaluator.cfg.samples,
         "policy": [policy.seed, sorted(policy.end_tokens), policy.vocab_size],
         "device": sampler.model.device.type,
         "teacher": None if teacher is None else {part: value for part, value in teacher.items() if part != "model"},
@@ -82,6 +84,6 @@ def _config_hash(sampler: LocalSampler) -> str:
 
 def _from_record(record: dict[str, Any]) -> DomainResult:
     intervals = {name: None if record[name] is None else Interval(**record[name]) for name in INTERVALS}
-    scores = None if record["scores"] is None else tuple(record["scores"])
+    lists = {name: None if record[name] is None else tuple(record[name]) for name in ("scores", "right")}
     perturbed = record["perturbed"] and PerturbedResult(**record["perturbed"] | {"accuracy": Interval(**record["perturbed"]["accuracy"])})
-    return DomainResult(**record | intervals | {"scores": scores, "perturbed": perturbed})
+    return DomainResult(**record | intervals | lists | {"perturbed": perturbed})

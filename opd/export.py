@@ -40,7 +40,7 @@ from opd.config import EvaluateConfig, EvaluationConfig
 from opd.console import print_table
 from opd.deepseek_layout import FAMILY, kept_modules, released_config, released_tensors
 from opd.distributed import Group, num_ranks, start_processes
-from opd.evaluate import Evaluator
+from opd.evaluator import Evaluator
 from opd.export_check import require_equal
 from opd.export_config import ExportConfig, ExportFormat, RestFormat, shard_bytes
 from opd.export_rounding import ExpertFigures, round_experts, round_matrices

@@ -1,6 +1,7 @@
 """Confidence intervals (95 %) of the figures that are reported."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 Z = 1.959963984540054
@@ -16,7 +17,7 @@ class Interval:
     high: float
 
 
-def proportion(successes: float, trials: int, z: float = Z) -> Interval:
+def proportion(successes: float, trials: float, z: float = Z) -> Interval:
     """A proportion with Wilson's score interval, which stays in [0, 1] and works near its ends; z: its half width in standard errors."""
     if trials == 0:
         raise ValueError("a proportion needs at least one trial")
@@ -44,3 +45,32 @@ def mean(total: float, total_of_squares: float, count: int) -> Interval:
     variance = max(0.0, total_of_squares / count - value * value) * count / max(1, count - 1)
     half = Z * math.sqrt(variance / count)
     return Interval(value, value - half, value + half)
+
+
+def ratio_of_sums(count: float, below: float, above: float, below_squared: float, above_squared: float, product: float) -> Interval:
+    """sum(above) / sum(below) with the linearised (delta-method) interval of a ratio of two sums over `count` pairs."""
+    value = above / below
+    residual = max(0.0, above_squared - 2 * value * product + value**2 * below_squared)
+    mean_below = below / count
+    spread = mean(0.0, residual, int(count))
+    half = (spread.high - spread.value) / mean_below
+    return Interval(value, value - half, value + half)
+
+
+def clustered_proportion(means: Sequence[float], each: int) -> Interval:
+    """A proportion from the means of clusters of `each` trials: Wilson's interval at the effective number of trials, which is that of the clusters where
+    those of one are all alike, and of the trials where they are independent (Kish 1965; Korn and Graubard 1998).
+    """
+    count, p = len(means), sum(means) / len(means)
+    if each == 1:
+        return proportion(sum(means), count)
+    spread = sum((value - p) ** 2 for value in means) / count
+    trials = count if not 0 < p < 1 else count * each if not spread else min(count * each, max(count, count * p * (1 - p) / spread))
+    return proportion(p * trials, trials)
+
+
+def pass_at(right: Sequence[int], samples: int, k: int) -> Interval:
+    """The chance that one of k completions of a prompt is right, from so many right ones of `samples`: the unbiased estimate of each prompt (Chen et al.
+    2021), its mean over the prompts, with Wilson's interval, of which they are the trials.
+    """
+    return proportion(sum(1 - math.comb(samples - found, k) / math.comb(samples, k) for found in right), len(right))

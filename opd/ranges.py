@@ -31,7 +31,7 @@ NOT_NEGATIVE = (
 
 ABOVE_ZERO = (
     "timeout_seconds", "load_timeout_seconds", "probe_tolerance", "lease_seconds", "max_mismatch", "tolerance", "heartbeat_seconds", "timeout_minutes",
-    "memory_gib", "host_memory_gib",
+    "follow_seconds", "memory_gib", "host_memory_gib",
 )  # fmt: skip
 """Finite numbers above 0, or none at all."""
 

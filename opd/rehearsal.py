@@ -29,7 +29,7 @@ from opd.config import DistillConfig, PlanCommandConfig
 from opd.console import print_table
 from opd.distributed import Group, barrier, is_main, num_local_processes, num_ranks, on_main, start_processes
 from opd.engine import Engine
-from opd.evaluate import Evaluator
+from opd.evaluator import Evaluator
 from opd.job_config import LoggerConfig, LoggerKind
 from opd.memory import ALL, GIB, Phase
 from opd.memory_meter import MemoryMeter

@@ -21,6 +21,7 @@
     RUN/student/             Hugging Face folder of the trained model, when the run is finished; experts that trained under FP4 hold its values in
                              the dtype of training (their masters are in the checkpoints)
     RUN/students/            opd/checkpoint_model.py: models of checkpoints that were asked for as RUN@STEP
+    RUN/evaluations/         opd/checkpoint_evaluation.py: what `opd evaluate RUN` found of the checkpoints, and which is chosen
     RUN/evaluation.json      opd/comparison.py (in a folder of `opd evaluate`)
     RUN/export.json          opd/export.py (in a folder of `opd export`)
     RUN/merge.json           opd/merge.py (in a folder of `opd merge`)
@@ -63,7 +64,7 @@ FILES = (
     "lineage.json",
 )  # fmt: skip
 FOLDERS = (
-    "logs", "starts", "checkpoints", "rollouts", "log", "service", "weights", "student", "students", "reference", "wandb", "profile", "samples",
+    "logs", "starts", "checkpoints", "rollouts", "log", "service", "weights", "student", "students", "reference", "wandb", "profile", "samples", "evaluations",
 )  # fmt: skip
 """What a run writes, and `fresh` deletes."""
 

@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 
 from opd.config import DistillConfig
 from opd.distributed import broadcast_object
-from opd.evaluate import Evaluator
+from opd.evaluator import Evaluator
 from opd.run import is_new_run
 from opd.signal_figures import SignalFigures, measure_signals
 from opd.start_config import OnBadSignal

@@ -22,7 +22,7 @@ from opd.config import DistillConfig
 from opd.distributed import Group, num_ranks, rank
 from opd.divergence import ModelStates, full_divergence
 from opd.estimators import signal_of, student_states
-from opd.evaluate import Evaluator
+from opd.evaluator import Evaluator
 from opd.intervals import Interval, mean
 from opd.loss_config import LossConfig
 from opd.metrics import DomainTotals

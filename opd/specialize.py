@@ -16,7 +16,7 @@ from opd.checkpoint import is_due, resume, save
 from opd.config import SpecializeConfig
 from opd.distributed import Group, num_ranks, rank, start_processes
 from opd.engine import Engine
-from opd.evaluate import Evaluator, evaluation_metrics
+from opd.evaluator import Evaluator, evaluation_metrics
 from opd.grpo import Grpo
 from opd.metrics import data_metrics
 from opd.run import finish_run, open_run

@@ -4,7 +4,8 @@ SIGTERM or SIGUSR1 to any rank, or launch.max_hours, ends all ranks together aft
 PREEMPTED. Where that takes longer than launch.grace_seconds from the signal, the process ends at once, with the same code and without the checkpoint: what
 was sampled is in the log, and the steps after the last checkpoint are done again. max_hours leaves time for one more step as long as the longest.
 
-An alarm (opd/alarm_actions.py) ends it in the same way, but with the exit code STOPPED: a job that is queued again would only go on.
+An alarm (opd/alarm_actions.py), or `opd evaluate` of an accepted checkpoint (opd/choice.py), ends it in the same way, but with the exit code
+STOPPED: a job that is queued again would only go on.
 """
 
 import logging
@@ -12,13 +13,15 @@ import os
 import signal
 import threading
 import time
+from pathlib import Path
 from types import FrameType
 
 import torch
 
 from opd.checkpoint_writer import settle, wait
+from opd.choice import take_end_request
 from opd.config import RunConfig
-from opd.distributed import Group, reduce_max
+from opd.distributed import Group, is_main, reduce_max
 from opd.errors import PREEMPTED, STOPPED, Preempted, RankLost
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
@@ -37,7 +40,7 @@ class StopRequest:
     """Whether a run has been asked to end; a context within which the signals are heeded."""
 
     def __init__(self, cfg: RunConfig):
-        self.cfg, self.num_steps, self.is_stopping = cfg.launch, cfg.total_steps, False
+        self.cfg, self.num_steps, self.is_stopping, self.run_dir = cfg.launch, cfg.total_steps, False, Path(cfg.run_dir)
         self.reason: str | None = None
         self.code = 0
         _ASKED.clear()
@@ -65,6 +68,9 @@ class StopRequest:
         self.longest_step, self.step_begun = max(self.longest_step, now - self.step_begun), now
         if self.reason is None and self.cfg.max_hours is not None and now + self.longest_step - self.begun > 3600 * self.cfg.max_hours:
             self.reason = f"launch.max_hours={self.cfg.max_hours:g} is near"
+        accepted = take_end_request(self.run_dir) if is_main() else None
+        if accepted is not None:
+            ask_to_stop(f"opd evaluate accepts the checkpoint of step {accepted}", "accept.end_run=false of opd evaluate")
         own = 2.0 if _ASKED else 1.0 if self.reason is not None else 0.0
         asked = float(reduce_max(torch.tensor(own), Group.data))
         self.code = STOPPED if asked == 2.0 else PREEMPTED
@@ -76,7 +82,7 @@ class StopRequest:
         if self.is_stopping:
             settle()
             if self.code == STOPPED:
-                reason, remedy = _ASKED[0] if _ASKED else ("an alarm on the main rank", "its action set to log")
+                reason, remedy = _ASKED[0] if _ASKED else ("the main rank was asked to end", "what asked it")
                 raise Preempted(f"stopped after step {step} ({reason}), with a checkpoint: the same command goes on, or with {remedy} without it", STOPPED)
             reason = self.reason or "another rank was asked to end"
             raise Preempted(f"ended after step {step} ({reason}), with a checkpoint: the same command goes on from there")

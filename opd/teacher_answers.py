@@ -11,7 +11,7 @@ from dataclasses import replace
 
 from opd.config import DistillConfig
 from opd.distributed import Group, num_ranks, rank
-from opd.evaluate import Evaluator
+from opd.evaluator import Evaluator
 from opd.rollouts import FirstRequest
 from opd.start_config import CheckConfig
 from rollout.model import end_tokens

@@ -25,7 +25,7 @@ from opd.checkpoint import save
 from opd.config import DistillConfig
 from opd.distributed import Group, gather_objects, is_main, num_ranks, rank
 from opd.engine import Engine
-from opd.evaluate import Evaluator
+from opd.evaluator import Evaluator
 from opd.rollouts import FirstRequest
 from opd.run import is_new_run
 from opd.start_config import WarmupKind

@@ -10,6 +10,7 @@ from omegaconf import OmegaConf
 import opd.alarm_config
 import opd.bench_config
 import opd.config
+import opd.evaluate_config
 import opd.harness_config
 import opd.job_config
 import opd.plan_config
@@ -25,7 +26,7 @@ from rollout.config import PerturbationConfig
 GROUPS = sorted((path.parent.name, path.stem) for path in CONF.glob("*/*.yaml") if path.parent.name != "sweep")
 """All files of groups; conf/sweep is for W&B, and no group."""
 MODULES = (
-    opd.alarm_config, opd.bench_config, opd.config, opd.harness_config, opd.job_config, opd.plan_config, opd.runs_config, opd.start_config,
+    opd.alarm_config, opd.bench_config, opd.config, opd.evaluate_config, opd.harness_config, opd.job_config, opd.plan_config, opd.runs_config, opd.start_config,
     rollout.config, rollout.grader_config, teachers.config,
 )  # fmt: skip
 SELECT = {"domain": "domain=[{}]", "pipeline": "pipeline={}"}

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from opd.config import DistillConfig, EvaluationConfig
-from opd.evaluate import Evaluator, evaluation_metrics
+from opd.evaluator import Evaluator, evaluation_metrics
 from opd.loss_config import DivergenceKind, LossConfig
 from opd.update import update
 from rollout.config import HeldOutConfig, PromptsConfig
@@ -115,7 +115,7 @@ from opd.config import BatchConfig, DistillConfig, EvaluationConfig, OptimConfig
 from opd.job_config import LoggerConfig, LoggerKind
 from opd.distributed import start_processes
 from opd.engine import Engine
-from opd.evaluate import Evaluator, evaluation_metrics
+from opd.evaluator import Evaluator, evaluation_metrics
 from opd.loss_config import DivergenceKind, LossConfig
 from opd.rollouts import data_ranks
 from opd.student import build_student

@@ -14,7 +14,8 @@ import torch
 from opd.__main__ import load_config
 from opd.comparison import DomainResult, PerturbedResult, comparison, paired_difference, print_comparison, require_certificates
 from opd.config import DistillConfig, EvaluationConfig
-from opd.evaluate import Evaluator, evaluate, evaluation_metrics, in_prompt_order
+from opd.evaluate import evaluate
+from opd.evaluator import Evaluator, evaluation_metrics, in_prompt_order
 from opd.export import export
 from opd.intervals import Interval, proportion
 from opd.loss_config import DivergenceKind, LossConfig
@@ -361,3 +362,34 @@ def test_an_export_is_evaluated_beside_its_student_and_as_its_own_teacher(device
     assert tools["student"] == tools["base"] == tools["teacher"]
     assert record["difference"] == tools["difference"] == {"value": 0.0, "low": 0.0, "high": 0.0}
     assert tools["kl"]["student"]["per_token"]["value"] == pytest.approx(0, abs=1e-9)
+
+
+def graded(scores: list[float]) -> DomainResult:
+    accuracy = proportion(sum(scores), len(scores))
+    figures = {"truncated": 0.0, "scores": tuple(scores), "accuracy": accuracy, "greedy": accuracy, "kl_per_token": None, "kl_per_sequence": None}
+    return DomainResult(prompts=len(scores), **figures)
+
+
+def test_the_gap_closed_is_the_paired_ratio_and_null_where_the_teacher_may_not_lead():
+    base, teacher, student = [0.0] * 30 + [1.0] * 10, [1.0] * 40, [0.0] * 15 + [1.0] * 25
+    found = comparison({"law": graded(base)}, {"law": graded(teacher)}, {"law": graded(student)}, {"law": 0})["domains"]["law"]["gap_closed"]
+    assert found["value"] == pytest.approx(0.5)
+    assert found["low"] < 0.5 < found["high"]
+    level = comparison({"law": graded(base)}, {"law": graded(base)}, {"law": graded(student)}, {"law": 0})["domains"]["law"]
+    assert level["gap_closed"] is None
+    assert comparison({}, {"law": graded(teacher)}, {"law": graded(student)}, {"law": 0})["domains"]["law"]["gap_closed"] is None
+
+
+def test_with_several_samples_a_prompts_score_is_their_mean_and_the_divergence_that_of_the_first(evaluator, sampler, tokenizer, cfg):
+    one = evaluator.evaluate_domain("law", sampler)
+    prompts = evaluator.prompts["law"]
+    rollouts = sampler.sample(prompts, SamplingConfig(max_new_tokens=5, decode_width=6), 3)
+    said = [tokenizer.decode(rollout.completion_T, skip_special_tokens=True).strip() for rollout in rollouts]
+    evaluator.prompts["law"] = [replace(prompt, answer=said[3 * number + 1]) for number, prompt in enumerate(prompts)]
+    cfg.evaluation.samples = 3
+    found = evaluator.evaluate_domain("law", sampler)
+    right = tuple(sum(said[3 * number + sample] == said[3 * number + 1] for sample in range(3)) for number in range(ROWS))
+    assert found.right == right
+    assert found.scores == tuple(count / 3 for count in right)
+    assert found.accuracy.value == pytest.approx(sum(right) / (3 * ROWS))
+    assert found.kl_per_sequence == one.kl_per_sequence

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from opd.config import DistillConfig, EvaluationConfig
-from opd.evaluate import Evaluator
 from opd.evaluation_cache import EvaluationCache
+from opd.evaluator import Evaluator
 from rollout.config import HeldOutConfig, PerturbationConfig, PromptsConfig
 from rollout.sampler import LocalSampler
 from teachers.config import DomainConfig, TeacherConfig, TeachersConfig

@@ -17,7 +17,7 @@ from transformers.quantizers.auto import AutoHfQuantizer
 
 from opd.__main__ import load_config
 from opd.deepseek_layout import released_config, released_name, released_tensors
-from opd.evaluate import Evaluator
+from opd.evaluator import Evaluator
 from opd.export import export
 from opd.export_check import probe_tokens, require_equal
 from opd.export_config import shard_bytes

@@ -1,11 +1,12 @@
 """Confidence intervals: known values, ends of the range, and coverage by simulation."""
 
+import itertools
 import math
 import random
 
 import pytest
 
-from opd.intervals import mean, proportion, ratio
+from opd.intervals import clustered_proportion, mean, pass_at, proportion, ratio
 
 
 @pytest.mark.parametrize(
@@ -92,3 +93,31 @@ def test_a_mean_from_sums_is_the_textbook_normal_interval():
 def test_a_mean_without_spread_has_an_interval_of_no_width(values):
     interval = mean(sum(values), sum(value**2 for value in values), len(values))
     assert (interval.low, interval.high) == pytest.approx((interval.value, interval.value), abs=1e-6)
+
+
+def test_pass_at_k_is_the_mean_over_all_draws_of_k_completions():
+    right, samples = [0, 1, 3, 4], 4
+    for k in (1, 2, 4):
+        chances = []
+        for found in right:
+            draws = list(itertools.combinations([True] * found + [False] * (samples - found), k))
+            chances.append(sum(any(draw) for draw in draws) / len(draws))
+        assert pass_at(right, samples, k).value == pytest.approx(sum(chances) / len(chances))
+
+
+def test_clustered_trials_count_for_as_much_as_they_differ():
+    alike, unlike = [0.0, 1.0] * 20, [0.5] * 40
+    assert clustered_proportion(alike, 8) == proportion(20, 40)
+    assert clustered_proportion(unlike, 8) == proportion(160, 320)
+    assert clustered_proportion([1.0] * 40, 8) == proportion(40, 40)  # all right tells nothing of how alike they are
+    assert clustered_proportion(alike, 1) == proportion(20, 40)
+
+
+def test_the_clustered_interval_covers_in_simulation():
+    generator, covered = random.Random(0), 0
+    for _ in range(400):
+        chances = [generator.choice([0.1, 0.9]) for _ in range(60)]
+        means = [sum(generator.random() < chance for _ in range(6)) / 6 for chance in chances]
+        found = clustered_proportion(means, 6)
+        covered += found.low <= 0.5 <= found.high
+    assert 0.92 <= covered / 400 <= 0.98

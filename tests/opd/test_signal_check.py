@@ -15,7 +15,7 @@ from opd.__main__ import load_config
 from opd.check import check
 from opd.config import CheckCommandConfig
 from opd.distill import distill
-from opd.evaluate import Evaluator
+from opd.evaluator import Evaluator
 from opd.rollouts import FirstRequest, build_stream
 from opd.signal_check import CheckReport, run_checks
 from opd.student import build_student, load_student_tokenizer

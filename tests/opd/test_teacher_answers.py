@@ -6,7 +6,7 @@ import pytest
 
 from opd.__main__ import load_config
 from opd.distill import distill
-from opd.evaluate import Evaluator
+from opd.evaluator import Evaluator
 from opd.rollouts import FirstRequest, build_stream
 from opd.signal_figures import measure_signals
 from opd.student import build_student, load_student_tokenizer
