@@ -170,16 +170,24 @@ def _steps(cfg: EvaluateConfig, run: Path) -> Iterator[int]:
         yield from there
 
 
+def _judged(work: CheckpointEvaluation, records: dict[int, dict[str, Any]]) -> list[Verdict]:
+    is_there = {step: (work.run / "checkpoints" / files.tag_of(step)).is_dir() for step in records}
+    return [judge(work.cfg.accept, step, record, work.cfg.retention, is_there[step]) for step, record in records.items()]
+
+
 def _choose(work: CheckpointEvaluation, is_running: bool) -> list[Verdict]:
-    """Judge all checkpoints of which something is known under these settings, and write which is chosen; the main rank calls it."""
+    """Judge all checkpoints of which something is known under these settings, and write which is chosen, where all were asked for: a look at some leaves
+    the choice as it is. The main rank calls it.
+    """
     cfg, run = work.cfg, work.run
     steps = [files.step_of(path.stem) for path in sorted((run / FOLDER).glob("step-*.json"))]
     records = {step: record for step in steps if (record := work.known(step)) is not None}
+    if cfg.checkpoints != "all":
+        return _judged(work, records)
     before = read_choice(run)
     asked = before is not None and before["asked_to_end"]
     while True:
-        is_there = {step: (run / "checkpoints" / files.tag_of(step)).is_dir() for step in records}
-        verdicts = [judge(cfg.accept, step, record, cfg.retention, is_there[step]) for step, record in records.items()]
+        verdicts = _judged(work, records)
         best = choose(cfg.accept, verdicts, cfg.retention)
         source = None if best is None else run / "checkpoints" / files.tag_of(best.step)
         try:
@@ -197,7 +205,8 @@ def _choose(work: CheckpointEvaluation, is_running: bool) -> list[Verdict]:
 
 
 def _show(cfg: EvaluateConfig, run: Path, verdicts: list[Verdict]) -> None:
-    chosen = read_choice(run)["chosen"]
+    choice = read_choice(run)
+    chosen = None if choice is None else choice["chosen"]
     rows = []
     for verdict in verdicts:
         record = verdict.record
@@ -213,10 +222,16 @@ def _show(cfg: EvaluateConfig, run: Path, verdicts: list[Verdict]) -> None:
     header = ["step", "accuracy", *(f"pass@{k}" for k in cfg.pass_k), "lowest recovery", "least of the gap closed", "retention", "", "not accepted, since"]
     caption = "accuracy at temperature 1 over all held-out prompts of the distilled domains; retention: student less base"
     print_table("", header, rows, caption)
-    shown = next((verdict for verdict in verdicts if chosen is not None and verdict.step == chosen["step"]), verdicts[-1])
+    wanted = chosen["step"] if chosen is not None and cfg.checkpoints == "all" else max(_steps(cfg, run), default=verdicts[-1].step)
+    shown = next((verdict for verdict in verdicts if verdict.step == wanted), verdicts[-1])
     print(f"\nstep {shown.step}:")
     print_comparison(shown.record)
-    print(f"chosen: {run}@chosen is step {chosen['step']}, which the run keeps" if chosen is not None else "chosen: none, since none is accepted")
+    if choice is None:
+        print("chosen: none yet, which checkpoints=all does")
+    elif chosen is None:
+        print("chosen: none, since none is accepted")
+    else:
+        print(f"chosen: {run}@chosen is step {chosen['step']}, which the run keeps")
 
 
 def _passed(record: dict[str, Any], k: int, retention: list[str]) -> str:

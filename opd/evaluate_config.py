@@ -123,6 +123,8 @@ def check_evaluate(cfg: EvaluateConfig) -> None:
     is_steps = isinstance(cfg.checkpoints, list) and cfg.checkpoints and all(isinstance(step, int) and step >= 0 for step in cfg.checkpoints)
     if cfg.checkpoints not in ("newest", "all") and not is_steps:
         raise ValueError(f"checkpoints must be newest, all or a list of steps, as in [100,200], not {cfg.checkpoints}")
+    if cfg.checkpoints != "all" and cfg.accept != AcceptConfig():
+        raise ValueError("accept chooses among all checkpoints of a run: checkpoints=all belongs to it")
     if cfg.student.model is not None:
         raise ValueError(f"student.model would be ignored, since the checkpoints of {cfg.run} are evaluated: remove it, or the run")
     if cfg.lm_eval.tasks:

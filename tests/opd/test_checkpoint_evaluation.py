@@ -120,6 +120,15 @@ def test_what_is_known_of_a_deleted_one_is_shown_but_not_chosen(run, capsys):
     assert json.loads((run / "evaluations/choice.json").read_text())["chosen"]["step"] == 2
 
 
+def test_a_look_at_some_leaves_the_choice_as_it_is(run, capsys):
+    evaluate_run(run, *MORE)
+    before = (run / "evaluations/choice.json").read_text()
+    evaluate_run(run, "checkpoints=[2]")
+    evaluate_run(run)
+    assert (run / "evaluations/choice.json").read_text() == before
+    assert "step 2:" in capsys.readouterr().out
+
+
 def test_a_retained_domain_is_held_against_the_base_without_its_teacher(run):
     evaluate_run(run, "checkpoints=newest", "retention=[arithmetic]")
     arithmetic = found_of(run, 2)["domains"]["arithmetic"]
@@ -139,7 +148,8 @@ def test_a_retained_domain_is_held_against_the_base_without_its_teacher(run):
         (["pass_k=[3]"], "from 1 to evaluation.samples=1"),
         (["student.model=x"], "student.model would be ignored"),
         (["run_dir=elsewhere"], "remove run_dir"),
-        (["accept.maximum_retention_drop=0.1"], "bounds nothing without retention"),
+        (["accept.prefer=newest"], "checkpoints=all belongs to it"),
+        (["checkpoints=all", "accept.maximum_retention_drop=0.1"], "bounds nothing without retention"),
     ],
 )
 def test_what_cannot_be_had_is_refused(run, more, words):
