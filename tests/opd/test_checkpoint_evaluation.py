@@ -166,6 +166,7 @@ def test_beside_a_running_job_the_accepted_checkpoint_ends_it_and_stays(short_se
     """The real commands: a run of more steps than it gets, followed by an evaluation that accepts the first checkpoint it sees."""
     run, environment = tmp_path / "run", os.environ | {"OMP_NUM_THREADS": "1"}
     settings = ["num_steps=5000", "checkpoint.every=60", "checkpoint.keep=3", "evaluation.every=0", "check.signal=off", "logger=none", f"run_dir={run}"]
+    settings.append("samples.every=30")
 
     def heed_interrupts():
         signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -179,6 +180,10 @@ def test_beside_a_running_job_the_accepted_checkpoint_ends_it_and_stays(short_se
         while not (run / "checkpoints/latest.json").is_file():
             assert job.poll() is None, job.communicate()
             time.sleep(0.2)
+        looks = [start("inspect", str(run), "domain=tools"), start("runs", str(run))]
+        inspected, listed = (look.communicate(timeout=60)[0] for look in looks)
+        assert [look.returncode for look in looks] == [0, 0]
+        assert job.poll() is None
         judge = start("evaluate", str(run), "checkpoints=all", "follow=true", "follow_seconds=0.5", "accept.prefer=earliest", "accept.end_run=true")
         said, errors = judge.communicate(timeout=240)
         assert judge.returncode == 0, errors
@@ -186,6 +191,9 @@ def test_beside_a_running_job_the_accepted_checkpoint_ends_it_and_stays(short_se
     finally:
         job.kill()
     assert job.returncode == STOPPED, complaint
+    assert "running" in listed
+    assert "tools" in inspected
+    assert "teacher" in inspected
     chosen = json.loads((run / "evaluations/choice.json").read_text())["chosen"]["step"]
     assert f"step {chosen} is accepted: the run has been asked to end" in said
     assert f"accepts the checkpoint of step {chosen}" in complaint
