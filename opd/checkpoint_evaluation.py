@@ -5,12 +5,10 @@ RUN/students (opd/checkpoint_model.py), which it deletes again where it made the
 checkpoint and what it was asked are the same, so that one that is killed goes on where it was; within a checkpoint, from the cache. A checkpoint that the
 run deletes meanwhile is passed over with a word.
 
-    RUN/evaluations/step-SSSSSS.json    schema version 1
-    {"schema": 1, "step", "manifest": sha256 of the checkpoint's manifest.json | null, "settings": sha256 of what it was asked,
-     "evaluation": as evaluation.json of opd/comparison.py}
-    RUN/evaluations/config.yaml         settings of the newest `opd evaluate RUN`
-    RUN/evaluations/cache/              opd/evaluation_cache.py
+    RUN/evaluations/step-SSSSSS.json         opd/checkpoint_record.py: what was found of a checkpoint
     RUN/evaluations/choice.json, end.json    opd/choice.py
+    RUN/evaluations/config.yaml              settings of the newest `opd evaluate RUN`
+    RUN/evaluations/cache/                   opd/evaluation_cache.py
 """
 
 import hashlib
@@ -28,6 +26,7 @@ from omegaconf import OmegaConf
 
 from opd import checkpoint_files as files
 from opd.checkpoint_model import model_folder
+from opd.checkpoint_record import read_record, record_file, recorded_steps, write_record
 from opd.choice import FOLDER, Verdict, accuracy_of, ask_to_end, choose, judge, read_choice, write_choice
 from opd.comparison import DomainResult, comparison, print_comparison, require_certificates
 from opd.config import EvaluateConfig
@@ -38,13 +37,10 @@ from opd.held_out import build_evaluator, results_of, teacher_results
 from opd.run import require_own_folder, write_config
 from opd.run_lock import lock
 from opd.runs import describe
-from rollout.files import read_json, replace_text
 from rollout.grading import grader_identity
 from rollout.model import load_model, load_tokenizer
 from teachers.compatibility import check_compatible
 from teachers.manifest import teacher_identity
-
-SCHEMA = 1
 
 
 class CheckpointEvaluation:
@@ -76,10 +72,8 @@ class CheckpointEvaluation:
 
     def known(self, step: int) -> dict[str, Any] | None:
         """What the file of a checkpoint says, where it is of that checkpoint and of these settings; of one that is gone it says what there was."""
-        path, source = self.run / FOLDER / f"{files.tag_of(step)}.json", self.run / "checkpoints" / files.tag_of(step)
-        stored = read_json(path) if path.is_file() else {}
-        is_same = stored.get("schema") == SCHEMA and stored["settings"] == self.settings
-        return stored["evaluation"] if is_same and (not source.is_dir() or stored["manifest"] == files.digest_of(source)) else None
+        record = read_record(self.run, step)
+        return record["evaluation"] if record is not None and record["settings"] == self.settings else None
 
     def _is_made(self, step: int) -> bool:
         """Whether the model could be made; not where the checkpoint is gone."""
@@ -107,8 +101,7 @@ class CheckpointEvaluation:
 
     def _write(self, step: int, found: dict[str, Any]) -> None:
         manifest = json.loads((self.run / "students" / files.tag_of(step) / "checkpoint.json").read_text())["manifest"]
-        record = {"schema": SCHEMA, "step": step, "manifest": manifest, "settings": self.settings, "evaluation": found}
-        replace_text(self.run / FOLDER / f"{files.tag_of(step)}.json", json.dumps(record, indent=2) + "\n")
+        write_record(self.run, step, manifest, self.settings, found)
 
 
 def evaluate_checkpoints(cfg: EvaluateConfig, device: torch.device) -> None:
@@ -147,7 +140,7 @@ def _begin(cfg: EvaluateConfig, run: Path, folder: Path) -> None:
         raise ValueError(f"what is found of a run's checkpoints stands in {run / FOLDER}: remove run_dir")
     if isinstance(cfg.checkpoints, list):
         tags = files.saved_tags(run / "checkpoints")
-        missing = [step for step in cfg.checkpoints if files.tag_of(step) not in tags and not (run / FOLDER / f"{files.tag_of(step)}.json").is_file()]
+        missing = [step for step in cfg.checkpoints if files.tag_of(step) not in tags and not record_file(run, step).is_file()]
         if missing:
             there = ", ".join(str(files.step_of(tag)) for tag in tags) or "none"
             raise ValueError(f"{run} has no checkpoint of step {missing[0]}; there are {there}")
@@ -180,8 +173,7 @@ def _choose(work: CheckpointEvaluation, is_running: bool) -> list[Verdict]:
     the choice as it is. The main rank calls it.
     """
     cfg, run = work.cfg, work.run
-    steps = [files.step_of(path.stem) for path in sorted((run / FOLDER).glob("step-*.json"))]
-    records = {step: record for step in steps if (record := work.known(step)) is not None}
+    records = {step: record for step in recorded_steps(run) if (record := work.known(step)) is not None}
     if cfg.checkpoints != "all":
         return _judged(work, records)
     before = read_choice(run)

@@ -45,6 +45,7 @@ from opd.export_check import require_equal
 from opd.export_config import ExportConfig, ExportFormat, RestFormat, shard_bytes
 from opd.export_rounding import ExpertFigures, round_experts, round_matrices
 from opd.model_card import write_card
+from opd.model_card_facts import checkpoint_results
 from opd.run import require_own_folder, write_config
 from opd.run_lock import lock
 from opd.shards import StoredTensor, write_shards
@@ -94,7 +95,8 @@ def export(cfg: ExportConfig) -> None:
     record |= {"verified": verified, "kl": _divergence(evaluator, model.to(device), cfg.seed)}
     record["kept"] = [] if tensors is None else kept_modules(tensors)
     record["sha256"] = {path.name: _sha256(path) for path in sorted(partial.iterdir())}
-    write_card(partial, record)
+    is_changed = cfg.rest is RestFormat.fp8 or (cfg.round_experts and figures is not None and figures.share_off_grid > 0)
+    write_card(partial, record, None if is_changed else checkpoint_results(source.model))  # what was found of other weights is not said of these
     (run_dir / "export.json").unlink(missing_ok=True)
     replace_folder(partial, run_dir / "student")
     replace_text(run_dir / "export.json", json.dumps(record, indent=2) + "\n")

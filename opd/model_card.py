@@ -1,8 +1,8 @@
 """The model card of an export: README.md of the folder that is handed on, written from the facts (opd/model_card_facts.py), in Hugging Face's format.
 
-`opd export` writes it with what the run itself has measured; `opd evaluate` of an exported folder puts its results in their place, which changes this file
-alone, so that export.json, whose sha256 it is not in, stays true. What was not measured or is not stated is said to be so. A domain is named as a regression
-where its intervals say that the student is worse than its teacher, or than the model it began with.
+`opd export` writes it with what `opd evaluate RUN` found of those weights, else with what the run itself has measured; `opd evaluate` of an exported folder
+puts its results in their place, which changes this file alone, so that export.json, whose sha256 it is not in, stays true. What was not measured or is not
+stated is said to be so. A domain is named as a regression where its intervals say that the student is worse than its teacher, or than the model it began with.
 
 A card is refreshed only where all but its results would be written as it stands. The run may be gone, another run of that name may lie there, it may have gone
 on, or someone has edited the card: none of that may cost facts that are known, so such a card is left alone, and a warning says so.
@@ -137,7 +137,8 @@ def _making(facts: CardFacts) -> list[str]:
         chosen = ", ".join(f"{name} {value:g}" for name, value in facts.merged["chosen"].items() if value is not None)
         rows.append(["merged by", f"{facts.merged['kind']}, {chosen}"])
     if facts.command != "merge":
-        rows += [["steps", f"{facts.step} of {facts.steps}"], ["completion tokens trained on", f"{facts.tokens:,}" if facts.tokens else "not recorded"]]
+        steps = "not known: the run was taken up again after this was written" if facts.step is None else f"{facts.step} of {facts.steps}"
+        rows += [["steps", steps], ["completion tokens trained on", f"{facts.tokens:,}" if facts.tokens else "not recorded"]]
         rows += [["routed experts trained under", facts.config.get("quant", {}).get("experts", "not recorded")]]
     if facts.lineage is not None:
         rows.append(["branched from", f"{shown_name(facts.lineage['from'])}, after step {facts.lineage['step']}"])

@@ -14,7 +14,9 @@ from typing import Any
 import yaml
 from huggingface_hub import metadata_load, try_to_load_from_cache
 
+from opd.checkpoint_record import read_record
 from opd.run_facts import read_starts, without_passwords
+from opd.runs import describe
 from rollout.files import read_json
 
 LICENCES = ("LICENSE", "LICENSE.txt", "LICENSE.md", "LICENCE")
@@ -28,7 +30,8 @@ LOG = logging.getLogger(__name__)
 class CardFacts:
     """What is known of a model's making.
 
-    run: its folder; None where the model lies in none. command: distill, specialize, merge. config: RUN/config.yaml. step: of the weights, of `steps`.
+    run: its folder; None where the model lies in none. command: distill, specialize, merge. config: RUN/config.yaml. step: of the weights, of `steps`; None
+        where it is not known, which is so of the RUN/student of a run that has gone on since.
     starts: RUN/starts.jsonl. spans: of RUN/teachers.json. records: of metrics.jsonl. All three up to the model's step. lineage: RUN/lineage.json. merged:
     RUN/merge.json.
     """
@@ -66,21 +69,31 @@ def read_facts(model: str) -> CardFacts:
         return read_facts(read_json(run / "export.json")["source"])
     config = yaml.safe_load((run / "config.yaml").read_text())
     records = _records(run)
-    newest = records[-1]["step"] if records else None
-    kept = [record for record in records if step is None or record["step"] <= step]
+    is_end = step is None and bool(records) and describe(run).state == "done"  # of a run that was taken up again, RUN/student is of an earlier end
+    reached = records[-1]["step"] if is_end else step
     teachers = read_json(run / "teachers.json") if (run / "teachers.json").is_file() else {"spans": []}
     return CardFacts(
         run=run,
         command=mark,
         config=config,
-        step=newest if step is None else step,
+        step=reached,
         steps=config.get("num_steps", 0) + config.get("grpo", {}).get("num_steps", 0) or None,
         starts=[start for start in read_starts(run) if step is None or start["step"] < max(step, 1)],
         spans=[span for span in teachers["spans"] if step is None or span["from_step"] <= step],
-        records=kept,
+        records=[record for record in records if reached is not None and record["step"] <= reached],
         lineage=read_json(run / "lineage.json") if (run / "lineage.json").is_file() else None,
         merged=read_json(run / "merge.json") if (run / "merge.json").is_file() else None,
     )
+
+
+def checkpoint_results(model: str) -> dict[str, Any] | None:
+    """What `opd evaluate RUN` found of a model's weights, those of a run's checkpoint or of its end (opd/comparison.py); None where it was not asked."""
+    facts = read_facts(model)
+    if facts.run is None or facts.step is None:
+        return None
+    record, made = read_record(facts.run, facts.step), Path(model) / "checkpoint.json"
+    is_same = record is not None and (not made.is_file() or read_json(made)["manifest"] == record["manifest"])
+    return record["evaluation"] if is_same else None
 
 
 def scored_by(facts: CardFacts) -> list[tuple[str, dict[str, Any], str]]:

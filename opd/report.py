@@ -83,6 +83,7 @@ def render(facts: RunFacts, with_text: bool) -> str:
         columns=COLUMNS,
         table_note=_table_note(facts),
         no_table="No accuracies are known: neither `opd evaluate` nor an evaluation while training (evaluation.every=N) has run on this run\u2019s student.",
+        checkpoints=_checkpoints(facts),
         parts=sections(facts),
         intervals=intervals,
         samples=samples,
@@ -159,6 +160,19 @@ def _evaluated(domain: dict[str, Any]) -> list[Cell]:
     )  # fmt: skip
     kl = domain.get("kl", {}).get("student")
     return [*roles, recovery, _cell(None if kl is None else kl["per_sequence"]), floor, Cell(value=str(domain["student"]["prompts"]))]
+
+
+def _checkpoints(facts: RunFacts) -> list[dict[str, Any]]:
+    """Rows of the checkpoints that `opd evaluate RUN` was asked of, with what the acceptance rule says of each."""
+    judged = {} if facts.choice is None else {found["step"]: "; ".join(found["against"]) for found in facts.choice["checkpoints"]}
+    chosen = None if facts.choice is None or facts.choice["chosen"] is None else facts.choice["chosen"]["step"]
+    rows = []
+    for step, evaluation in facts.checkpoints.items():
+        accuracies = {name: _cell(_accuracy(domain["student"])) for name, domain in evaluation["domains"].items()}
+        lowest = evaluation["min_recovery"]
+        verdict = "chosen" if step == chosen else judged.get(step, "not judged: checkpoints=all does")
+        rows.append({"step": step, "accuracies": accuracies, "lowest": "" if lowest is None else f"{lowest:.3f}", "verdict": verdict or "accepted"})
+    return rows
 
 
 def _accuracy(record: dict[str, Any]) -> dict[str, Any]:

@@ -2,7 +2,8 @@
 
 A folder of `opd distill`, `specialize` or `evaluate` is one run. A folder of a pipeline has its curves in the last of its stages that distils (else
 trains), and its table in summary.json or the evaluation stage. A stage's own folder finds the table of the pipeline around it where that has one
-distillation alone, since only then is it known whose table it is.
+distillation alone, since only then is it known whose table it is. What `opd evaluate RUN` found of the chosen checkpoint, else of the newest that it was
+asked of, comes before that: it is of this run, and newer.
 
 A last line of metrics.jsonl that is not whole is one that is being written, and is left out. Whether a process writes to the folder is read from the
 kernel's list of locks (Linux), never by taking the lock: a job that starts at that moment would find it taken.
@@ -16,6 +17,8 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from opd.checkpoint_record import read_record, record_file, recorded_steps
+from opd.choice import read_choice
 from opd.run import LOCK_FILE
 from opd.samples import FOLDER as SAMPLES
 from opd.samples import SCHEMA as SAMPLES_SCHEMA
@@ -34,7 +37,8 @@ class RunFacts:
     folder: as it was named. command: that wrote it. config: its resolved settings. train_folder, train_command, train_config: the same of the folder
         with the curves, which is another one in a pipeline only.
     records: lines of metrics.jsonl, in order of steps. evaluation: what opd/comparison.py writes, with where it is from in `evaluation_file`; None where
-        there is none. teachers: the last span of teachers.json, or None. samples: contents of RUN/samples, in order of steps.
+        there is none. checkpoints: what `opd evaluate RUN` found, step -> evaluation. choice: RUN/evaluations/choice.json, or None.
+    teachers: the last span of teachers.json, or None. samples: contents of RUN/samples, in order of steps.
     stages: of a pipeline, name -> (state, seconds). state: in words. begun, changed: local times. versions: of packages, empty where not recorded.
     """
 
@@ -47,6 +51,8 @@ class RunFacts:
     records: list[dict[str, Any]]
     evaluation: dict[str, Any] | None
     evaluation_file: Path | None
+    checkpoints: dict[int, dict[str, Any]]
+    choice: dict[str, Any] | None
     teachers: dict[str, Any] | None
     samples: list[dict[str, Any]]
     stages: dict[str, tuple[str, float]]
@@ -81,8 +87,14 @@ def read_run(folder: Path) -> RunFacts:
     stages = _stages(folder) if command == "pipeline" else {}
     train_folder = _train_folder(folder, config) if command == "pipeline" else folder
     train_command, train_config = _config_of(train_folder)
+    checkpoints = {step: record["evaluation"] for step in recorded_steps(train_folder) if (record := read_record(train_folder, step)) is not None}
+    choice = read_choice(train_folder)
     evaluation_file = _evaluation_file(folder, command, config)
     summary = read_json(evaluation_file) if evaluation_file is not None else None
+    if checkpoints and command != "pipeline":
+        chosen = (choice or {}).get("chosen") or {}
+        step = chosen["step"] if chosen.get("step") in checkpoints else max(checkpoints)
+        evaluation_file, summary = record_file(folder, step), checkpoints[step]
     teachers = train_folder / "teachers.json"
     records = _records(train_folder / "metrics.jsonl")
     times = [path.stat().st_mtime for path in (folder / "config.yaml", train_folder / "config.yaml", train_folder / "metrics.jsonl") if path.is_file()]
@@ -96,6 +108,8 @@ def read_run(folder: Path) -> RunFacts:
         records=records,
         evaluation=summary,
         evaluation_file=evaluation_file,
+        checkpoints=checkpoints,
+        choice=choice,
         teachers=read_json(teachers)["spans"][-1] if teachers.is_file() else None,
         samples=_samples(train_folder),
         stages=stages,

@@ -14,6 +14,7 @@ from opd.config import BatchConfig, DistillConfig, OptimConfig, StudentConfig
 from opd.distill import distill
 from opd.engine import Engine
 from opd.job_config import LoggerConfig, LoggerKind
+from opd.run_state import end_state
 from rollout.model import save_model
 from teachers.config import DomainConfig
 
@@ -78,6 +79,7 @@ def short_run(device, short_settings, tmp_path_factory) -> Path:
     """Folder of an `opd distill` of two steps on two domains, evaluated and saved after each, with W&B offline."""
     run_dir = tmp_path_factory.mktemp("runs") / "short"
     distill(load_config("distill", [*short_settings, f"run_dir={run_dir}"]))
+    end_state(0, None)  # as the process does that runs the command
     return run_dir
 
 

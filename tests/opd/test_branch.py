@@ -39,7 +39,7 @@ def test_a_branch_leaves_the_other_run_as_it_is(short_run, short_settings, tmp_p
     ("source", "more", "words"),
     [
         ("{run}@7", [], "holds no checkpoint of step 7; there are 1, 2"),
-        ("{run}@last", [], "must be RUN@STEP or RUN"),
+        ("{run}@last", [], "must be RUN@STEP, RUN@chosen or RUN"),
         ("{run}/nowhere", [], "nowhere holds no checkpoint"),
         ("{run}/student", [], "holds no checkpoint"),
         ("{run}@2", [], "has done 2 steps and num_steps=2"),

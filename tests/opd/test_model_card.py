@@ -7,12 +7,18 @@ from pathlib import Path
 import pytest
 import yaml
 from huggingface_hub import ModelCard
+from safetensors.torch import load_file, save_file
 
 from opd.__main__ import load_config
+from opd.checkpoint_files import digest_of, tag_of
+from opd.checkpoint_model import model_folder
+from opd.checkpoint_record import write_record
+from opd.errors import PREEMPTED
 from opd.evaluate import evaluate
 from opd.export import export
-from opd.model_card import model_card, refresh_card, regressions
+from opd.model_card import NOT_MEASURED, model_card, refresh_card, regressions
 from opd.model_card_facts import CardFacts, licence_of, read_facts, shown_name
+from opd.run_state import begin_state, end_state
 
 RECORD = {
     "source": "nowhere/student", "family": "deepseek_v4", "format": "fp4", "dtype": "bfloat16", "verified": {"tensors": 89, "probe_tokens": 256},
@@ -165,11 +171,53 @@ def test_a_local_path_is_shown_by_its_end_and_a_hub_id_as_it_is(tmp_path):
 
 
 def test_a_checkpoints_model_has_the_facts_up_to_its_step(short_run):
-    from opd.checkpoint_model import model_folder
-
     facts = read_facts(str(model_folder(f"{short_run}@1")))
     assert (facts.step, facts.steps, facts.run) == (1, 2, short_run)
     assert max(record["step"] for record in facts.records) == 1
+
+
+def run_with_records(short_run, folder: Path) -> Path:
+    """A copy of the short run in which `opd evaluate RUN` is said to have found 0.25 of the first checkpoint and 0.75 of the second."""
+    run = folder / "run"
+    shutil.copytree(short_run, run, ignore=shutil.ignore_patterns("evaluations", "students"))
+    (run / "evaluations").mkdir()
+    for step, accuracy in ((1, 0.25), (2, 0.75)):
+        found = evaluation(arithmetic=result(accuracy, (1.0, 0.9, 1.1), (0.0, -0.1, 0.1)))
+        write_record(run, step, digest_of(run / "checkpoints" / tag_of(step)), "asked", found)
+    return run
+
+
+def results_of_card(model: str, folder: Path, *more: str) -> str:
+    export(load_config("export", [f"student.model={model}", f"run_dir={folder}", "threads=1", *more]))
+    return section((folder / "student" / "README.md").read_text(), "Results")
+
+
+def test_an_export_has_what_was_found_of_its_own_checkpoint(short_run, tmp_path):
+    run = run_with_records(short_run, tmp_path)
+    assert "| 0.250 " in results_of_card(str(model_folder(f"{run}@1")), tmp_path / "first")
+    assert "| 0.750 " in results_of_card(str(run / "student"), tmp_path / "end")
+
+
+def test_what_was_found_of_other_weights_is_not_said_of_these(short_run, tmp_path):
+    run = run_with_records(short_run, tmp_path)
+    file = run / "student" / "model.safetensors"
+    save_file({name: weight * 1.01 if "experts" in name else weight for name, weight in load_file(file).items()}, file, {"format": "pt"})
+    rounding = ["round_experts=true", "domain=[arithmetic]", "domains.arithmetic.held_out.rows=8", "max_new_tokens=4"]
+    assert "| 0.750 " not in results_of_card(str(run / "student"), tmp_path / "rounded", *rounding)
+    assert json.loads((tmp_path / "rounded" / "export.json").read_text())["experts"]["share_off_grid"] > 0
+    write_record(run, 1, "another checkpoint", "asked", evaluation(arithmetic=result(0.25, (1.0, 0.9, 1.1), (0.0, -0.1, 0.1))))
+    assert "| 0.250 " not in results_of_card(str(model_folder(f"{run}@1")), tmp_path / "other"), "a checkpoint of that step before this one"
+
+
+def test_a_student_whose_run_was_taken_up_again_is_of_an_unknown_step(short_run, tmp_path):
+    run = run_with_records(short_run, tmp_path)
+    begin_state(run, "distill", 4)
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"step": 3, "step/completion_tokens": 10}) + "\n")
+    end_state(PREEMPTED, "asked to end")
+    text = model_card(RECORD | {"source": str(run / "student")}, read_facts(str(run / "student")), None)
+    assert "| steps | not known: " in text
+    assert NOT_MEASURED.split("`")[0] in section(text, "Results")
 
 
 # What a card must not say

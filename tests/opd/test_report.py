@@ -10,6 +10,9 @@ import pytest
 from wandb.proto.wandb_internal_pb2 import Record
 
 from opd.__main__ import load_config, split_command
+from opd.checkpoint_record import write_record
+from opd.choice import Verdict, write_choice
+from opd.evaluate_config import AcceptConfig
 from opd.report import FILE, report
 from opd.report_reader import NO_TEXT, read_run
 
@@ -112,6 +115,22 @@ def test_a_run_without_an_evaluation_shows_its_own_and_one_with_shows_that(run_c
     assert "perturbed" not in page
     change_json(run_copy / "evaluation.json", lambda record: record["domains"]["arithmetic"].update(perturbed={"student": role | {"accuracy": 0.0625}}))
     assert re.search(r"arithmetic, perturbed.*?0\.062 <small>", page_of(run_copy), re.DOTALL)
+
+
+def test_checkpoints_that_were_evaluated_are_listed_and_the_chosen_one_is_the_result(run_copy):
+    assert "<h2 id=\"checkpoints\">" not in page_of(run_copy)
+    (run_copy / "evaluations").mkdir()
+    verdicts = []
+    for step, accuracy, against in ((1, 0.25, []), (2, 0.75, ["recovery of arithmetic 0.750 < 0.9"])):
+        role = {"accuracy": accuracy, "low": 0.125, "high": 0.875, "greedy": 0.5, "prompts": 77, "truncated": 0.0}
+        domain = {"student": role, "recovery": {"value": accuracy, "low": 0.1, "high": 0.9}, "certificate": None}
+        write_record(run_copy, step, None, "asked", {"schema": 1, "domains": {"arithmetic": domain}, "min_recovery": accuracy})
+        verdicts.append(Verdict(step=step, record={}, against=against, is_there=True))
+    write_choice(run_copy, AcceptConfig(minimum_recovery=0.9), verdicts, {"step": 1, "manifest": None}, False)
+    page = page_of(run_copy)
+    rows = re.findall(r"<tr><th>(\d+)</th>.*?<span>([\d.]+) .*?recovery\">([\d.]+)</td>.*?rule\">(.*?)</td>", page)
+    assert rows == [("1", "0.250", "0.250", "chosen"), ("2", "0.750", "0.750", "recovery of arithmetic 0.750 &lt; 0.9")]
+    assert "step-000001.json. Accuracy" in page
 
 
 def test_a_line_that_is_being_written_is_left_out_and_one_that_is_damaged_is_named(run_copy):
