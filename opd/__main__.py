@@ -15,7 +15,7 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
-from opd.choice import chosen_step
+from opd.checkpoint_record import chosen_step
 from opd.composition import CONF, STORED, compose_config, leaves, load_config, origins, quoted
 from opd.errors import INTERRUPTED, USER_ERROR, Preempted, RankLost, nearest
 from opd.run_log import begin_log
@@ -35,7 +35,7 @@ COMMANDS = {
     "distill": "distil all domains' teachers into one student",
     "check": "what distill with the same settings would refuse at its start, and what it would warn of; trains and writes nothing",
     "plan": "the memory that distill with the same settings takes on each rank, from the models' configs alone, and what does not fit",
-    "evaluate": "accuracy and recovery on held-out prompts",
+    "evaluate": "accuracy and recovery on held-out prompts; `opd evaluate RUN checkpoints=all` judges a run's checkpoints and chooses one",
     "compare": "several ways to make one student of the same base and teachers, beside each other: distillation, its baselines, its controls",
     "merge": "all domains' teachers as one model by arithmetic on their weights, without training: a baseline",
     "export": "write the folder to serve, its experts packed in FP4, and verify it",
@@ -46,6 +46,10 @@ COMMANDS = {
 }
 FUNCTIONS = {"pipeline": "run_pipeline", "rehearsal": "rehearse", "inspection": "inspect_run"}
 """What a module's function is called where it is not called as the module."""
+
+BEHIND = {"runs": "[FOLDER]", "inspect": "RUN[@STEP]", "report": "RUN [RUN ...]", "export": "[RUN[@STEP]]", "evaluate": "[RUN[@STEP]]"}
+BEHIND |= dict.fromkeys(("distill", "specialize", "check", "plan", "pipeline", "compare"), "[RUN]")
+"""What may stand behind a command, in place of settings that the run has."""
 
 QUESTIONS = {"-h": "help", "--help": "help", "-c": "cfg", "--cfg": "cfg"}
 
@@ -60,8 +64,8 @@ WITHOUT_MODELS = ("pipeline", "compare", "report", *READERS)
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command. Returns the exit code: 0 done, 2 a mistake of the user's, 3 stopped by an alarm, 4 a sweep with jobs that failed, 75 ended early with a
-    checkpoint, 130 interrupted, 1 a defect of ours.
+    """Run one command. Returns the exit code: 0 done, 2 a mistake of the user's, 3 stopped by an alarm or an accepted checkpoint, 4 a sweep with jobs that
+    failed, 75 ended early with a checkpoint, 130 interrupted, 1 a defect of ours.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     if arguments and arguments[0] in ("-h", "--help", "help"):
@@ -120,7 +124,8 @@ def _answer(question: str, path: str, command: str, overrides: list[str]) -> int
     if question == "help":
         shown = OmegaConf.to_container(OmegaConf.load(CONF / f"{command}.yaml"))
         shown.pop("defaults", None)
-        print_help(command, COMMANDS[command.partition("_")[0]], path, dict(leaves(shown)))
+        usage = " ".join(["opd", *command.split("_"), *([BEHIND[command]] if command in BEHIND else []), "[setting=value ...]"])
+        print_help(command, f"usage: {usage}\n\n{COMMANDS[command.partition('_')[0]]}\n", path, dict(leaves(shown)))
         return 0
     config = OmegaConf.to_container(compose_config(command, overrides), enum_to_str=True)
     print_config(config, origins(command, overrides), path, command)
@@ -163,6 +168,8 @@ def _of_run(command: str, name: str) -> list[str]:
     if command == "evaluate" and (Path(run).is_dir() or "/" in run):
         return [f"{STORED}{run}", *([f"checkpoints=[{int(step)}]"] if step else [])]
     if command == "export":
+        if not step and (Path(run) / "config.yaml").is_file() and not (Path(run) / "student").is_dir():
+            raise ValueError(f"{run} has no student yet, which a run writes at its end: write {run}@STEP or {run}@chosen")
         place = f"{run}/export-step-{int(step):06d}" if step else f"{run}/export"
         return [f"student.model={quoted(f'{run}@{step}' if step else f'{run}/student')}", f"run_dir={quoted(place)}"]
     if command == "runs" and not step:
@@ -171,7 +178,7 @@ def _of_run(command: str, name: str) -> list[str]:
         return [f"run_dir={quoted(run)}", *([f"step={int(step)}"] if step else [])]
     if command == "report" and not step:
         return [f"run_dir={quoted(run)}"]
-    raise ValueError(f"{name!r} is not a setting: write setting=value")
+    raise ValueError(f"{name!r} is {'no folder of a run, and ' if command in BEHIND else ''}not a setting: write setting=value")
 
 
 def _bench_command(arguments: list[str]) -> tuple[str, list[str]]:

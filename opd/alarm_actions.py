@@ -40,7 +40,7 @@ def act(run_dir: Path, step: int, episodes: Iterable[Episode], command: str | No
             }  # fmt: skip
             threading.Thread(target=_run, args=(command, environment)).start()
         if episode.action is AlarmAction.stop:
-            ask_to_stop(f"alarm {episode.alarm}: {episode.line.partition(': ')[0]}", f"alarms.rules.{episode.alarm}.action=log")
+            ask_to_stop(f"alarm {episode.alarm}: {episode.line.partition(': ')[0]}", f"with alarms.rules.{episode.alarm}.action=log the alarm does not stop it")
 
 
 def _run(command: str, environment: dict[str, str]) -> None:

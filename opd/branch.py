@@ -16,7 +16,7 @@ from pathlib import Path
 from omegaconf import OmegaConf
 
 from opd import checkpoint_files as files
-from opd.choice import chosen_step
+from opd.checkpoint_record import chosen_step
 from opd.config import RunConfig
 from rollout.files import read_json, replace_text
 

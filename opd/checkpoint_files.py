@@ -94,29 +94,31 @@ def forget_older(folder: Path, step: int, keep: int) -> None:
     by then: who chooses looks whether it is there after having chosen.
     """
     try:
-        _chosen(folder)
+        read_choice(folder.parent)
     except ValueError as error:
         LOG.warning("no older checkpoint is deleted, since nobody knows which is chosen: %s", error)
         return
     for left in folder.glob(f"step-*{GOING}"):
         _delete(left, folder)
-    for old in [tag for tag in saved_tags(folder) if tag <= tag_of(step)][: -max(1, keep)]:
-        if old != _chosen(folder):
+    for old in [tag for tag in saved_tags(folder) if step_of(tag) <= step][: -max(1, keep)]:
+        if not _is_chosen(folder / old, old):
             _delete((folder / old).rename(folder / f"{old}{GOING}"), folder)
 
 
 def _delete(going: Path, folder: Path) -> None:
     """Delete a checkpoint that was renamed for it, unless it was chosen."""
     tag = going.name.removesuffix(GOING)
-    if tag == _chosen(folder) and not (folder / tag).exists():
+    if _is_chosen(going, tag) and not (folder / tag).exists():
         going.rename(folder / tag)
     else:
         shutil.rmtree(going)
 
 
-def _chosen(folder: Path) -> str | None:
-    choice = read_choice(folder.parent)
-    return tag_of(choice["chosen"]["step"]) if choice is not None and choice["chosen"] is not None else None
+def _is_chosen(checkpoint: Path, tag: str) -> bool:
+    """Whether a checkpoint is the chosen one; not one that was written anew under that step."""
+    choice = read_choice(checkpoint.parents[1])
+    chosen = None if choice is None else choice["chosen"]
+    return chosen is not None and tag == tag_of(chosen["step"]) and digest_of(checkpoint) == chosen["manifest"]
 
 
 def find(folder: Path) -> Candidates:
@@ -135,7 +137,7 @@ def find(folder: Path) -> Candidates:
         return Candidates(tags=tags, problem=f"{pointer} is damaged (it names no checkpoint)")
     if tag not in tags:
         return Candidates(tags=(tag, *tags))
-    return Candidates(tags=tuple(other for other in tags if other <= tag))
+    return Candidates(tags=tuple(other for other in tags if step_of(other) <= step_of(tag)))
 
 
 def problem_of(folder: Path, index: int = 0, count: int = 1) -> str | None:
@@ -177,7 +179,7 @@ def step_of(tag: str) -> int:
 
 def saved_tags(folder: Path) -> tuple[str, ...]:
     """The checkpoints in RUN/checkpoints, by step."""
-    return tuple(sorted(path.name for path in folder.glob("step-*") if path.is_dir() and TAG.fullmatch(path.name)))
+    return tuple(sorted((path.name for path in folder.glob("step-*") if path.is_dir() and TAG.fullmatch(path.name)), key=step_of))
 
 
 def _names(folder: Path) -> list[str]:

@@ -23,12 +23,11 @@ from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
 from opd import checkpoint_files as files
-from opd.choice import chosen_step
+from opd.checkpoint_record import chosen_step
 from opd.config import StudentConfig
 from opd.quant_config import ExpertFormat, QuantConfig
 from opd.student import build_student, load_student_tokenizer
 from rollout.child import run_child
-from rollout.config import ModelConfig
 from rollout.experts import EXPERT_WEIGHTS, fake_quantized, require_quantizable
 from rollout.files import read_json, replace_text
 from rollout.model import replace_folder, write_model
@@ -39,21 +38,24 @@ NAME = re.compile(r"(.+)@(\d+|chosen)")
 
 def resolve_models(cfg: Any) -> None:
     """Put the folder in place of every model of a config that is named RUN@STEP. Raises ValueError where one cannot be had."""
-    if isinstance(cfg, ModelConfig) and cfg.model is not None and NAME.fullmatch(cfg.model):
-        cfg.model = str(model_folder(cfg.model))
+    named = getattr(cfg, "model", None) if is_dataclass(cfg) else None
+    if named is not None and NAME.fullmatch(named):
+        cfg.model = str(model_folder(named))
     parts = [getattr(cfg, field.name) for field in fields(cfg)] if is_dataclass(cfg) else []
     for part in cfg.values() if isinstance(cfg, dict) else parts:
         resolve_models(part)
 
 
-def model_folder(name: str) -> Path:
-    """The folder of RUN@STEP, made where it is not there. Raises ValueError where the run or its checkpoint is not there or is damaged."""
+def model_folder(name: str, parent: Path | None = None) -> Path:
+    """The folder of RUN@STEP, made in `parent` (RUN/students) where it is not there. Raises ValueError where the run or its checkpoint is not there or is
+    damaged.
+    """
     run, step = NAME.fullmatch(name).groups()
     step = str(chosen_step(Path(run))) if step == "chosen" else step
     source = Path(run) / "checkpoints" / files.tag_of(int(step))
     if not (Path(run) / "config.yaml").is_file():
         raise ValueError(f"{name}: {run} is not a folder of a run")
-    folder = Path(run) / "students" / source.name
+    folder = (parent or Path(run) / "students") / source.name
     if not source.is_dir() and (folder / "checkpoint.json").is_file():
         return folder  # made while the checkpoint was there
     if not source.is_dir():
@@ -79,7 +81,7 @@ def _write(run: Path, source: Path, folder: Path, manifest: str | None) -> None:
     tokenizer = load_student_tokenizer(cfg)
     model = build_student(cfg, tokenizer, quant)
     with torch.no_grad():
-        weights = _masters(source)
+        weights = _masters(source, folder.parent)
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
             tensor.copy_(weights[name])
         for module in require_quantizable(model, "student").values() if quant.experts is ExpertFormat.mxfp4 else ():
@@ -92,12 +94,12 @@ def _write(run: Path, source: Path, folder: Path, manifest: str | None) -> None:
     replace_folder(partial, folder)
 
 
-def _masters(source: Path) -> dict[str, torch.Tensor]:
-    """Parameters and buffers of the student by name, the trained ones as the optimizer has them."""
+def _masters(source: Path, parent: Path) -> dict[str, torch.Tensor]:
+    """Parameters and buffers of the student by name, the trained ones as the optimizer has them. parent: a folder with room for them."""
     state = torch.load(min(source.glob("*model_states.pt")), map_location="cpu", mmap=True, weights_only=False)
     found = dict(state["module"])  # at ZeRO-3 names alone
     if any(source.glob("*optim_states.pt")):
-        with tempfile.TemporaryDirectory(dir=source.parent.parent / "students") as target:
+        with tempfile.TemporaryDirectory(dir=parent) as target:
             reason = run_child("deepspeed.utils.zero_to_fp32", str(source.parent), target, "--tag", source.name, "--safe_serialization")
             if reason is not None:
                 raise ValueError(f"the weights cannot be read from {source} ({reason})")
@@ -108,7 +110,7 @@ def _masters(source: Path) -> dict[str, torch.Tensor]:
 
 @contextmanager
 def _alone_in(folder: Path) -> Iterator[None]:
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     with (folder / ".lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield

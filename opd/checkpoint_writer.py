@@ -11,6 +11,7 @@ asked to end (`settle`), and wait for them there; where one has died, that fails
 
 import hashlib
 import json
+import logging
 import shutil
 import signal
 import socket
@@ -28,6 +29,7 @@ from rollout.files import read_json, replace_text
 
 MEMORY = Path("/dev/shm")
 PARTS = "parts"
+LOG = logging.getLogger(__name__)
 POLL_SECONDS = 0.2
 OUTLASTED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 """Signals that a writer does not get."""
@@ -126,6 +128,8 @@ def settle() -> None:
     code = pending.writer.returncode
     if code != 0:
         (Path(task.folder) / PARTS / f"{task.rank}.failed").touch()
+    elif words.strip():
+        LOG.warning("%s", words.strip())
     found = gather_objects(None if code == 0 else f"rank {task.rank}: {last_words(code, words)}", Group.data)
     problems = [problem for problem in found if problem is not None]
     if problems:

@@ -1,9 +1,12 @@
 """Which checkpoint of a run is chosen: the best of those within the bounds of the acceptance rule (`accept` of `opd evaluate RUN`).
 
     RUN/evaluations/choice.json    schema version 1
-    {"schema": 1, "rule": settings of `accept`, "chosen": {"step", "manifest": sha256 of its manifest.json | null} | null,
-     "asked_to_end": whether the run has been asked to end, "checkpoints": [{"step", "against": [sentence, ...], "is_there": bool}]}
-    RUN/evaluations/end.json       {"schema": 1, "step"}: the run is asked to end, since this step's checkpoint is accepted; the run deletes it
+    {"schema": 1, "rule": settings of `accept`, "settings": of the records that it is made from (opd/checkpoint_record.py),
+     "chosen": {"step", "manifest": sha256 of its manifest.json | null} | null,
+     "asked_to_end": `begun` of the start (opd/run_state.py) that was asked to end | null,
+     "checkpoints": [{"step", "against": [sentence, ...], "is_there": bool}]}
+    RUN/evaluations/end.json       {"schema": 1, "step", "begun"}: that start of the run is asked to end, since this step's checkpoint is accepted; the run
+                                   deletes it, and another start does not heed it
 
 `opd evaluate` alone writes them. The run reads who is chosen when it deletes older checkpoints (opd/checkpoint_files.py), and looks for end.json after each
 step (opd/stopping.py). RUN@chosen stands wherever RUN@STEP may.
@@ -16,19 +19,25 @@ from pathlib import Path
 from typing import Any
 
 from opd.evaluate_config import AcceptConfig, Prefer
+from opd.run_state import read_state
 from rollout.files import read_json, replace_text
 
 SCHEMA = 1
-FOLDER = "evaluations"
+EVALUATIONS = "evaluations"
 """Of a run's folder."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Verdict:
-    """What the rule says of a checkpoint. against: why it is not accepted, in words; none: it is. is_there: whether it has not been deleted."""
+    """What the rule says of a checkpoint.
+
+    record: what was found of it. accuracy: of the student over all held-out prompts of the graded domains that are distilled; None where there are none.
+    against: why it is not accepted, in words; none: it is. is_there: whether it has not been deleted.
+    """
 
     step: int
     record: dict[str, Any]
+    accuracy: float | None
     against: list[str]
     is_there: bool
 
@@ -51,20 +60,21 @@ def judge(rule: AcceptConfig, step: int, record: dict[str, Any], retention: Iter
         elif -difference["low" if rule.confident else "value"] > rule.maximum_retention_drop:
             drop = -difference["low" if rule.confident else "value"]
             against.append(f"drop of {name} {_bound(rule, 'most')}{drop:.3f} > {rule.maximum_retention_drop:g}")
-    if rule.prefer is Prefer.lowest_recovery and not any(isinstance(domain["recovery"], dict) for domain in record["domains"].values()) and not against:
-        against.append("no graded domain has a teacher, so that accept.prefer=lowest_recovery ranks nothing: set accept.prefer=accuracy")
-    return Verdict(step=step, record=record, against=against, is_there=is_there)
+    accuracy = accuracy_of(record, retention)
+    if accuracy is None and rule.prefer in (Prefer.lowest_recovery, Prefer.accuracy):
+        against.append(f"no domain is graded, so that accept.prefer={rule.prefer.value} ranks nothing: set accept.prefer=newest or earliest")
+    return Verdict(step=step, record=record, accuracy=accuracy, against=against, is_there=is_there)
 
 
-def choose(rule: AcceptConfig, verdicts: list[Verdict], retention: Iterable[str]) -> Verdict | None:
+def choose(rule: AcceptConfig, verdicts: list[Verdict]) -> Verdict | None:
     """The best of the accepted checkpoints that are there; of equals, the earlier. None where there is none."""
     accepted = sorted((verdict for verdict in verdicts if not verdict.against and verdict.is_there), key=lambda verdict: verdict.step)
     if rule.prefer is Prefer.newest:
         return accepted[-1] if accepted else None
     worth = {
         Prefer.earliest: lambda verdict: -verdict.step,
-        Prefer.lowest_recovery: lambda verdict: verdict.record["min_recovery"],
-        Prefer.accuracy: lambda verdict: accuracy_of(verdict.record, retention) or 0.0,
+        Prefer.lowest_recovery: lambda verdict: verdict.accuracy if verdict.record["min_recovery"] is None else verdict.record["min_recovery"],
+        Prefer.accuracy: lambda verdict: verdict.accuracy,
     }
     return max(accepted, key=worth[rule.prefer], default=None)
 
@@ -76,16 +86,18 @@ def accuracy_of(record: dict[str, Any], retention: Iterable[str]) -> float | Non
     return sum(domain["accuracy"] * domain["prompts"] for domain in found) / prompts if prompts else None
 
 
-def write_choice(run: Path, rule: AcceptConfig, verdicts: list[Verdict], chosen: dict[str, Any] | None, asked_to_end: bool) -> None:
-    """Write RUN/evaluations/choice.json. chosen: as there."""
+def write_choice(run: Path, rule: AcceptConfig, settings: str, verdicts: list[Verdict], chosen: dict[str, Any] | None, asked_to_end: float | None) -> None:
+    """Write RUN/evaluations/choice.json, where it would be another. chosen, asked_to_end: as there."""
     checkpoints = [{"step": verdict.step, "against": verdict.against, "is_there": verdict.is_there} for verdict in verdicts]
-    record = {"schema": SCHEMA, "rule": asdict(rule) | {"prefer": rule.prefer.value}, "chosen": chosen, "asked_to_end": asked_to_end}
-    replace_text(run / FOLDER / "choice.json", json.dumps(record | {"checkpoints": checkpoints}, indent=2) + "\n")
+    record = {"schema": SCHEMA, "rule": asdict(rule) | {"prefer": rule.prefer.value}, "settings": settings, "chosen": chosen, "asked_to_end": asked_to_end}
+    file, text = run / EVALUATIONS / "choice.json", json.dumps(record | {"checkpoints": checkpoints}, indent=2) + "\n"
+    if not file.is_file() or file.read_text() != text:
+        replace_text(file, text)
 
 
 def read_choice(run: Path) -> dict[str, Any] | None:
     """The choice that stands; None where none was made. Raises ValueError for a file of another version."""
-    path = run / FOLDER / "choice.json"
+    path = run / EVALUATIONS / "choice.json"
     if not path.is_file():
         return None
     record = read_json(path)
@@ -94,29 +106,24 @@ def read_choice(run: Path) -> dict[str, Any] | None:
     return record
 
 
-def chosen_step(run: Path) -> int:
-    """The step of RUN@chosen. Raises ValueError where no checkpoint is chosen."""
-    choice = read_choice(run)
-    if choice is None:
-        raise ValueError(f"{run}@chosen: no checkpoint was chosen yet: opd evaluate {run} checkpoints=all does")
-    if choice["chosen"] is None:
-        raise ValueError(f"{run}@chosen: no checkpoint met the rule: opd evaluate {run} checkpoints=all says why")
-    return choice["chosen"]["step"]
+def rule_of(choice: dict[str, Any]) -> AcceptConfig:
+    """The rule by which a choice was made."""
+    return AcceptConfig(**choice["rule"] | {"prefer": Prefer(choice["rule"]["prefer"])})
 
 
-def ask_to_end(run: Path, step: int) -> None:
-    """Have a run end after the step under way."""
-    replace_text(run / FOLDER / "end.json", json.dumps({"schema": SCHEMA, "step": step}))
+def ask_to_end(run: Path, step: int, begun: float) -> None:
+    """Have a run's start of that time end after the step under way."""
+    replace_text(run / EVALUATIONS / "end.json", json.dumps({"schema": SCHEMA, "step": step, "begun": begun}))
 
 
 def take_end_request(run: Path) -> int | None:
-    """The accepted step for whose sake a run is asked to end, once; None where it is not asked."""
-    path = run / FOLDER / "end.json"
+    """The accepted step for whose sake this start of a run is asked to end, once; None where it is not asked."""
+    path = run / EVALUATIONS / "end.json"
     if not path.is_file():
         return None
-    step = read_json(path)["step"]
+    asked, state = read_json(path), read_state(run)
     path.unlink()
-    return step
+    return asked["step"] if state is not None and asked.get("begun") == state.begun else None
 
 
 def _bound(rule: AcceptConfig, end: str) -> str:

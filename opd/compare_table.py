@@ -108,8 +108,8 @@ def recovery_of(domain: dict[str, Any]) -> float:
 
 
 def recoveries_of(run: dict[str, Any]) -> dict[str, float]:
-    """Of a summary's graded domains, by name."""
-    return {name: recovery_of(domain) for name, domain in run["evaluation"]["domains"].items() if domain["recovery"] != "not graded"}
+    """Of a summary's graded domains with a teacher, by name."""
+    return {name: recovery_of(domain) for name, domain in run["evaluation"]["domains"].items() if not isinstance(domain["recovery"], str)}
 
 
 def num_floors(evaluation: dict[str, Any]) -> int:

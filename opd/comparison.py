@@ -7,19 +7,23 @@ the sum of two variances wherever the two find the same prompts hard. Over all d
     evaluation.json (schema version 1)
     {"schema": 1, "domains": {NAME: {
         "base", "teacher", "student": {"accuracy", "low", "high", "greedy", "prompts", "truncated", "samples", "pass": {K: {"value", "low", "high"}}},
-        "dropped_prompts", "recovery": {"value", "low", "high"} | "not graded" | "no teacher",
+        "dropped_prompts", "recovery": {"value", "low", "high"} | "not graded" | "no teacher" | null,
         "difference": {"value", "low", "high"} | null, "gap_closed": {"value", "low", "high"} | null,
         "certificate": {"floor", "low", "share", "holds"} | null,
         "kl": {"base", "student": {"per_token": {"value", "low", "high"}, "per_sequence": {...}}}}},
      "difference": {"value", "low", "high"} | null, "min_recovery": number | null, "not_graded": [NAME, ...],
+     "base": {"model", "revision", "hash"} | null,
      "lm_eval": as opd/harness_tasks.py says; not there where no tasks were asked for}
     A domain with a perturbation also has
         "perturbed": {"rate", "base", "teacher", "student": {"accuracy", "low", "high", "truncated", "replaced"}}
 
+base: which model that is, with the hash of its weights (teachers/fingerprint.py).
 difference: accuracy of the student less that of the base at temperature 1; null without a base or a grader.
-pass: of each k of evaluation.pass_k, the chance that one of k completions scores 1 (opd/intervals.py); not there where none was asked for.
-gap_closed: of the teacher's lead over the base, how much the student has, both paired; null where that lead may be 0. It and recovery need a teacher, which
+pass: of each k of pass_k, the chance that one of k completions scores 1 (opd/intervals.py); not there where none was asked for.
+gap_closed: of the teacher's lead over the base, how much the student has, both paired; null where there may be no lead. It and recovery need a teacher, which
     domains of `retention` have not.
+recovery: null where it is undefined, since the teacher may be right on none.
+base, teacher: not there where there is none. kl: likewise; null in none of its parts.
 certificate: what the student's divergence says of its accuracy (opd/certificate.py); null without a grader or a divergence.
 perturbed: the same prompts, where each sampled token of the domain's alphabet is replaced with probability `rate` (rollout/perturbation.py); an
     addition to schema 1, which a reader that does not know it may pass over. Every other figure is of completions without it.
@@ -132,17 +136,15 @@ def require_certificates(record: dict) -> None:
 
 
 def _gap_record(base: DomainResult | None, teacher: DomainResult | None, student: DomainResult) -> dict | None:
-    """(student - base) / (teacher - base), prompt by prompt; None where the teacher's lead may be 0, since what is divided by it says nothing."""
+    """(student - base) / (teacher - base), prompt by prompt; None where the teacher may not be better than the base: there is no gap then."""
     if base is None or teacher is None or student.scores is None:
         return None
-    lead = paired_difference(teacher.scores, base.scores)
-    if lead.low <= 0 <= lead.high:
+    if paired_difference(teacher.scores, base.scores).low <= 0:
         return None
     gains = [(one - zero, best - zero) for one, best, zero in zip(student.scores, teacher.scores, base.scores, strict=True)]
     below, above = sum(lead for _, lead in gains), sum(gain for gain, _ in gains)
     squares = sum(lead**2 for _, lead in gains), sum(gain**2 for gain, _ in gains), sum(gain * lead for gain, lead in gains)
-    found = ratio_of_sums(len(gains), below, above, *squares)
-    return asdict(Interval(found.value, min(found.low, found.high), max(found.low, found.high)))
+    return asdict(ratio_of_sums(len(gains), below, above, *squares))
 
 
 def _certificate_record(student: DomainResult, teacher: DomainResult | None) -> dict | None:
@@ -206,7 +208,7 @@ def _print_closed(domains: dict[str, dict]) -> None:
     """The part of the teacher's lead that the student has, and pass@k, of the domains that have them."""
     closed = [f"{name} {_interval_cell(domain['gap_closed'])}" for name, domain in domains.items() if domain.get("gap_closed") is not None]
     if closed:
-        print(f"of the teacher's lead over the base: {'; '.join(closed)}")
+        print(f"gap closed, of the teacher's lead over the base: {'; '.join(closed)}")
     for role in ("base", "teacher", "student"):
         found = {name: domain[role].get("pass", {}) for name, domain in domains.items() if role in domain}
         cells = [f"{name} {', '.join(f'pass@{k} ' + _interval_cell(value) for k, value in own.items())}" for name, own in found.items() if own]

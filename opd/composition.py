@@ -7,7 +7,6 @@ command line, and overrides are what they always are (+domain=law, '~domains.cod
 
 import functools
 import itertools
-import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,6 +26,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from opd.errors import explain
 from opd.evaluate_config import settings_of_run
+from opd.run_folder import command_of
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
 STORED = "config_of="
@@ -170,19 +170,17 @@ def _stored_values(command: str, run: Path) -> dict[str, Any]:
     file = run / "config.yaml"
     if not file.is_file():
         raise ValueError(f"{run} is not a folder of a run: it has no config.yaml")
-    text = file.read_text()
-    mark = re.match(r"# written by opd (\w+)", text)
-    writer = mark[1] if mark else "something else"
+    stored, writer = yaml.safe_load(file.read_text()), command_of(run) or "something else"
     if command == "evaluate":
         if writer in ("distill", "specialize"):
-            return settings_of_run(yaml.safe_load(text), str(run))
+            return settings_of_run(stored, str(run))
         if writer == "evaluate":
-            return yaml.safe_load(text) | {"run_dir": str(run)}
+            return stored | {"run_dir": str(run)}
     if writer != SAME_SETTINGS.get(command, command):
         inside = sorted(str(path.parent) for path in run.glob("*/config.yaml"))
         hint = f": name one of its runs, {', '.join(inside)}" if inside else ""
         raise ValueError(f"{run} is a folder of opd {writer}, not of opd {SAME_SETTINGS.get(command, command)}{hint}")
-    return yaml.safe_load(text) | {"run_dir": str(run), "fresh": False}
+    return stored | {"run_dir": str(run), "fresh": False}
 
 
 def _adds_member(override: str, schema: type) -> bool:

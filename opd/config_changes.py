@@ -1,7 +1,7 @@
 """What may change when a run is taken up. Each setting is free, recorded or refused:
 
     free        decides nothing that is learnt: where and how fast things are computed, how often is saved, what is shown (FREE)
-    recorded    changes what is measured, the length of the run, or the rounding of a sum (RECORDED)
+    recorded    changes what is measured, the length of the run, the rounding of a sum, or which faulty rollouts and steps are left out (RECORDED)
     refused     everything else; branch_from starts a run of its own with other settings. Settings under `domains` are recorded with
                 teachers.allow_change=true (teachers/manifest.py keeps their history)
 
@@ -29,7 +29,7 @@ RECORDED = (
     "rollout.save", "rollout.compare", "rollout.decode_width", "rollout.fixed_width", "teachers.max_tokens_per_forward",
     "batch.max_tokens_per_micro_batch", "student.gradient_checkpointing", "student.router_probe_every", "optim.update_ratio_every",
     "quant.measure_every", "quant.measure_rollouts", "deepspeed.zero_optimization",
-    "optim.max_skipped_steps",
+    "optim.max_skipped_steps", "rollout.max_mismatch", "rollout.mask_loops",
 )  # fmt: skip
 """num_steps and grpo.num_steps stretch the learning-rate schedule from the next step on."""
 

@@ -22,7 +22,7 @@ FAILED_JOBS = 4
 """Exit code of a sweep of which some jobs have failed (opd/sweep.py)."""
 
 STOPPED = 3
-"""Exit code of a run that one of its alarms has ended, with a checkpoint; nothing starts it again by itself."""
+"""Exit code of a run that an alarm, or an accepted checkpoint (accept.end_run), has ended, with a checkpoint; nothing starts it again by itself."""
 
 
 class Preempted(Exception):  # noqa: N818 - it is no error

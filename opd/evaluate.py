@@ -16,12 +16,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from opd.checkpoint_evaluation import evaluate_checkpoints
 from opd.comparison import comparison, print_comparison, require_certificates
 from opd.config import EvaluateConfig
-from opd.distributed import is_main, start_processes
+from opd.distributed import is_main, on_main, start_processes
 from opd.evaluator import Evaluator, sampling_of
 from opd.harness_config import HarnessRole
 from opd.held_out import build_evaluator, results_of, teacher_results
 from opd.model_card import refresh_card
 from opd.run import require_own_folder, write_config
+from opd.run_facts import model_facts
 from rollout.files import replace_text
 from rollout.model import end_tokens, load_model, load_tokenizer
 from rollout.sampler import LocalSampler
@@ -53,6 +54,7 @@ def evaluate(cfg: EvaluateConfig) -> None:
     evaluator = build_evaluator(cfg, student, tokenizer, device) if cfg.domains else None
     models = {"student": student} | ({"base": load_model(cfg.base, "base", device)} if cfg.base.model is not None else {})
     record = comparison({}, {}, {}, {}) if evaluator is None else _compared(cfg, evaluator, models)
+    record["base"] = on_main(lambda: model_facts(cfg.base))
     if tasks is not None:
         record["lm_eval"] = _harness_record(cfg, tasks, tokenizer, _harness_models(cfg, models, evaluator))
     if is_main():

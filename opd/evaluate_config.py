@@ -6,13 +6,15 @@ from typing import Any
 
 from opd.harness_config import HarnessConfig
 from opd.job_config import RanksConfig
-from opd.ranges import check_evaluated
+from opd.ranges import INTERVALS, check_evaluated
 from rollout.config import ModelConfig
 from teachers.config import DomainConfig, SignalKind, TeachersConfig
 
 
 class Prefer(Enum):
-    """What the accepted checkpoints are ranked by: the recovery of the domain that recovers least, accuracy over all prompts, or age."""
+    """What the accepted checkpoints are ranked by: the recovery of the domain that recovers least (accuracy, where no domain has a teacher), accuracy over
+    all prompts, or age.
+    """
 
     lowest_recovery = "lowest_recovery"
     accuracy = "accuracy"
@@ -75,8 +77,9 @@ class EvaluateConfig:
     launch: its processes.
     run: folder of the run whose checkpoints are evaluated, written behind the command, from which domains, base and sampling are then taken.
     checkpoints: of that run: newest, all, or a list of steps.
-    follow: wait for further checkpoints, until the run is not running any more.
+    follow: wait for further checkpoints until the run is done, or stopped by an alarm or an accepted checkpoint.
     follow_seconds: time between two looks for further checkpoints.
+    follow_minutes: how long it waits for a run that is neither at work nor ended: not begun yet, preempted and queued, killed or failed.
     accept: which of a run's checkpoints is chosen.
     """
 
@@ -97,13 +100,16 @@ class EvaluateConfig:
     checkpoints: Any = "newest"
     follow: bool = False
     follow_seconds: float = 10.0
+    follow_minutes: float = 30.0
     accept: AcceptConfig = field(default_factory=AcceptConfig)
 
 
 def check_evaluation(cfg: EvaluationConfig) -> None:
-    """Raises ValueError for no completions."""
+    """Raises ValueError for no prompts, or no completions of one."""
     if cfg.samples < 1:
         raise ValueError(f"evaluation.samples must be at least 1, not {cfg.samples}")
+    if cfg.prompts is not None and cfg.prompts < 1:
+        raise ValueError(f"evaluation.prompts must be at least 1, or null for all, not {cfg.prompts}")
 
 
 def check_evaluate(cfg: EvaluateConfig) -> None:
@@ -117,12 +123,23 @@ def check_evaluate(cfg: EvaluateConfig) -> None:
     unknown = [name for name in cfg.retention if name not in cfg.domains]
     if unknown:
         raise ValueError(f"retention names {unknown[0]}, which is none of the domains: add it, as in +domain={unknown[0]}")
+    if cfg.retention and cfg.base.model is None:
+        raise ValueError("retention compares the student with its base, and there is none: set base.model")
+    bounded = list(cfg.retention) + ([name for name in cfg.domains if name not in cfg.retention] if cfg.accept.minimum_recovery is not None else [])
+    without = [name for name in bounded if cfg.domains[name].held_out.path is None]
+    if without:
+        raise ValueError(f"{without[0]} has no held-out prompts, so that nobody knows how good a checkpoint is at it: set domains.{without[0]}.held_out.path")
+    if cfg.evaluation.every:
+        raise ValueError("evaluation.every belongs to runs that train, and would be ignored: remove it (follow=true evaluates checkpoints as they come)")
     if cfg.run is None:
         _check_without_run(cfg)
         return
-    is_steps = isinstance(cfg.checkpoints, list) and cfg.checkpoints and all(isinstance(step, int) and step >= 0 for step in cfg.checkpoints)
+    is_steps = isinstance(cfg.checkpoints, list) and cfg.checkpoints and all(type(step) is int and step >= 0 for step in cfg.checkpoints)
     if cfg.checkpoints not in ("newest", "all") and not is_steps:
         raise ValueError(f"checkpoints must be newest, all or a list of steps, as in [100,200], not {cfg.checkpoints}")
+    drop = cfg.accept.maximum_retention_drop
+    if drop is not None and not -1 <= drop <= 1:
+        raise ValueError(f"accept.maximum_retention_drop must be {INTERVALS['maximum_retention_drop']}, not {drop}")
     if cfg.checkpoints != "all" and cfg.accept != AcceptConfig():
         raise ValueError("accept chooses among all checkpoints of a run: checkpoints=all belongs to it")
     if cfg.student.model is not None:
@@ -131,16 +148,12 @@ def check_evaluate(cfg: EvaluateConfig) -> None:
         raise ValueError("lm_eval.tasks are scored of one model: write opd evaluate student.model=RUN@STEP lm_eval.tasks=[...]")
     if cfg.follow and cfg.checkpoints != "all":
         raise ValueError("follow=true waits for checkpoints that are not there yet, so checkpoints=all belongs to it")
-    if cfg.retention and cfg.base.model is None:
-        raise ValueError("retention compares the student with its base, and there is none: set base.model")
-    if cfg.accept.maximum_retention_drop is not None and not cfg.retention:
+    if drop is not None and not cfg.retention:
         raise ValueError("accept.maximum_retention_drop bounds nothing without retention: write retention=[NAME], of a domain that the run does not distil")
 
 
 def _check_without_run(cfg: EvaluateConfig) -> None:
     """What belongs to a run is refused without one."""
-    if cfg.retention and cfg.base.model is None:
-        raise ValueError("retention compares the student with its base, and there is none: set base.model")
     own = EvaluateConfig()
     for name in ("checkpoints", "follow", "accept"):
         if getattr(cfg, name) != getattr(own, name):
@@ -150,15 +163,19 @@ def _check_without_run(cfg: EvaluateConfig) -> None:
 def settings_of_run(stored: dict[str, Any], run: str) -> dict[str, Any]:
     """The settings of `opd evaluate RUN`, from RUN/config.yaml as it is stored: domains, sampling, and the model that the run began from as the base.
 
-    All held-out prompts are taken, whatever the run takes while it trains.
+    All held-out prompts are taken, whatever the run takes while it trains. A run of `opd specialize` has no teachers: what a domain names as its teacher may be
+    this very run.
     """
     samples_itself = "loss" in stored or stored.get("grpo", {}).get("num_steps")
     drawn = {name: stored["rollout"].get(name) for name in ("max_new_tokens", "decode_width")} if samples_itself else {}
     own = {name: value for name, value in stored["evaluation"].items() if name != "every"}
     evaluation = own | {name: own[name] or value for name, value in drawn.items()} | {"every": 0, "prompts": None}
+    domains = stored["domains"]
+    if "loss" not in stored:
+        domains = {name: domain | {"teacher": {}} for name, domain in domains.items()}
     base = {field.name: stored["student"][field.name] for field in fields(ModelConfig)}
     teachers = {name: value for name, value in stored.get("teachers", {}).items() if name not in ("signal", "top_k")}
     return {
         "run": run, "run_dir": f"{run}/evaluations", "cache": f"{run}/evaluations/cache", "seed": stored["seed"], "threads": stored["threads"],
-        "student": base | {"model": None, "revision": None}, "base": base, "domains": stored["domains"], "teachers": teachers, "evaluation": evaluation,
+        "student": base | {"model": None, "revision": None}, "base": base, "domains": domains, "teachers": teachers, "evaluation": evaluation,
     }  # fmt: skip

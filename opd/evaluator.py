@@ -9,7 +9,7 @@ B: rollouts of a micro-batch. N: its completion tokens, flattened. D: hidden siz
 
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -33,9 +33,6 @@ from rollout.sampler import LocalSampler, WeightSource
 from rollout.types import Prompt, Rollout
 from teachers.config import SignalKind
 from teachers.pool import TeacherPool
-
-if TYPE_CHECKING:
-    pass
 
 
 class Evaluator:

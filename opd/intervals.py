@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 Z = 1.959963984540054
 """Two-sided 95 % point of the normal distribution."""
@@ -66,11 +66,11 @@ def clustered_proportion(means: Sequence[float], each: int) -> Interval:
         return proportion(sum(means), count)
     spread = sum((value - p) ** 2 for value in means) / count
     trials = count if not 0 < p < 1 else count * each if not spread else min(count * each, max(count, count * p * (1 - p) / spread))
-    return proportion(p * trials, trials)
+    return replace(proportion(p * trials, trials), value=p)  # which a division of the product would not give to the last bit
 
 
 def pass_at(right: Sequence[int], samples: int, k: int) -> Interval:
     """The chance that one of k completions of a prompt is right, from so many right ones of `samples`: the unbiased estimate of each prompt (Chen et al.
-    2021), its mean over the prompts, with Wilson's interval, of which they are the trials.
+    2021), its mean over the prompts, with the interval of clusters of as many trials as there are k completions: of k = 1 it is the accuracy's.
     """
-    return proportion(sum(1 - math.comb(samples - found, k) / math.comb(samples, k) for found in right), len(right))
+    return clustered_proportion([1 - math.comb(samples - found, k) / math.comb(samples, k) for found in right], samples // k)

@@ -207,7 +207,8 @@ def _results(facts: CardFacts, evaluation: dict[str, Any] | None) -> list[str]:
             for name, domain in evaluation["domains"].items()
         ]
         note = "Held-out prompts, temperature 1, 95 % intervals; recovery is this model's accuracy over its teacher's; floor is what the KL guarantees of it."
-        return [*_table(["domain", "before", "teacher", "this model", "recovery", "floor", "KL to the teacher (nats per token)"], rows), "", note]
+        before = "before" if _is_before(facts, evaluation) else _base_name(evaluation)
+        return [*_table(["domain", before, "teacher", "this model", "recovery", "floor", "KL to the teacher (nats per token)"], rows), "", note]
     measured = [record for record in facts.records if any(name.startswith("evaluation/") for name in record)]
     if not measured or (measured[-1]["step"] == 0 and facts.step != 0):  # what is of step 0 is of the model that it began with
         return [NOT_MEASURED]
@@ -222,12 +223,13 @@ def _results(facts: CardFacts, evaluation: dict[str, Any] | None) -> list[str]:
 def _regressions(facts: CardFacts, evaluation: dict[str, Any] | None) -> list[str]:
     found = ["Whether it is worse than its teachers or than what it began with was not measured."]
     if evaluation is not None:
-        found = regressions(evaluation) + _unmeasured(facts, evaluation)
+        before = "the model it began with" if _is_before(facts, evaluation) else _base_name(evaluation)
+        found = regressions(evaluation, before) + _unmeasured(facts, evaluation)
     last = facts.records[-1] if facts.records else {}
     cut = {name.split("/")[1]: value for name, value in last.items() if name.startswith("domain/") and name.endswith("/truncated")}
     found += [f"{name}: {value:.1%} of the last step's answers did not end." for name, value in cut.items() if value > 0.01]
     if last.get("alarms/active"):
-        found.append(f"{int(last['alarms/active'])} alarms were active at the end of training.")
+        found.append(f"Alarms that were active after step {last['step']}: {int(last['alarms/active'])}.")
     for span in facts.spans:
         found += [f"{name}: its teacher failed, and training went on without it from step {drop['step']}." for name, drop in span["dropped"].items()]
     if len(facts.spans) > 1:
@@ -237,15 +239,29 @@ def _regressions(facts: CardFacts, evaluation: dict[str, Any] | None) -> list[st
     return [f"- {_escaped(line)}" for line in found] or ["None is known: no domain is worse than its teacher, or than before, beyond the intervals."]
 
 
-def regressions(evaluation: dict[str, Any]) -> list[str]:
-    """A sentence for each domain in which the student is worse than its teacher, or than the base, beyond the 95 % intervals."""
+def _is_before(facts: CardFacts, evaluation: dict[str, Any]) -> bool:
+    """Whether the base of an evaluation is the model that this one began with: by its hash, and by its name where no hash is known."""
+    base, began = evaluation.get("base"), (facts.starts[0].get("student") if facts.starts else None) or {}
+    if base is None:
+        return True  # of a version that did not record it, or there is none
+    if base["hash"] and began.get("hash"):
+        return base["hash"] == began["hash"]
+    return base["model"] == facts.base.get("model")
+
+
+def _base_name(evaluation: dict[str, Any]) -> str:
+    return shown_name(evaluation["base"]["model"])
+
+
+def regressions(evaluation: dict[str, Any], before: str = "the model it began with") -> list[str]:
+    """A sentence for each domain in which the student is worse than its teacher, or than the base, beyond the 95 % intervals. before: the base, in words."""
     found = []
     for name, domain in evaluation["domains"].items():
         recovery, difference = domain["recovery"], domain["difference"]
         if isinstance(recovery, dict) and recovery["high"] < 1:
             found.append(f"{name}: it recovers {recovery['value']:.3f} [{recovery['low']:.3f}, {recovery['high']:.3f}] of its teacher's accuracy.")
         if difference is not None and difference["high"] < 0:
-            found.append(f"{name}: its accuracy is {-difference['value']:.3f} below that of the model it began with.")
+            found.append(f"{name}: its accuracy is {-difference['value']:.3f} below that of {before}.")
         if recovery == "not graded":
             found.append(f"{name}: its answers are not graded, so that only the KL says how near it came.")
         if domain["student"].get("truncated", 0) > 0.01:

@@ -4,7 +4,6 @@ The run is the folder that the model lies in (RUN/student, RUN/students/step-SSS
 named by its last parts, since the rest says nothing to who gets the model.
 """
 
-import json
 import logging
 import re
 from dataclasses import dataclass, field
@@ -14,8 +13,9 @@ from typing import Any
 import yaml
 from huggingface_hub import metadata_load, try_to_load_from_cache
 
-from opd.checkpoint_record import read_record
+from opd.checkpoint_record import shown_records
 from opd.run_facts import read_starts, without_passwords
+from opd.run_folder import command_of, read_records
 from opd.runs import describe
 from rollout.files import read_json
 
@@ -64,17 +64,17 @@ def read_facts(model: str) -> CardFacts:
     run, step = _run_of(folder)
     if run is None:
         return CardFacts()
-    mark = (run / "config.yaml").read_text().partition("\n")[0].removeprefix("# written by opd ")
-    if mark == "export" and (run / "export.json").is_file():
+    command = command_of(run)
+    if command == "export" and (run / "export.json").is_file():
         return read_facts(read_json(run / "export.json")["source"])
     config = yaml.safe_load((run / "config.yaml").read_text())
-    records = _records(run)
+    records = read_records(run)
     is_end = step is None and bool(records) and describe(run).state == "done"  # of a run that was taken up again, RUN/student is of an earlier end
     reached = records[-1]["step"] if is_end else step
     teachers = read_json(run / "teachers.json") if (run / "teachers.json").is_file() else {"spans": []}
     return CardFacts(
         run=run,
-        command=mark,
+        command=command,
         config=config,
         step=reached,
         steps=config.get("num_steps", 0) + config.get("grpo", {}).get("num_steps", 0) or None,
@@ -91,7 +91,7 @@ def checkpoint_results(model: str) -> dict[str, Any] | None:
     facts = read_facts(model)
     if facts.run is None or facts.step is None:
         return None
-    record, made = read_record(facts.run, facts.step), Path(model) / "checkpoint.json"
+    record, made = shown_records(facts.run).get(facts.step), Path(model) / "checkpoint.json"
     is_same = record is not None and (not made.is_file() or read_json(made)["manifest"] == record["manifest"])
     return record["evaluation"] if is_same else None
 
@@ -190,8 +190,3 @@ def _run_of(folder: Path) -> tuple[Path | None, int | None]:
     if folder.parent.name == "students" and (folder.parents[1] / "config.yaml").is_file():
         return folder.parents[1], int(folder.name.removeprefix("step-"))
     return (folder.parent, None) if folder.name == "student" and (folder.parent / "config.yaml").is_file() else (None, None)
-
-
-def _records(run: Path) -> list[dict[str, Any]]:
-    file = run / "metrics.jsonl"
-    return [json.loads(line) for line in file.read_text().splitlines() if line.endswith("}")] if file.is_file() else []

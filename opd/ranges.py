@@ -19,14 +19,14 @@ AT_LEAST_ONE = (
     "max_tokens_per_micro_batch", "max_tokens_per_forward", "max_resident", "keep", "threads", "processes",
     "top_k", "num_tokens", "vocab_sizes", "hidden", "teacher_hidden", "repeats", "measure_rollouts", "kl_prompts",
     "shape", "tokens_per_expert", "max_connections", "num_teachers", "tokens_per_step", "rollouts_per_teacher", "vocab_size",
-    "max_failures", "requests", "prompt_tokens", "ranks", "ranks_per_node",
+    "max_failures", "requests", "prompt_tokens", "ranks", "ranks_per_node", "rows",
 )  # fmt: skip
 """Whole numbers from 1; of a list, each of its members, and there is one."""
 
 NOT_NEGATIVE = (
     "num_steps", "temperature", "lr", "muon_lr", "eps", "weight_decay", "warmup_steps", "every", "router_probe_every", "update_ratio_every",
     "measure_every", "steps", "memory_gb", "hidden_memory_gb", "gradient_share_every", "retries", "show", "stop_tokens", "num_end_tokens",
-    "teacher_answers", "max_restarts", "max_skipped_steps",
+    "teacher_answers", "max_restarts", "max_skipped_steps", "minimum_recovery", "follow_minutes",
 )  # fmt: skip
 
 ABOVE_ZERO = (
@@ -35,7 +35,10 @@ ABOVE_ZERO = (
 )  # fmt: skip
 """Finite numbers above 0, or none at all."""
 
-INTERVALS = {"betas": "two numbers from 0 to below 1", "top_p": "above 0 and at most 1", "min_p": "from 0 to below 1", "rate": "from 0 to 1"}
+INTERVALS = {
+    "betas": "two numbers from 0 to below 1", "top_p": "above 0 and at most 1", "min_p": "from 0 to below 1", "rate": "from 0 to 1",
+    "maximum_retention_drop": "from -1 to 1",
+}  # fmt: skip
 
 MOST_COMPLETIONS = 1 << 16
 """Of a prompt: beyond it, two would be drawn with the same random numbers."""

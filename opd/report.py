@@ -22,6 +22,7 @@ import jinja2
 from markupsafe import Markup
 from omegaconf import OmegaConf
 
+from opd.checkpoint_files import tag_of
 from opd.job_config import LoggerConfig, LoggerKind, ReportConfig
 from opd.report_compare import commit_of, render_comparison
 from opd.report_figures import accuracy_intervals, sections
@@ -84,6 +85,7 @@ def render(facts: RunFacts, with_text: bool) -> str:
         table_note=_table_note(facts),
         no_table="No accuracies are known: neither `opd evaluate` nor an evaluation while training (evaluation.every=N) has run on this run\u2019s student.",
         checkpoints=_checkpoints(facts),
+        result="Result" if facts.of_step is None else f"Result after step {facts.of_step}",
         parts=sections(facts),
         intervals=intervals,
         samples=samples,
@@ -153,7 +155,7 @@ def _table(facts: RunFacts) -> list[dict[str, Any]]:
 
 def _evaluated(domain: dict[str, Any]) -> list[Cell]:
     roles = [_cell(None if role not in domain else _accuracy(domain[role])) for role in ("base", "teacher", "student")]
-    recovery = Cell(value="not graded") if domain["recovery"] == "not graded" else _cell(domain["recovery"])
+    recovery = Cell(value=domain["recovery"]) if isinstance(domain["recovery"], str) else _cell(domain["recovery"])
     certificate = domain.get("certificate")
     floor = Cell() if certificate is None else Cell(
         value=f"{certificate['floor']:.3f}", interval=f"{certificate['low']:.3f} at the least", is_bad=not certificate["holds"]
@@ -170,8 +172,9 @@ def _checkpoints(facts: RunFacts) -> list[dict[str, Any]]:
     for step, evaluation in facts.checkpoints.items():
         accuracies = {name: _cell(_accuracy(domain["student"])) for name, domain in evaluation["domains"].items()}
         lowest = evaluation["min_recovery"]
-        verdict = "chosen" if step == chosen else judged.get(step, "not judged: checkpoints=all does")
-        rows.append({"step": step, "accuracies": accuracies, "lowest": "" if lowest is None else f"{lowest:.3f}", "verdict": verdict or "accepted"})
+        verdict = "chosen" if step == chosen else judged.get(step, "not judged yet: checkpoints=all does") or "accepted"
+        verdict += "" if (facts.train_folder / "checkpoints" / tag_of(step)).is_dir() else ", deleted since"
+        rows.append({"step": step, "accuracies": accuracies, "lowest": "" if lowest is None else f"{lowest:.3f}", "verdict": verdict})
     return rows
 
 

@@ -2,8 +2,9 @@
 
 Only what differs is listed: settings (dotted paths of config.yaml), code, versions, hardware, initial student, teachers, data. Curves of the figures that at
 least two of the runs have stand over steps, over the student's tokens and over seconds, both added up over the steps that count. The table pairs each run with
-the first, prompt by prompt, from the scores of their newest evaluations (opd/scores.py): an interval of the mean of differences, which is much smaller than the
-difference of two intervals. It is blank, and says why, where two runs have answered other prompts.
+the first, prompt by prompt: an interval of the mean of differences, which is much smaller than the difference of two intervals. The scores are those that
+`opd evaluate RUN` found of the chosen checkpoints (else the newest) where it was asked of all these runs, otherwise those of the newest evaluations while they
+trained (opd/scores.py). The table is blank, and says why, where two runs have answered other prompts.
 """
 
 import base64
@@ -19,12 +20,14 @@ import jinja2
 import yaml
 from markupsafe import Markup
 
+from opd.checkpoint_record import shown_record
 from opd.comparison import paired_difference
 from opd.composition import leaves
 from opd.intervals import Interval
 from opd.report_charts import STEPS, Line, line_chart, style_class
 from opd.report_figures import Figure, Section
 from opd.run_facts import read_starts
+from opd.run_folder import read_records
 from opd.runs import RunRow, describe
 from opd.scores import read_scores
 from rollout.files import read_json
@@ -51,7 +54,7 @@ def render_comparison(folders: list[Path]) -> str:
     if len({folder.resolve() for folder in folders}) < len(folders):
         raise ValueError("a run is named twice: a comparison needs different ones")
     names = _names(folders)
-    records = {name: _records(folder) for name, folder in zip(names, folders, strict=True)}
+    records = {name: read_records(folder) for name, folder in zip(names, folders, strict=True)}
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
     )
@@ -61,6 +64,7 @@ def render_comparison(folders: list[Path]) -> str:
         runs=[_about(name, describe(folder), folder) for name, folder in zip(names, folders, strict=True)],
         differences=differences(dict(zip(names, folders, strict=True))),
         pairs=paired_table(dict(zip(names, folders, strict=True))),
+        origin=scores_of(dict(zip(names, folders, strict=True)))[1],
         sections=[_section(axis, records) for axis in AXES],
         script=Markup(script),
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
@@ -86,7 +90,7 @@ def differences(folders: dict[str, Path]) -> list[tuple[str, list[str]]]:
 
 def paired_table(folders: dict[str, Path]) -> list[dict[str, Any]]:
     """A row for each domain and run but the first: prompts, both accuracies, and the paired difference or why there is none."""
-    scores = {name: read_scores(folder) for name, folder in folders.items()}
+    scores, _ = scores_of(folders)
     seeds = {name: yaml.safe_load((folder / "config.yaml").read_text()).get("seed") for name, folder in folders.items()}
     first, *others = scores
     rows = []
@@ -96,7 +100,7 @@ def paired_table(folders: dict[str, Path]) -> list[dict[str, Any]]:
             theirs = (scores[name] or {"domains": {}})["domains"].get(domain)
             row = {"domain": domain, "run": name, "first": _mean(ours), "other": "", "difference": "", "note": "", "prompts": len(ours["scores"])}
             if theirs is None:
-                row["note"] = "no scores: a run keeps those of its newest evaluation, with evaluation.every=N"
+                row["note"] = "no scores: opd evaluate RUN of each run makes them, or evaluation.every=N while it trains"
             elif theirs["prompts"] != ours["prompts"]:
                 row |= {"other": _mean(theirs), "note": "it answered other prompts"}
             else:
@@ -105,6 +109,18 @@ def paired_table(folders: dict[str, Path]) -> list[dict[str, Any]]:
                 row |= {"other": _mean(theirs), "difference": _shown(found), "note": note}
             rows.append(row)
     return rows
+
+
+def scores_of(folders: dict[str, Path]) -> tuple[dict[str, dict[str, Any] | None], str]:
+    """The scores by which runs are paired, and where they are from, in words."""
+    judged = {name: shown_record(folder) for name, folder in folders.items()}
+    if all(record is not None for record in judged.values()):
+        found = {name: {"step": record["step"], "domains": record["scores"]} for name, record in judged.items()}
+        origin = "what `opd evaluate RUN` found of the chosen checkpoints, else of the newest"
+    else:
+        found, origin = {name: read_scores(folder) for name, folder in folders.items()}, "the newest evaluations while the runs trained"
+    steps = [f"{name} step {record['step']}" for name, record in found.items() if record is not None]
+    return found, f"{origin}: {', '.join(steps)}"
 
 
 RECORDED = ("code", "commit", "version of ", "hardware", "initial student", "teacher of ", "data of ")
@@ -173,11 +189,6 @@ def _names(folders: list[Path]) -> list[str]:
         if len(set(names)) == len(names):
             return names
     return [str(folder) for folder in folders]
-
-
-def _records(folder: Path) -> list[dict[str, Any]]:
-    file = folder / "metrics.jsonl"
-    return [json.loads(line) for line in file.read_text().splitlines() if line.endswith("}")] if file.is_file() else []
 
 
 def _mean(scores: dict[str, Any]) -> str:

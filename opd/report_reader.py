@@ -2,14 +2,12 @@
 
 A folder of `opd distill`, `specialize` or `evaluate` is one run. A folder of a pipeline has its curves in the last of its stages that distils (else
 trains), and its table in summary.json or the evaluation stage. A stage's own folder finds the table of the pipeline around it where that has one
-distillation alone, since only then is it known whose table it is. What `opd evaluate RUN` found of the chosen checkpoint, else of the newest that it was
-asked of, comes before that: it is of this run, and newer.
+distillation alone, since only then is it known whose table it is. What `opd evaluate RUN` found of the chosen checkpoint comes before all of these, and of
+the newest that it was asked of where there is nothing else.
 
-A last line of metrics.jsonl that is not whole is one that is being written, and is left out. Whether a process writes to the folder is read from the
-kernel's list of locks (Linux), never by taking the lock: a job that starts at that moment would find it taken.
+How the run stands is what `opd runs` says (opd/runs.py).
 """
 
-import json
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -17,16 +15,15 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from opd.checkpoint_record import read_record, record_file, recorded_steps
+from opd.checkpoint_record import record_file, shown_record, shown_records
 from opd.choice import read_choice
-from opd.run import LOCK_FILE
+from opd.run_folder import command_of, read_records
+from opd.runs import describe
 from opd.samples import FOLDER as SAMPLES
 from opd.samples import SCHEMA as SAMPLES_SCHEMA
 from rollout.files import read_json
 
-MARK = "# written by opd "
 COMMANDS = ("distill", "specialize", "evaluate", "pipeline")
-LOCKS = Path("/proc/locks")
 NO_TEXT = "(left out: logger.upload_text=false)"
 
 
@@ -36,10 +33,11 @@ class RunFacts:
 
     folder: as it was named. command: that wrote it. config: its resolved settings. train_folder, train_command, train_config: the same of the folder
         with the curves, which is another one in a pipeline only.
-    records: lines of metrics.jsonl, in order of steps. evaluation: what opd/comparison.py writes, with where it is from in `evaluation_file`; None where
-        there is none. checkpoints: what `opd evaluate RUN` found, step -> evaluation. choice: RUN/evaluations/choice.json, or None.
+    records: lines of metrics.jsonl, in order of steps. evaluation: what opd/comparison.py writes, with where it is from in `evaluation_file`, and `of_step`
+        where it is of a checkpoint; None where there is none. checkpoints: what `opd evaluate RUN` found, step -> evaluation. choice: choice.json, or None.
     teachers: the last span of teachers.json, or None. samples: contents of RUN/samples, in order of steps.
-    stages: of a pipeline, name -> (state, seconds). state: in words. begun, changed: local times. versions: of packages, empty where not recorded.
+    stages: of a pipeline, name -> (state, seconds). state: of opd/runs.py, and why where it ended early. begun, changed: local times. versions: of packages,
+        empty where not recorded.
     """
 
     folder: Path
@@ -51,6 +49,7 @@ class RunFacts:
     records: list[dict[str, Any]]
     evaluation: dict[str, Any] | None
     evaluation_file: Path | None
+    of_step: int | None
     checkpoints: dict[int, dict[str, Any]]
     choice: dict[str, Any] | None
     teachers: dict[str, Any] | None
@@ -87,16 +86,16 @@ def read_run(folder: Path) -> RunFacts:
     stages = _stages(folder) if command == "pipeline" else {}
     train_folder = _train_folder(folder, config) if command == "pipeline" else folder
     train_command, train_config = _config_of(train_folder)
-    checkpoints = {step: record["evaluation"] for step in recorded_steps(train_folder) if (record := read_record(train_folder, step)) is not None}
+    checkpoints = {step: record["evaluation"] for step, record in shown_records(train_folder).items()}
     choice = read_choice(train_folder)
+    stands = describe(folder)
     evaluation_file = _evaluation_file(folder, command, config)
     summary = read_json(evaluation_file) if evaluation_file is not None else None
-    if checkpoints and command != "pipeline":
-        chosen = (choice or {}).get("chosen") or {}
-        step = chosen["step"] if chosen.get("step") in checkpoints else max(checkpoints)
-        evaluation_file, summary = record_file(folder, step), checkpoints[step]
+    shown, of_step = shown_record(folder), None
+    if shown is not None and (evaluation_file is None or (choice is not None and choice["chosen"] is not None)):
+        evaluation_file, summary, of_step = record_file(folder, shown["step"], shown["settings"]), shown["evaluation"], shown["step"]
     teachers = train_folder / "teachers.json"
-    records = _records(train_folder / "metrics.jsonl")
+    records = read_records(train_folder)
     times = [path.stat().st_mtime for path in (folder / "config.yaml", train_folder / "config.yaml", train_folder / "metrics.jsonl") if path.is_file()]
     return RunFacts(
         folder=folder,
@@ -108,12 +107,13 @@ def read_run(folder: Path) -> RunFacts:
         records=records,
         evaluation=summary,
         evaluation_file=evaluation_file,
+        of_step=of_step,
         checkpoints=checkpoints,
         choice=choice,
         teachers=read_json(teachers)["spans"][-1] if teachers.is_file() else None,
         samples=_samples(train_folder),
         stages=stages,
-        state=_state(folder, command, stages, summary),
+        state=stands.state + (f": {stands.why}" if stands.why else ""),
         begun=_local_time(min(times)),
         changed=_local_time(max(times)),
         versions={} if summary is None else summary.get("versions", {}),
@@ -134,11 +134,10 @@ def _config_of(folder: Path) -> tuple[str, dict[str, Any]]:
     stored = folder / "config.yaml"
     if not stored.is_file():
         raise ValueError(f"{folder} is not a folder of a run, for it has no config.yaml: name one of `opd distill`, `specialize`, `evaluate` or `pipeline`")
-    text = stored.read_text()
-    command = text.partition("\n")[0].removeprefix(MARK)
+    command = command_of(folder)
     if command not in COMMANDS:
         raise ValueError(f"{folder} is of `opd {command}`, of which there is no report: name a folder of {', '.join(COMMANDS)}")
-    return command, OmegaConf.to_container(OmegaConf.create(text))
+    return command, OmegaConf.to_container(OmegaConf.load(stored))
 
 
 def _stages(folder: Path) -> dict[str, tuple[str, float]]:
@@ -164,23 +163,11 @@ def _evaluation_file(folder: Path, command: str, config: dict[str, Any]) -> Path
         judged = folder.resolve()
         candidates = [folder / "evaluation.json", judged.with_name(f"{judged.name}-evaluation") / "evaluation.json"]  # an arm's of `opd compare`
         around = folder.resolve().parent
-        if command == "distill" and (around / "config.yaml").is_file() and (around / "config.yaml").read_text().startswith(MARK + "pipeline"):
+        if command == "distill" and command_of(around) == "pipeline":
             _, pipeline = _config_of(around)
             distilled = [name for name, stage in pipeline["stages"].items() if stage["command"] == "distill"]
             candidates += [around / "summary.json"] if distilled == [folder.resolve().name] else []
     return next((path for path in candidates if path.is_file()), None)
-
-
-def _records(path: Path) -> list[dict[str, Any]]:
-    """Raises ValueError for a line in the midst of the file that is not whole."""
-    found, lines = [], path.read_text().splitlines() if path.is_file() else []
-    for number, line in enumerate(lines, start=1):
-        try:
-            found.append(json.loads(line))
-        except ValueError as error:
-            if number < len(lines):
-                raise ValueError(f"line {number} of {path} is damaged: take the run up again, which drops what is not whole, or restore the file") from error
-    return sorted(found, key=lambda record: record["step"])
 
 
 def _samples(folder: Path) -> list[dict[str, Any]]:
@@ -189,28 +176,6 @@ def _samples(folder: Path) -> list[dict[str, Any]]:
     if other:
         raise ValueError(f"{folder / SAMPLES} has files of schema {other[0]}; this version reads schema {SAMPLES_SCHEMA}")
     return found
-
-
-def _state(folder: Path, command: str, stages: dict[str, tuple[str, float]], summary: dict[str, Any] | None) -> str:
-    is_held = _is_held(folder / LOCK_FILE)
-    if is_held:
-        return "running"
-    if command == "pipeline":
-        open_stages = [name for name, (state, _) in stages.items() if state != "done"]
-        return "done" if summary is not None and not open_stages else f"not finished{'' if is_held is False else ', or running elsewhere'}"
-    product = folder / ("evaluation.json" if command == "evaluate" else "student/config.json")
-    return "done" if product.is_file() else f"ended before it was done{'' if is_held is False else ', or running'}"
-
-
-def _is_held(lock: Path) -> bool | None:
-    """Whether a process of this machine holds a lock; None where the system does not say."""
-    if not lock.is_file():
-        return False
-    try:
-        lines = LOCKS.read_text().splitlines()
-    except OSError:
-        return None
-    return any(line.split()[5].rpartition(":")[2] == str(lock.stat().st_ino) for line in lines if "FLOCK" in line and "->" not in line)
 
 
 def _local_time(seconds: float) -> str:

@@ -1,7 +1,7 @@
 """The run folder: where a command writes, and the configuration that belongs to it.
 
     RUN/config.yaml          resolved configuration of the run; its first line names the command
-    RUN/state.json           opd/run_state.py: running, done, preempted or failed, and why
+    RUN/state.json           opd/run_state.py: running, done, preempted, stopped or failed, and why
     RUN/starts.jsonl         opd/run_facts.py: command line, code, versions, hardware, hashes of model and data at each start; RUN/starts/ has its diffs
     RUN/logs/                opd/run_log.py: what each rank printed
     RUN/changes.jsonl        opd/config_changes.py
@@ -22,6 +22,8 @@
                              the dtype of training (their masters are in the checkpoints)
     RUN/students/            opd/checkpoint_model.py: models of checkpoints that were asked for as RUN@STEP
     RUN/evaluations/         opd/checkpoint_evaluation.py: what `opd evaluate RUN` found of the checkpoints, and which is chosen
+    RUN/wandb/, wandb_id     opd/wandb_log.py, with a logger
+    RUN/report.html          opd/report.py
     RUN/evaluation.json      opd/comparison.py (in a folder of `opd evaluate`)
     RUN/export.json          opd/export.py (in a folder of `opd export`)
     RUN/merge.json           opd/merge.py (in a folder of `opd merge`)
@@ -54,7 +56,8 @@ from opd.config import DistillConfig, RunConfig, rollout_settings
 from opd.config_changes import Change, Rule, find_changes
 from opd.distributed import Group, barrier, broadcast_object, is_main, rank
 from opd.engine import Engine
-from opd.run_lock import LOCK_FILE, lock
+from opd.run_folder import MARK, command_of
+from opd.run_lock import LOCK_FILE, is_held, lock
 from opd.run_log import open_log
 from rollout.files import replace_text
 from rollout.model import save_model
@@ -91,24 +94,14 @@ def is_new_run(cfg: RunConfig) -> bool:
 
 def write_config(folder: Path, cfg: Any, command: str) -> None:
     """Write FOLDER/config.yaml, whose first line says whose folder it is."""
-    replace_text(folder / "config.yaml", _mark(command) + OmegaConf.to_yaml(OmegaConf.structured(cfg)))
-
-
-def belongs_to(folder: Path, command: str) -> bool:
-    """Whether a folder holds what a command wrote."""
-    stored = folder / "config.yaml"
-    return stored.is_file() and stored.read_text().startswith(_mark(command))
+    replace_text(folder / "config.yaml", f"{MARK}{command}\n" + OmegaConf.to_yaml(OmegaConf.structured(cfg)))
 
 
 def require_own_folder(folder: Path, command: str) -> None:
     """Raises ValueError where a folder holds something that is not of a command; a lock file alone is what one leaves that was killed at its start."""
     is_used = folder.exists() and (not folder.is_dir() or any(path.name != LOCK_FILE for path in folder.iterdir()))
-    if is_used and not belongs_to(folder, command):
+    if is_used and command_of(folder) != command:
         raise ValueError(f"{folder} is not a folder of `opd {command}`: choose another run_dir")
-
-
-def _mark(command: str) -> str:
-    return f"# written by opd {command}\n"
 
 
 def _prepare(folder: Path, cfg: RunConfig, command: str) -> str | None:
@@ -148,6 +141,8 @@ def _clear(folder: Path, cfg: RunConfig) -> str | None:
     inside = [path for path in inputs if path is not None and folder.resolve() in (Path(path).resolve(), *Path(path).resolve().parents)]
     if inside:
         return f"fresh=true would delete {inside[0]}, which the run reads: choose another run_dir"
+    if is_held(folder / "evaluations"):
+        return f"fresh=true would delete {folder / 'evaluations'}, to which an opd evaluate writes: end that first"
     for name in FILES:
         (folder / name).unlink(missing_ok=True)
     for name in FOLDERS:

@@ -126,7 +126,7 @@ def hardware() -> dict[str, Any]:
 
 
 def model_facts(cfg: ModelConfig) -> dict[str, Any] | None:
-    """The model that a run begins with; None where it makes a new one. Its hash is null where it is not there any more, as it may be at a resume."""
+    """The model that a run begins with, or a base; None where there is none. Its hash is null where it is not there any more, as it may be at a resume."""
     if cfg.model is None:
         return None
     try:

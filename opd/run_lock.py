@@ -50,6 +50,18 @@ def lock(folder: Path) -> str | None:
     return None
 
 
+def is_held(folder: Path) -> bool:
+    """Whether another process of this machine holds a folder's lock; takes none."""
+    if folder.resolve() in _LOCKS or not (folder / LOCK_FILE).is_file():
+        return False
+    with (folder / LOCK_FILE).open() as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
+
+
 def last_sign(folder: Path) -> float | None:
     """When the job in a folder last gave a sign of life, in seconds since 1970; None where there has been none."""
     file = folder / LOCK_FILE

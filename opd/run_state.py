@@ -1,7 +1,7 @@
 """How a run stands, for people and for `opd runs`: RUN/state.json, schema version 1.
 
-    {"schema": 1, "command", "state": "running" | "done" | "preempted" | "failed", "why": one sentence | null, "steps": optimizer steps of the whole run | null,
-     "host", "pid", "begun": seconds since 1970 of this start, "ended": seconds since 1970 | null}
+    {"schema": 1, "command", "state": "running" | "done" | "preempted" | "stopped" | "failed", "why": one sentence | null,
+     "steps": optimizer steps of the whole run | null, "host", "pid", "begun": seconds since 1970 of this start, "ended": seconds since 1970 | null}
 
 The main rank writes it when the run begins or goes on, after every check (a start that is refused leaves it as it was), and when it leaves, with the sentence
 that the user reads. One that is killed leaves "running" behind: who reads it has to ask whether the process is still there.
@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, replace
 from enum import Enum
 from pathlib import Path
 
-from opd.errors import PREEMPTED
+from opd.errors import PREEMPTED, STOPPED
 from rollout.files import read_json, replace_text
 
 SCHEMA = 1
@@ -23,11 +23,14 @@ FILE = "state.json"
 
 
 class State(Enum):
-    """running: a process writes to the folder, or was killed while it did. preempted: ended early with a checkpoint, to be started again."""
+    """running: a process writes to the folder, or was killed while it did. preempted: ended early with a checkpoint, to be started again. stopped: ended with
+    a checkpoint by an alarm, or since a checkpoint was accepted (exit code 3).
+    """
 
     running = "running"
     done = "done"
     preempted = "preempted"
+    stopped = "stopped"
     failed = "failed"
 
 
@@ -63,7 +66,7 @@ def end_state(code: int, why: str | None) -> None:
     folder = _OPEN.pop("run", None)
     if folder is None or not (folder / FILE).is_file():
         return
-    state = State.done if code == 0 else State.preempted if code == PREEMPTED else State.failed
+    state = {0: State.done, PREEMPTED: State.preempted, STOPPED: State.stopped}.get(code, State.failed)
     _write(folder, replace(read_state(folder), state=state, why=why, ended=time.time()))
 
 

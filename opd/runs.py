@@ -16,6 +16,7 @@ from typing import Any
 import psutil
 
 from opd.console import headline, print_table
+from opd.run_folder import command_of
 from opd.run_lock import TOUCH_SECONDS, last_sign
 from opd.run_log import last_words
 from opd.run_state import RunState, State, read_state
@@ -23,7 +24,7 @@ from opd.runs_config import RunsConfig
 
 DEEPEST = 4
 """Folders below the one that is named in which runs are looked for."""
-PRODUCTS = {"evaluate": "evaluation.json", "export": "export.json", "merge": "merge.json"}
+PRODUCTS = {"evaluate": "evaluation.json", "export": "export.json", "merge": "merge.json", "pipeline": "summary.json"}
 """Of commands that keep no state: the file that they write last."""
 RECENT = 20
 """Steps from which the time left is estimated."""
@@ -33,7 +34,9 @@ TAIL = 1 << 18
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunRow:
-    """How one run stands. state: running, done, preempted, failed, or killed. step: of `steps`; left: seconds. why: where it has ended early."""
+    """How one run stands. state: of opd/run_state.py, or killed; unknown where it says nothing, damaged where it cannot be read. step: of `steps`; left:
+    seconds. why: where it has ended early.
+    """
 
     folder: Path
     command: str
@@ -77,8 +80,7 @@ def find_runs(folder: Path, depth: int = DEEPEST) -> Iterator[Path]:
 
 def describe(folder: Path) -> RunRow:
     """How the run in a folder stands; a damaged file of it is named, and hides no other run."""
-    first = (folder / "config.yaml").read_text(errors="replace").partition("\n")[0]
-    command = first.removeprefix("# written by opd ") if first.startswith("# written by opd ") else "?"
+    command = command_of(folder) or "?"
     try:
         state, records = read_state(folder), newest_records(folder)
     except ValueError as error:

@@ -8,7 +8,7 @@ dataclasses stand under NAME, as in domains.NAME.teacher.model; a path may have 
 import inspect
 import re
 from collections.abc import Iterator
-from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
+from dataclasses import Field, dataclass, fields, is_dataclass
 from enum import Enum
 from typing import Any, get_args, get_origin, get_type_hints
 
@@ -33,7 +33,7 @@ UNITS = (
 )  # fmt: skip
 """What a number counts, by the first or the last word of its name that says so."""
 
-KINDS = {int: "integer", float: "number", bool: "true or false", str: "text", Any: "any value"}
+KINDS = {int: "integer", float: "number", bool: "true or false", str: "text", Any: "text, number or list"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,17 +48,21 @@ class Setting:
     text: str
 
 
-def settings_of(schema: type, prefix: str = "") -> Iterator[Setting]:
-    """Every setting of a dataclass, those of its parts included, in the order of the fields."""
-    hints = get_type_hints(schema)
+def settings_of(schema: type, prefix: str = "", made: Any = None) -> Iterator[Setting]:
+    """Every setting of a dataclass, those of its parts included, in the order of the fields. made: an instance with the defaults, where they are not the
+    dataclass's own but those that a larger one gives it.
+    """
+    hints, made = get_type_hints(schema), schema() if made is None else made
     for field in fields(schema):
         path, kind = prefix + field.name, hints[field.name]
         member = get_args(kind)[1] if get_origin(kind) is dict and is_dataclass(get_args(kind)[1]) else None
         inner = member or (kind if is_dataclass(kind) else None)
         if inner is None:
-            yield _setting(schema, field, path, kind)
+            yield _setting(schema, field, path, kind, getattr(made, field.name))
+        elif member:
+            yield from settings_of(inner, f"{path}.{MEMBER}.")
         else:
-            yield from settings_of(inner, f"{path}.{MEMBER}." if member else f"{path}.")
+            yield from settings_of(inner, f"{path}.", getattr(made, field.name))
 
 
 def field_texts(schema: type) -> dict[str, str]:
@@ -78,7 +82,7 @@ def field_texts(schema: type) -> dict[str, str]:
     return found
 
 
-def _setting(schema: type, field: Field, path: str, hint: Any) -> Setting:
+def _setting(schema: type, field: Field, path: str, hint: Any, default: Any) -> Setting:
     is_optional = type(None) in get_args(hint)
     kind = next(part for part in get_args(hint) if part is not type(None)) if is_optional else hint
     choices = kind if isinstance(kind, type) and issubclass(kind, Enum) else None
@@ -88,7 +92,7 @@ def _setting(schema: type, field: Field, path: str, hint: Any) -> Setting:
         path=path,
         kind=_kind_in_words(kind, text) + (" or null" if is_optional else ""),
         unit=_unit(field.name) if kind in (int, float) else "",
-        default=in_words(field.default if field.default is not MISSING else field.default_factory()),
+        default=in_words(default),
         allowed="|".join(member.value for member in choices) if choices else range_of(field.name),
         text=f"{text} {meaning}".strip(),
     )
@@ -105,7 +109,7 @@ def _kind_in_words(kind: Any, text: str = "") -> str:
 
 
 def _unit(name: str) -> str:
-    words = name.split("_")
+    words = name.partition("_per_")[0].split("_")
     for word in (words[-1], *words[:-1]):
         for pattern, unit in UNITS:
             if re.fullmatch(pattern, word):
@@ -142,8 +146,8 @@ def _is_under(path: list[str], asked: list[str]) -> bool:
     return len(path) >= len(asked) and all(own in (MEMBER, part) for own, part in zip(path, asked, strict=False))
 
 
-def print_help(command: str, about: str, path: str, shown: dict[str, Any]) -> None:
-    """What `opd COMMAND --help [PATH]` prints. shown: path and value of what the command's own file of conf/ sets.
+def print_help(command: str, head: str, path: str, shown: dict[str, Any]) -> None:
+    """What `opd COMMAND --help [PATH]` prints. head: what stands above all settings. shown: path and value of what the command's own file of conf/ sets.
 
     Raises ValueError for a path that leads nowhere.
     """
@@ -151,7 +155,7 @@ def print_help(command: str, about: str, path: str, shown: dict[str, Any]) -> No
 
     found = select(list(settings_of(SCHEMAS[command])), path, f"opd {command.replace('_', ' ')}")
     if not path:
-        print_line(f"usage: opd {command.replace('_', ' ')} [setting=value ...]\n\n{about}\n")
+        print_line(head)
         for name, options in group_choices(command).items():
             print_line(f"  {name}=  {' | '.join(options)}   (files of conf/{name}/)")
         print_line("")

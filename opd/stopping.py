@@ -28,7 +28,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 LOG = logging.getLogger(__name__)
 
 _ASKED: list[tuple[str, str]] = []
-"""Why this process's run is to stop, and the setting with which it would not."""
+"""Why this process's run is to stop, and a sentence on what the user may do beside going on."""
 
 
 def ask_to_stop(reason: str, remedy: str) -> None:
@@ -70,7 +70,7 @@ class StopRequest:
             self.reason = f"launch.max_hours={self.cfg.max_hours:g} is near"
         accepted = take_end_request(self.run_dir) if is_main() else None
         if accepted is not None:
-            ask_to_stop(f"opd evaluate accepts the checkpoint of step {accepted}", "accept.end_run=false of opd evaluate")
+            ask_to_stop(f"opd evaluate accepts the checkpoint of step {accepted}", f"opd export {self.run_dir}@chosen hands the accepted one on")
         own = 2.0 if _ASKED else 1.0 if self.reason is not None else 0.0
         asked = float(reduce_max(torch.tensor(own), Group.data))
         self.code = STOPPED if asked == 2.0 else PREEMPTED
@@ -82,8 +82,8 @@ class StopRequest:
         if self.is_stopping:
             settle()
             if self.code == STOPPED:
-                reason, remedy = _ASKED[0] if _ASKED else ("the main rank was asked to end", "what asked it")
-                raise Preempted(f"stopped after step {step} ({reason}), with a checkpoint: the same command goes on, or with {remedy} without it", STOPPED)
+                reason, remedy = _ASKED[0] if _ASKED else ("the main rank was asked to end", "its log says why")
+                raise Preempted(f"stopped after step {step} ({reason}), with a checkpoint: the same command goes on; {remedy}", STOPPED)
             reason = self.reason or "another rank was asked to end"
             raise Preempted(f"ended after step {step} ({reason}), with a checkpoint: the same command goes on from there")
 

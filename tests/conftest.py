@@ -12,6 +12,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers and datasets are imported: no test may reach the network
 
@@ -54,6 +55,20 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session")
 def conf_dir() -> Path:
     return CONF
+
+
+@pytest.fixture(scope="session")
+def shape() -> Callable[[Any], Any]:
+    """shape(value): a JSON value with each leaf replaced by the name of its type."""
+
+    def of(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: of(inner) for name, inner in value.items()}
+        if isinstance(value, bool):
+            return "bool"
+        return [of(inner) for inner in value] if isinstance(value, list) else "number" if isinstance(value, int | float) else type(value).__name__
+
+    return of
 
 
 @pytest.fixture(scope="session")

@@ -243,7 +243,7 @@ def test_a_stop_ends_the_run_after_its_checkpoint_with_a_code_of_its_own(tmp_pat
         assert not stop.is_due(1)
         act(tmp_path, 2, [episode(AlarmAction.stop)], None, None)
         assert stop.is_due(2)
-        words = r"stopped after step 2 \(alarm looped: domain/law/looped is 0.25\), with a checkpoint: .* alarms.rules.looped.action=log without it"
+        words = r"stopped after step 2 \(alarm looped: domain/law/looped is 0.25\), with a checkpoint: .*; with alarms.rules.looped.action=log the "
         with pytest.raises(Preempted, match=words) as end:
             stop.leave(2)
     assert end.value.code == STOPPED

@@ -7,14 +7,20 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from opd import checkpoint_evaluation
 from opd.__main__ import load_config, split_command
 from opd.checkpoint_model import model_folder
-from opd.errors import STOPPED
+from opd.checkpoint_record import chosen_step, shown_records
+from opd.choice import ask_to_end, take_end_request
+from opd.errors import PREEMPTED, STOPPED
 from opd.evaluate import evaluate
+from opd.run_state import begin_state, end_state
 
 MORE = ["checkpoints=all", "evaluation.samples=2", "pass_k=[1,2]", "accept.prefer=accuracy"]
 """With random weights no teacher is ever right, so that recovery is undefined."""
@@ -26,7 +32,11 @@ def evaluate_run(run, *more: str) -> None:
 
 
 def found_of(run, step: int) -> dict:
-    return json.loads((run / f"evaluations/step-{step:06d}.json").read_text())["evaluation"]
+    return json.loads(newest_record(run, step).read_text())["evaluation"]
+
+
+def newest_record(run, step: int) -> Path:
+    return max((run / "evaluations").glob(f"step-{step:06d}-*.json"), key=lambda path: path.stat().st_mtime_ns)
 
 
 @pytest.fixture
@@ -63,18 +73,118 @@ def test_each_checkpoint_is_what_opd_evaluate_finds_of_its_model(run, tmp_path, 
     assert found_of(run, 1) != found_of(run, 2)
 
 
+def test_the_files_have_the_format_on_file(run, golden_dir, shape):
+    evaluate_run(run, "checkpoints=[1]", "evaluation.samples=2", "pass_k=[2]")
+    evaluate_run(run, "checkpoints=all", "evaluation.samples=2", "pass_k=[2]", "accept.prefer=accuracy")
+    ask_to_end(run, 1, 0.0)
+    files = {"step": newest_record(run, 1), "choice": run / "evaluations/choice.json", "end": run / "evaluations/end.json"}
+    found = {name: shape(json.loads(path.read_text())) for name, path in files.items()}
+    for scores in found["step"]["scores"].values():
+        scores["scores"] = scores["scores"][:1]
+    assert found == json.loads((golden_dir / "evaluations.json").read_text())
+
+
 def test_each_is_scored_once_and_one_that_is_written_again_anew(run, measured):
     evaluate_run(run, *MORE)
     assert sorted(measured) == sorted(["v4", "step-000001", "step-000002"])
-    assert not list((run / "students").glob("step-*"))  # what was made for it is gone
+    assert not list(run.glob("*/models/step-*")), "what was made for it is gone"
+    assert not (run / "students").exists(), "where other commands make theirs"
     evaluate_run(run, *MORE)
     assert len(measured) == 3
-    stored = run / "evaluations/step-000002.json"
+    stored = newest_record(run, 2)
     stored.write_text(json.dumps(json.loads(stored.read_text()) | {"manifest": "of another"}))
     evaluate_run(run, *MORE)
     assert measured[3:] in (["step-000002", "v4"], ["v4", "step-000002"])
     evaluate_run(run, "checkpoints=all", "evaluation.samples=1")
     assert len(measured) == 8
+
+
+def other_base(run, tmp_path) -> list[str]:
+    base = Path(load_config(*split_command(["evaluate", str(run)])).base.model)
+    shutil.copytree(base, tmp_path / "base")
+    weights = load_file(base / "model.safetensors")
+    save_file({name: weight + 1 for name, weight in weights.items()}, tmp_path / "base/model.safetensors", {"format": "pt"})
+    return [f"base.model={tmp_path / 'base'}"]
+
+
+def rows_in_a_folder(run, tmp_path) -> list[str]:
+    (tmp_path / "held-out").mkdir(exist_ok=True)
+    with (tmp_path / "held-out/a.jsonl").open("a") as file:
+        file.write('{"prompt": "1+1=", "answer": "2"}\n')
+    return [f"domains.arithmetic.held_out.path={tmp_path / 'held-out'}"]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda run, tmp_path: ["student.dtype=bfloat16"],
+        lambda run, tmp_path: ["evaluation.max_new_tokens=3"],
+        lambda run, tmp_path: ["domains.arithmetic.grader=numeric"],
+        other_base,
+        rows_in_a_folder,
+    ],
+)
+def test_what_is_asked_otherwise_is_asked_anew(change, run, tmp_path):
+    def asked(overrides: list[str]) -> str:
+        return checkpoint_evaluation._settings_hash(load_config(*split_command(["evaluate", str(run), *overrides])))
+
+    before = asked(change(run, tmp_path)) if change is rows_in_a_folder else asked([])
+    assert asked(change(run, tmp_path)) != before
+    assert asked([]) == asked([])
+
+
+def test_following_chooses_among_what_is_known_and_asks_each_start_to_end(run, monkeypatch):
+    evaluate_run(run, *MORE, "accept.minimum_recovery=0.5")
+    assert json.loads((run / "evaluations/choice.json").read_text())["chosen"] is None, "recovery is undefined"
+    asked = []
+
+    def sleep(_seconds):
+        asked.append(take_end_request(run))
+        end_state(STOPPED, "accepted")
+
+    monkeypatch.setattr(checkpoint_evaluation, "time", SimpleNamespace(sleep=sleep, monotonic=time.monotonic))
+    for _ in range(2):
+        begin_state(run, "distill", 4)
+        evaluate_run(run, *MORE, "follow=true", "accept.end_run=true")
+    chosen = json.loads((run / "evaluations/choice.json").read_text())["chosen"]["step"]
+    assert asked == [chosen, chosen]
+
+
+def test_a_run_is_followed_over_a_gap_until_it_has_ended(run, monkeypatch, capsys):
+    now = [0.0]
+    monkeypatch.setattr(checkpoint_evaluation, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    following = checkpoint_evaluation.Following(load_config(*split_command(["evaluate", str(run), "checkpoints=all", "follow=true"])), run)
+    begin_state(run, "distill", 4)
+    end_state(PREEMPTED, "asked to")
+    assert not following.is_last()
+    now[0] = 29 * 60
+    assert not following.is_last(), "queued again"
+    begin_state(run, "distill", 4)
+    assert not following.is_last()
+    end_state(1, "a rank died")
+    now[0] = 58 * 60
+    assert not following.is_last()
+    now[0] = 60 * 60
+    assert following.is_last()
+    assert "has been failed for 30 minutes" in capsys.readouterr().out
+    begin_state(run, "distill", 4)
+    end_state(0, None)
+    now[0] = 0.0
+    assert following.is_last()
+
+
+def test_the_chosen_one_stays_until_it_was_asked_otherwise(run, monkeypatch):
+    evaluate_run(run, *MORE, "accept.prefer=newest")
+    assert chosen_step(run) == 2
+    seen, original = [], checkpoint_evaluation.CheckpointEvaluation._measure
+
+    def measure(self, folder):
+        seen.append((folder.name, chosen_step(run)))
+        return original(self, folder)
+
+    monkeypatch.setattr(checkpoint_evaluation.CheckpointEvaluation, "_measure", measure)
+    evaluate_run(run, "checkpoints=all", "evaluation.samples=1", "accept.prefer=newest")
+    assert seen == [("step-000002", 2), ("step-000001", 2)]
 
 
 def test_one_that_is_killed_goes_on_with_what_is_missing(run, measured, monkeypatch):
@@ -98,15 +208,15 @@ def test_one_that_is_killed_goes_on_with_what_is_missing(run, measured, monkeypa
 def test_a_checkpoint_that_the_run_deletes_meanwhile_is_passed_over(run, monkeypatch, capsys):
     original = checkpoint_evaluation.model_folder
 
-    def deleted(name):
+    def deleted(name, parent):
         if name.endswith("@1"):
             shutil.rmtree(run / "checkpoints/step-000001")
-        return original(name)
+        return original(name, parent)
 
     monkeypatch.setattr(checkpoint_evaluation, "model_folder", deleted)
     evaluate_run(run, *MORE)
     assert "step 1: deleted by the run" in capsys.readouterr().out
-    assert not (run / "evaluations/step-000001.json").exists()
+    assert not list((run / "evaluations").glob("step-000001*"))
     assert json.loads((run / "evaluations/choice.json").read_text())["chosen"]["step"] == 2
 
 
@@ -120,13 +230,16 @@ def test_what_is_known_of_a_deleted_one_is_shown_but_not_chosen(run, capsys):
     assert json.loads((run / "evaluations/choice.json").read_text())["chosen"]["step"] == 2
 
 
-def test_a_look_at_some_leaves_the_choice_as_it_is(run, capsys):
+def test_a_look_at_some_leaves_the_choice_and_what_it_was_made_from_as_they_are(run, capsys):
     evaluate_run(run, *MORE)
-    before = (run / "evaluations/choice.json").read_text()
+    before, shown = (run / "evaluations/choice.json").read_text(), shown_records(run)
     evaluate_run(run, "checkpoints=[2]")
     evaluate_run(run)
     assert (run / "evaluations/choice.json").read_text() == before
-    assert "step 2:" in capsys.readouterr().out
+    assert shown_records(run) == shown
+    said = capsys.readouterr().out
+    assert "step 2:" in said
+    assert "chosen: from what was found under other settings" in said
 
 
 def test_a_retained_domain_is_held_against_the_base_without_its_teacher(run):
@@ -150,6 +263,14 @@ def test_a_retained_domain_is_held_against_the_base_without_its_teacher(run):
         (["run_dir=elsewhere"], "remove run_dir"),
         (["accept.prefer=newest"], "checkpoints=all belongs to it"),
         (["checkpoints=all", "accept.maximum_retention_drop=0.1"], "bounds nothing without retention"),
+        (["evaluation.every=5"], "evaluation.every belongs to runs that train"),
+        (["domains.tools.teacher.model=./nowhere"], "the teacher of tools is not at ./nowhere"),
+        (["checkpoints=[true]"], "must be newest, all or a list of steps"),
+        (["evaluation.prompts=0"], "evaluation.prompts must be at least 1, or null"),
+        (["checkpoints=all", "accept.minimum_recovery=nan"], "accept.minimum_recovery must be at least 0"),
+        (["checkpoints=all", "accept.maximum_retention_drop=nan"], "accept.maximum_retention_drop must be from -1 to 1"),
+        (["retention=[arithmetic]", "domains.arithmetic.held_out.path=null"], "arithmetic has no held-out prompts"),
+        (["checkpoints=all", "accept.minimum_recovery=0.5", "domains.tools.held_out.path=null"], "tools has no held-out prompts"),
     ],
 )
 def test_what_cannot_be_had_is_refused(run, more, words):

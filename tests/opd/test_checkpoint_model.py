@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from opd.__main__ import load_config
+from opd.__main__ import load_config, split_command
 from opd.checkpoint_model import model_folder, resolve_models
 from opd.distill import distill
 
@@ -66,6 +66,12 @@ def test_every_model_of_a_config_can_be_named_so(run, short_settings):
     resolve_models(cfg)
     assert cfg.student.model == str(run / "students/step-000001")
     assert cfg.domains["tools"].teacher.model == str(run / "students/step-000002")
+
+
+def test_the_model_of_an_export_can_be_named_so(run):
+    cfg = load_config(*split_command(["export", f"{run}@1"]))
+    resolve_models(cfg)
+    assert cfg.student.model == str(run / "students/step-000001")
 
 
 @pytest.mark.parametrize(

@@ -6,11 +6,13 @@ from dataclasses import replace
 import pytest
 
 from opd import checkpoint_files as files
-from opd.choice import FOLDER, Verdict, ask_to_end, choose, chosen_step, judge, take_end_request, write_choice
+from opd.checkpoint_record import chosen_step
+from opd.choice import EVALUATIONS, ask_to_end, choose, judge, rule_of, take_end_request, write_choice
 from opd.evaluate_config import AcceptConfig, Prefer
+from opd.run_state import begin_state, end_state, read_state
 
 
-def domain(recovery: float | None, difference: float = 0.0, accuracy: float = 0.5, prompts: int = 100) -> dict:
+def domain(recovery: float | None, difference: float = 0.0, accuracy: float | None = 0.5, prompts: int = 100) -> dict:
     """What a comparison says of a domain, its intervals 0.02 to each side."""
 
     def interval(value):
@@ -48,8 +50,9 @@ def test_bounds_hold_at_the_worse_end_or_for_the_figure_itself(rule, expected):
 
 def test_what_cannot_be_judged_is_not_accepted():
     assert judge(AcceptConfig(), 1, record(law=domain(None)), [], is_there=True).against
-    ungraded = record(law=domain(None) | {"recovery": "not graded"})
+    ungraded = record(law=domain(None, accuracy=None) | {"recovery": "not graded"})
     assert judge(AcceptConfig(), 1, ungraded, [], is_there=True).against
+    assert judge(AcceptConfig(prefer=Prefer.accuracy), 1, ungraded, [], is_there=True).against
     assert not judge(AcceptConfig(prefer=Prefer.newest), 1, ungraded, [], is_there=True).against
     ungraded["domains"]["law"]["difference"] = None
     assert judge(AcceptConfig(prefer=Prefer.newest, maximum_retention_drop=0.5), 1, ungraded, ["law"], is_there=True).against
@@ -58,16 +61,21 @@ def test_what_cannot_be_judged_is_not_accepted():
 @pytest.mark.parametrize(("prefer", "expected"), [("lowest_recovery", 20), ("accuracy", 30), ("earliest", 10), ("newest", 40)])
 def test_the_preferred_of_the_accepted_is_chosen_and_of_equals_the_earlier(prefer, expected):
     steps = {10: (0.90, 0.5), 20: (0.95, 0.6), 30: (0.91, 0.9), 40: (0.95, 0.9), 50: (0.99, 0.99), 60: (0.99, 0.99)}
-    verdicts = [Verdict(step=step, record=record(law=domain(r, accuracy=a)), against=[], is_there=True) for step, (r, a) in steps.items()]
+    verdicts = [judge(AcceptConfig(), step, record(law=domain(r, accuracy=a)), [], is_there=True) for step, (r, a) in steps.items()]
     verdicts[4], verdicts[5] = replace(verdicts[4], against=["bad"]), replace(verdicts[5], is_there=False)
-    assert choose(AcceptConfig(prefer=Prefer(prefer)), verdicts, []).step == expected
+    assert choose(AcceptConfig(prefer=Prefer(prefer)), verdicts).step == expected
+
+
+def test_without_teachers_accuracy_ranks():
+    found = [record(law=domain(None, accuracy=accuracy) | {"recovery": "no teacher"}) for accuracy in (0.5, 0.7, 0.6)]
+    assert choose(AcceptConfig(), [judge(AcceptConfig(), step, each, [], is_there=True) for step, each in enumerate(found)]).step == 1
 
 
 def test_accuracy_counts_each_prompt_of_the_distilled_domains_once():
     small = record(law=domain(1.0, accuracy=1.0, prompts=10), code=domain(1.0, accuracy=0.5, prompts=90), old=domain(1.0, accuracy=1.0, prompts=900))
     even = record(law=domain(1.0, accuracy=0.6, prompts=10), code=domain(1.0, accuracy=0.6, prompts=90), old=domain(1.0, accuracy=0.0, prompts=900))
-    verdicts = [Verdict(step=step, record=found, against=[], is_there=True) for step, found in enumerate((small, even))]
-    assert choose(AcceptConfig(prefer=Prefer.accuracy), verdicts, ["old"]).step == 1  # 0.55 against 0.60
+    verdicts = [judge(AcceptConfig(), step, found, ["old"], is_there=True) for step, found in enumerate((small, even))]
+    assert choose(AcceptConfig(prefer=Prefer.accuracy), verdicts).step == 1  # 0.55 against 0.60
 
 
 @pytest.fixture
@@ -76,8 +84,8 @@ def checkpoints(tmp_path):
     for step in range(1, 7):
         (tmp_path / "checkpoints" / files.tag_of(step)).mkdir(parents=True)
         (tmp_path / "checkpoints" / files.tag_of(step) / "weights").write_text(str(step))
-    (tmp_path / FOLDER).mkdir()
-    write_choice(tmp_path, AcceptConfig(), [], {"step": 2, "manifest": None}, False)
+    (tmp_path / EVALUATIONS).mkdir()
+    write_choice(tmp_path, AcceptConfig(), "asked", [], {"step": 2, "manifest": None}, None)
     return tmp_path / "checkpoints"
 
 
@@ -91,13 +99,10 @@ def test_a_run_keeps_the_chosen_beside_its_newest(checkpoints):
 
 
 def test_one_that_is_chosen_while_it_is_deleted_comes_back(checkpoints, monkeypatch):
-    asked = []
+    def is_chosen(checkpoint, tag):  # step 3 is chosen after the run has looked for the last time before renaming it
+        return tag == files.tag_of(3 if (checkpoints / f"{files.tag_of(3)}{files.GOING}").exists() else 2)
 
-    def chosen(folder):  # step 3 is chosen after the run has looked for the last time before renaming it
-        asked.append(folder)
-        return files.tag_of(3 if (checkpoints / f"{files.tag_of(3)}{files.GOING}").exists() else 2)
-
-    monkeypatch.setattr(files, "_chosen", chosen)
+    monkeypatch.setattr(files, "_is_chosen", is_chosen)
     files.forget_older(checkpoints, 6, keep=2)
     assert 3 in steps_in(checkpoints)
     assert not list(checkpoints.glob(f"*{files.GOING}"))
@@ -112,26 +117,60 @@ def test_what_a_kill_left_half_deleted_goes_or_comes_back(checkpoints):
 
 
 def test_nothing_is_deleted_where_nobody_knows_what_is_chosen(checkpoints, caplog):
-    (checkpoints.parent / FOLDER / "choice.json").write_text("{")
+    (checkpoints.parent / EVALUATIONS / "choice.json").write_text("{")
     files.forget_older(checkpoints, 6, keep=2)
     assert steps_in(checkpoints) == [1, 2, 3, 4, 5, 6]
     assert "no older checkpoint is deleted" in caplog.text
 
 
 def test_a_run_is_asked_to_end_once(tmp_path):
-    (tmp_path / FOLDER).mkdir()
+    (tmp_path / EVALUATIONS).mkdir()
+    begin_state(tmp_path, "distill", 100)
     assert take_end_request(tmp_path) is None
-    ask_to_end(tmp_path, 40)
+    ask_to_end(tmp_path, 40, read_state(tmp_path).begun)
     assert take_end_request(tmp_path) == 40
     assert take_end_request(tmp_path) is None
+    end_state(0, None)
+
+
+def test_another_start_of_the_run_does_not_heed_it(tmp_path):
+    (tmp_path / EVALUATIONS).mkdir()
+    begin_state(tmp_path, "distill", 100)
+    ask_to_end(tmp_path, 40, read_state(tmp_path).begun)
+    end_state(0, None)
+    begin_state(tmp_path, "distill", 200)
+    assert take_end_request(tmp_path) is None
+    assert not list((tmp_path / EVALUATIONS).iterdir())
+    end_state(0, None)
+
+
+def test_a_checkpoint_that_was_written_again_is_not_the_chosen_one(checkpoints):
+    (checkpoints / files.tag_of(2) / files.MANIFEST).write_text("{}")
+    with pytest.raises(ValueError, match="step 2 was written again since it was chosen"):
+        chosen_step(checkpoints.parent)
+    files.forget_older(checkpoints, 6, keep=2)
+    assert steps_in(checkpoints) == [5, 6]
+
+
+def test_steps_of_seven_digits_are_newer_than_those_of_six(checkpoints):
+    (checkpoints / files.tag_of(1_000_000)).mkdir()
+    assert steps_in(checkpoints)[-1] == 1_000_000
+    files.forget_older(checkpoints, 1_000_000, keep=1)
+    assert steps_in(checkpoints) == [2, 1_000_000]
+
+
+def test_a_choice_names_its_rule(checkpoints):
+    rule = AcceptConfig(minimum_recovery=0.9, prefer=Prefer.earliest)
+    write_choice(checkpoints.parent, rule, "asked", [], None, None)
+    assert rule_of(json.loads((checkpoints.parent / EVALUATIONS / "choice.json").read_text())) == rule
 
 
 def test_the_chosen_is_named_and_refused_where_there_is_none(checkpoints, tmp_path):
     assert chosen_step(checkpoints.parent) == 2
-    write_choice(checkpoints.parent, AcceptConfig(), [], None, False)
+    write_choice(checkpoints.parent, AcceptConfig(), "asked", [], None, None)
     with pytest.raises(ValueError, match="no checkpoint met the rule"):
         chosen_step(checkpoints.parent)
-    (checkpoints.parent / FOLDER / "choice.json").write_text(json.dumps({"schema": 9}))
+    (checkpoints.parent / EVALUATIONS / "choice.json").write_text(json.dumps({"schema": 9}))
     with pytest.raises(ValueError, match="schema 9"):
         chosen_step(checkpoints.parent)
     with pytest.raises(ValueError, match="no checkpoint was chosen yet"):

@@ -53,7 +53,7 @@ class Result:
 
 MISTAKES = {
     "unknown command": "there is no command 'distil' (did you mean 'distill'?)",
-    "no setting": "'quickly' is not a setting: write setting=value",
+    "no setting": "'quickly' is no folder of a run, and not a setting: write setting=value",
     "unknown domain": "there is no domain called 'tolls' (did you mean 'tools'?)",
     "misspelt key": "distill has no setting 'num_step' (did you mean 'num_steps'?)",
     "misspelt key with plus": "distill has no setting 'optim.lrr' (did you mean 'optim.lr'?)",

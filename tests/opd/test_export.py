@@ -97,15 +97,6 @@ def same(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> bool
     return ours.keys() == theirs.keys() and all(torch.equal(bits(ours[name]), bits(theirs[name])) for name in ours)
 
 
-def shape(value):
-    """A JSON value with each leaf replaced by the name of its type."""
-    if isinstance(value, dict):
-        return {name: shape(inner) for name, inner in value.items()}
-    if isinstance(value, bool):
-        return "bool"
-    return [shape(inner) for inner in value] if isinstance(value, list) else "number" if isinstance(value, int | float) else type(value).__name__
-
-
 def naive_fp8(weight: torch.Tensor) -> torch.Tensor:
     """Each block of 128 x 128 over the smallest power of two that needs no value above 448, to the nearest value of E4M3, ties to the even code."""
     rounded = weight.double().numpy().copy()
@@ -292,7 +283,7 @@ def test_a_failed_verification_leaves_no_folder_under_the_final_name(fp4_student
     assert not (tmp_path / "run" / "export.json").exists()
 
 
-def test_the_record_has_the_format_on_file_and_its_figures_are_those_of_the_files(exported, record, stored, golden_dir):
+def test_the_record_has_the_format_on_file_and_its_figures_are_those_of_the_files(exported, record, stored, golden_dir, shape):
     assert shape(record | {"kept": record["kept"][:1]}) == json.loads((golden_dir / "export.json").read_text())
     assert record["bytes"] == {
         "fp4": sum(tensor.nbytes for name, tensor in stored.items() if ".experts." in name),

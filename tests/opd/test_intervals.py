@@ -105,6 +105,21 @@ def test_pass_at_k_is_the_mean_over_all_draws_of_k_completions():
         assert pass_at(right, samples, k).value == pytest.approx(sum(chances) / len(chances))
 
 
+def test_pass_at_1_is_the_accuracy_with_its_interval():
+    assert pass_at([0, 1, 3, 4], 4, 1) == clustered_proportion([0.0, 0.25, 0.75, 1.0], 4)
+
+
+@pytest.mark.parametrize("k", [1, 2, 3, 6])
+def test_the_interval_of_pass_at_k_covers_in_simulation(k):
+    generator, covered = random.Random(k), 0
+    true = (1 - 0.9**k + 1 - 0.5**k) / 2
+    for _ in range(400):
+        right = [sum(generator.random() < chance for _ in range(6)) for chance in generator.choices([0.1, 0.5], k=60)]
+        found = pass_at(right, 6, k)
+        covered += found.low <= true <= found.high
+    assert covered / 400 >= 0.92
+
+
 def test_clustered_trials_count_for_as_much_as_they_differ():
     alike, unlike = [0.0, 1.0] * 20, [0.5] * 40
     assert clustered_proportion(alike, 8) == proportion(20, 40)

@@ -103,6 +103,18 @@ def test_a_domain_that_is_worse_beyond_its_intervals_is_named_and_no_other():
     assert "0.200 below that of the model it began with" in found[1]
 
 
+def test_a_base_that_is_not_what_it_began_with_is_named():
+    start = {"student": {"hash": "aa"}, "git": None, "hardware": {"devices": [], "cpu": "a"}, "code": "c", "ranks": 1, "versions": {}, "data": {}}
+    facts = CardFacts(run=Path("run"), config={"student": {"model": "org/base"}}, starts=[start], command="distill", step=1, steps=1)
+    lost = evaluation(law=result(0.4, (1.0, 0.9, 1.1), (-0.2, -0.3, -0.1)))
+    text = model_card(RECORD, facts, lost | {"base": {"model": "org/other", "revision": None, "hash": "bb"}})
+    assert "0.200 below that of org/other." in text
+    assert "| org/other | teacher |" in text
+    text = model_card(RECORD, facts, lost | {"base": {"model": "copy/of-base", "revision": None, "hash": "aa"}})
+    assert "0.200 below that of the model it began with." in text
+    assert "| before | teacher |" in text
+
+
 def test_what_is_not_known_is_said():
     text = model_card(RECORD, CardFacts(), None)
     for sentence in ("Not known: the model does not lie in the folder of a run.", "Not measured.", "was not measured", "Not recorded."):
@@ -123,7 +135,7 @@ def test_what_happened_in_training_is_said():
     facts = CardFacts(run=Path("run"), command="distill", step=10, steps=20, spans=spans, records=records)
     text = model_card(RECORD, facts, evaluation())
     assert "law: 25.0% of the last step's answers did not end." in text
-    assert "2 alarms were active" in text
+    assert "Alarms that were active after step 10: 2." in text
     assert "law: its teacher failed, and training went on without it from step 5." in text
     assert "were changed during training, at step 8." in text
     assert "after step 10 of 20" in text
@@ -183,7 +195,7 @@ def run_with_records(short_run, folder: Path) -> Path:
     (run / "evaluations").mkdir()
     for step, accuracy in ((1, 0.25), (2, 0.75)):
         found = evaluation(arithmetic=result(accuracy, (1.0, 0.9, 1.1), (0.0, -0.1, 0.1)))
-        write_record(run, step, digest_of(run / "checkpoints" / tag_of(step)), "asked", found)
+        write_record(run, step, digest_of(run / "checkpoints" / tag_of(step)), "asked", found, {})
     return run
 
 
@@ -205,7 +217,7 @@ def test_what_was_found_of_other_weights_is_not_said_of_these(short_run, tmp_pat
     rounding = ["round_experts=true", "domain=[arithmetic]", "domains.arithmetic.held_out.rows=8", "max_new_tokens=4"]
     assert "| 0.750 " not in results_of_card(str(run / "student"), tmp_path / "rounded", *rounding)
     assert json.loads((tmp_path / "rounded" / "export.json").read_text())["experts"]["share_off_grid"] > 0
-    write_record(run, 1, "another checkpoint", "asked", evaluation(arithmetic=result(0.25, (1.0, 0.9, 1.1), (0.0, -0.1, 0.1))))
+    write_record(run, 1, "another checkpoint", "asked", evaluation(arithmetic=result(0.25, (1.0, 0.9, 1.1), (0.0, -0.1, 0.1))), {})
     assert "| 0.250 " not in results_of_card(str(model_folder(f"{run}@1")), tmp_path / "other"), "a checkpoint of that step before this one"
 
 

@@ -15,6 +15,7 @@ from opd.choice import Verdict, write_choice
 from opd.evaluate_config import AcceptConfig
 from opd.report import FILE, report
 from opd.report_reader import NO_TEXT, read_run
+from opd.run_state import begin_state, end_state
 
 EVIL = "<script>document.title = 'run'</script>"
 
@@ -106,7 +107,8 @@ def test_a_run_without_an_evaluation_shows_its_own_and_one_with_shows_that(run_c
     role = {"accuracy": 0.5, "low": 0.25, "high": 0.75, "greedy": 0.5, "prompts": 77, "truncated": 0.0}
     certificate = {"floor": 0.123, "low": 0.0321, "share": 0.2, "holds": False}
     domain = {"teacher": role, "student": role, "recovery": interval, "certificate": certificate, "kl": {"student": {"per_sequence": interval}}}
-    (run_copy / "evaluation.json").write_text(json.dumps({"schema": 1, "domains": {"arithmetic": domain}}))
+    kept = {"base": role, "student": role, "recovery": "no teacher", "certificate": None}
+    (run_copy / "evaluation.json").write_text(json.dumps({"schema": 1, "domains": {"arithmetic": domain, "old": kept, "hard": kept | {"recovery": None}}}))
     page = page_of(run_copy)
     assert "From the run\u2019s own evaluations" not in page
     assert re.search(r'class="bad"><span>0.123 <small>0.032 at the least', page), "a certificate that does not hold stands out"
@@ -120,17 +122,19 @@ def test_a_run_without_an_evaluation_shows_its_own_and_one_with_shows_that(run_c
 def test_checkpoints_that_were_evaluated_are_listed_and_the_chosen_one_is_the_result(run_copy):
     assert "<h2 id=\"checkpoints\">" not in page_of(run_copy)
     (run_copy / "evaluations").mkdir()
+    (run_copy / "checkpoints/step-000002").mkdir(parents=True)
     verdicts = []
     for step, accuracy, against in ((1, 0.25, []), (2, 0.75, ["recovery of arithmetic 0.750 < 0.9"])):
         role = {"accuracy": accuracy, "low": 0.125, "high": 0.875, "greedy": 0.5, "prompts": 77, "truncated": 0.0}
         domain = {"student": role, "recovery": {"value": accuracy, "low": 0.1, "high": 0.9}, "certificate": None}
-        write_record(run_copy, step, None, "asked", {"schema": 1, "domains": {"arithmetic": domain}, "min_recovery": accuracy})
-        verdicts.append(Verdict(step=step, record={}, against=against, is_there=True))
-    write_choice(run_copy, AcceptConfig(minimum_recovery=0.9), verdicts, {"step": 1, "manifest": None}, False)
+        write_record(run_copy, step, None, "asked", {"schema": 1, "domains": {"arithmetic": domain}, "min_recovery": accuracy}, {})
+        verdicts.append(Verdict(step=step, record={}, accuracy=accuracy, against=against, is_there=True))
+    write_choice(run_copy, AcceptConfig(minimum_recovery=0.9), "asked", verdicts, {"step": 1, "manifest": None}, None)
     page = page_of(run_copy)
     rows = re.findall(r"<tr><th>(\d+)</th>.*?<span>([\d.]+) .*?recovery\">([\d.]+)</td>.*?rule\">(.*?)</td>", page)
-    assert rows == [("1", "0.250", "0.250", "chosen"), ("2", "0.750", "0.750", "recovery of arithmetic 0.750 &lt; 0.9")]
-    assert "step-000001.json. Accuracy" in page
+    assert rows == [("1", "0.250", "0.250", "chosen, deleted since"), ("2", "0.750", "0.750", "recovery of arithmetic 0.750 &lt; 0.9")]
+    assert "<h2 id=\"result\">Result after step 1</h2>" in page
+    assert "step-000001-asked.json. Accuracy" in page
 
 
 def test_a_line_that_is_being_written_is_left_out_and_one_that_is_damaged_is_named(run_copy):
@@ -142,10 +146,12 @@ def test_a_line_that_is_being_written_is_left_out_and_one_that_is_damaged_is_nam
         read_run(run_copy)
 
 
-def test_the_state_says_whether_the_run_is_done(run_copy):
+def test_the_state_is_the_runs_own_with_why_it_ended_early(run_copy):
     assert read_run(run_copy).state == "done"
-    shutil.rmtree(run_copy / "student")
-    assert read_run(run_copy).state.startswith("ended before it was done")
+    begin_state(run_copy, "distill", 9)
+    assert read_run(run_copy).state == "running"
+    end_state(1, "a rank died")
+    assert read_run(run_copy).state == "failed: a rank died"
 
 
 def test_nothing_of_the_run_is_changed_but_for_the_report(run_copy):

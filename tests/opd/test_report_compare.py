@@ -11,6 +11,9 @@ import pytest
 import yaml
 
 from opd.__main__ import split_command
+from opd.checkpoint_record import write_record
+from opd.choice import write_choice
+from opd.evaluate_config import AcceptConfig
 from opd.job_config import ReportConfig
 from opd.report import report
 from opd.report_compare import differences, paired_table, positions, render_comparison
@@ -62,6 +65,24 @@ def test_differences_are_paired_prompt_by_prompt(make_run):
     shown = [float(number) for number in re.findall(r"[+-]\d\.\d+", row["difference"])]
     assert shown == pytest.approx([mean, mean - half, mean + half], abs=0.02)
     assert (row["first"], row["other"], row["prompts"], row["note"]) == ("0.625", "0.875", 8, "")
+
+
+def test_checkpoints_that_were_evaluated_are_paired_where_all_runs_have_some(make_run):
+    folders = {"a": make_run("a", [1, 0, 0, 0]), "b": make_run("b", [0, 0, 0, 0])}
+    write_record(make_folder(folders["b"]), 2, None, "asked", {}, {"law": {"prompts": "all", "scores": [1, 1, 1, 1, 1, 0]}})
+    [row] = paired_table(folders)
+    assert (row["first"], row["other"]) == ("0.250", "0.000"), "only one of them was evaluated so"
+    for step, scores in ((1, [1, 1, 0, 0, 0, 0]), (2, [0, 0, 0, 0, 0, 0])):
+        write_record(make_folder(folders["a"]), step, None, "asked", {}, {"law": {"prompts": "all", "scores": scores}})
+    write_choice(folders["a"], AcceptConfig(), "asked", [], {"step": 1, "manifest": None}, None)
+    [row] = paired_table(folders)
+    assert (row["first"], row["other"], row["prompts"]) == ("0.333", "0.833", 6), "of the chosen one against the newest"
+    assert "a step 1, b step 2" in render_comparison(list(folders.values()))
+
+
+def make_folder(run: Path) -> Path:
+    (run / "evaluations").mkdir(exist_ok=True)
+    return run
 
 
 def test_runs_that_answered_other_prompts_are_not_paired(make_run):

@@ -159,6 +159,17 @@ def test_fresh_leaves_what_the_run_did_not_write(tmp_path):
     assert (folder / "notes.txt").read_text() == "mine"
 
 
+def test_fresh_leaves_a_folder_to_which_an_evaluation_writes(tmp_path):
+    open_run(config(tmp_path / "run"), "distill")
+    (tmp_path / "run/evaluations").mkdir()
+    with another_process(tmp_path / "run/evaluations") as answer:
+        assert answer == "locked"
+        with pytest.raises(ValueError, match="to which an opd evaluate writes: end that first"):
+            open_run(config(tmp_path / "run", "fresh=true"), "distill")
+    open_run(config(tmp_path / "run", "fresh=true"), "distill")
+    assert not (tmp_path / "run/evaluations").exists()
+
+
 def test_fresh_refuses_to_delete_what_the_run_reads(tmp_path):
     folder = open_run(config(tmp_path / "run"), "distill")
     teacher = f"domains.arithmetic.teacher.model={folder / 'student'}"

@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 
 from opd.__main__ import split_command, split_question
 from opd.composition import COMMAND_LINE, CONF, compose_config, group_choices, leaves, load_config, origins
-from opd.config import SCHEMAS, DistillConfig
+from opd.config import SCHEMAS
 from opd.run import config_dict, write_config
 from opd.settings import print_config, print_help, select, settings_of
 
@@ -49,10 +49,26 @@ def test_a_setting_is_described_with_type_unit_default_allowed_values_and_text()
     assert found["domains.NAME.prompts.share"].kind.startswith("number or schedule")
 
 
-def test_defaults_are_those_of_the_dataclass():
-    cfg = OmegaConf.to_container(OmegaConf.structured(DistillConfig), enum_to_str=True)
+@pytest.mark.parametrize(
+    ("command", "path", "default", "unit"),
+    [
+        ("evaluate", "evaluation.prompts", "null", "prompts"),
+        ("distill", "evaluation.prompts", "256", "prompts"),
+        ("specialize", "rollout.prompts_per_step", "16", "prompts"),
+        ("specialize", "rollout.completions_per_prompt", "8", "completions"),
+        ("specialize", "examples_per_step", "128", "examples"),
+    ],
+)
+def test_a_default_is_the_commands_own_and_a_unit_is_what_is_counted(command, path, default, unit):
+    [setting] = [setting for setting in SETTINGS[command] if setting.path == path]
+    assert (setting.default, setting.unit) == (default, unit)
+
+
+@pytest.mark.parametrize("command", sorted(SCHEMAS))
+def test_defaults_are_those_of_the_dataclass(command):
+    cfg = OmegaConf.to_container(OmegaConf.structured(SCHEMAS[command]), enum_to_str=True)
     values = dict(leaves(cfg))
-    for setting in SETTINGS["distill"]:
+    for setting in SETTINGS[command]:
         if "NAME" not in setting.path:
             shown = yaml.safe_load(setting.default.replace(":", ": "))
             assert shown == values[setting.path] or setting.default == str(values[setting.path]), setting.path
