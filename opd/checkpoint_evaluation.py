@@ -1,11 +1,11 @@
 """`opd evaluate RUN`: checkpoints of a run on the held-out prompts, each once, and which of them is chosen (opd/choice.py).
 
 It is a process of its own, beside the run or after it: it reads the run's checkpoints and writes to RUN/evaluations, where it also makes the models that it
-needs, one at a time, and deletes them again. What was found of a checkpoint is taken from its file as long as the
-checkpoint and what it was asked are the same, so that one that is killed goes on where it was; within a checkpoint, from the cache. A checkpoint that the
-run deletes meanwhile is passed over with a word.
+needs, one at a time, and deletes them again. What was found of a checkpoint is taken from its file as long as the checkpoint and what it was asked are the
+same, so that one that is killed goes on where it was; within a checkpoint, from the cache. A checkpoint that the run deletes meanwhile is passed over with a
+word.
 
-    RUN/evaluations/step-SSSSSS.json         opd/checkpoint_record.py: what was found of a checkpoint
+    RUN/evaluations/step-SSSSSS-HASH.json    opd/checkpoint_record.py: what was found of a checkpoint
     RUN/evaluations/choice.json, end.json    opd/choice.py
     RUN/evaluations/config.yaml              settings of the newest `opd evaluate RUN`
     RUN/evaluations/cache/                   opd/evaluation_cache.py
@@ -159,7 +159,7 @@ class Following:
             self.seen_at_work = time.monotonic()
         is_over = time.monotonic() - self.seen_at_work > 60 * self.cfg.follow_minutes
         if is_over:
-            print(f"{self.run} has been {state} for {self.cfg.follow_minutes:g} minutes (follow_minutes): it is followed no longer")
+            print(f"{self.run} is {state}, and was not at work for {self.cfg.follow_minutes:g} minutes (follow_minutes): it is followed no longer")
         return is_over
 
 

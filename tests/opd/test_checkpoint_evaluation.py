@@ -166,7 +166,7 @@ def test_a_run_is_followed_over_a_gap_until_it_has_ended(run, monkeypatch, capsy
     assert not following.is_last()
     now[0] = 60 * 60
     assert following.is_last()
-    assert "has been failed for 30 minutes" in capsys.readouterr().out
+    assert "is failed, and was not at work for 30 minutes" in capsys.readouterr().out
     begin_state(run, "distill", 4)
     end_state(0, None)
     now[0] = 0.0
