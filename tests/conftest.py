@@ -43,7 +43,7 @@ torch.set_num_threads(1)  # the models are too small to gain from more, and the 
 LONG = [
     "test_ranks", "test_pipeline", "test_qat", "test_resume", "test_cli", "test_warmup", "test_signal_check", "test_engine", "test_loss_settings",
     "test_config", "test_service", "test_service_run", "test_sharding", "test_sampler", "test_teacher_change", "test_vllm_sampler",
-    "test_batch_script", "test_security",
+    "test_batch_script", "test_security", "test_checkpoint_evaluation", "test_sweep", "test_same_step", "test_resharding",
 ]  # fmt: skip
 """Files that take longest, and so are begun first: one that is begun last would leave the other process idle."""
 

@@ -30,12 +30,11 @@ def settings(run_dir, models) -> list[str]:
 def start(run_dir, models) -> subprocess.Popen:
     command = [sys.executable, "-m", "opd", "distill", *settings(run_dir, models), "logger=offline"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, preexec_fn=heed_interrupts)
-
-
-def heed_interrupts() -> None:
-    """What a shell starts in the background, the tests perhaps, ignores them, and so would all that it starts."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    heeded = signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell starts in the background ignores it, and so would all that it starts
+    try:
+        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    finally:
+        signal.signal(signal.SIGINT, heeded)
 
 
 def finish(process: subprocess.Popen) -> str:

@@ -2,8 +2,8 @@
 
 import json
 import os
+import runpy
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 from safetensors.torch import load_file, save_file
 
-from opd import checkpoint_evaluation
+from opd import checkpoint_evaluation, checkpoint_model
 from opd.__main__ import load_config, split_command
 from opd.checkpoint_model import model_folder
 from opd.checkpoint_record import chosen_step, shown_records
@@ -44,6 +44,15 @@ def run(short_run, tmp_path, monkeypatch):
     """A copy of the short run, with an evaluation of its own in the same process: nobody else writes to its folder."""
     shutil.copytree(short_run, tmp_path / "run", ignore=shutil.ignore_patterns("students", "evaluations"))
     monkeypatch.setattr(checkpoint_evaluation, "lock", lambda folder: None)
+
+    def run_here(module: str, *arguments: str) -> None:
+        """What a process of its own does, without the seconds of its imports; tests/opd/test_checkpoint_model.py has that process."""
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "argv", [module, *arguments])
+            patch.delitem(sys.modules, module, raising=False)
+            runpy.run_module(module, run_name="__main__")
+
+    monkeypatch.setattr(checkpoint_model, "run_child", run_here)
     return tmp_path / "run"
 
 
@@ -286,15 +295,12 @@ def test_what_belongs_to_a_run_is_refused_without_one():
 def test_beside_a_running_job_the_accepted_checkpoint_ends_it_and_stays(short_settings, tmp_path):
     """The real commands: a run of more steps than it gets, followed by an evaluation that accepts the first checkpoint it sees."""
     run, environment = tmp_path / "run", os.environ | {"OMP_NUM_THREADS": "1"}
-    settings = ["num_steps=5000", "checkpoint.every=60", "checkpoint.keep=3", "evaluation.every=0", "check.signal=off", "logger=none", f"run_dir={run}"]
+    settings = ["num_steps=5000", "checkpoint.every=30", "checkpoint.keep=3", "evaluation.every=0", "check.signal=off", "logger=none", f"run_dir={run}"]
     settings.append("samples.every=30")
-
-    def heed_interrupts():
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
 
     def start(*arguments: str) -> subprocess.Popen:
         command = [sys.executable, "-m", "opd", *arguments]
-        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, preexec_fn=heed_interrupts)
+        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
 
     job = start("distill", *short_settings, *settings)
     try:
