@@ -2,11 +2,11 @@
 
 It is a process of its own, beside the run or after it: it reads the run's checkpoints and writes to RUN/evaluations, where it also makes the models that it
 needs, one at a time, and deletes them again. What was found of a checkpoint is taken from its file as long as the checkpoint and what it was asked are the
-same, so that one that is killed goes on where it was; within a checkpoint, from the cache. A checkpoint that the run deletes meanwhile is passed over with a
-word.
+same, so that one that is killed goes on where it was; within a checkpoint, from the cache. The run keeps the checkpoint that is being evaluated; one that it
+deletes before that is passed over with a word.
 
     RUN/evaluations/step-SSSSSS-HASH.json    opd/checkpoint_record.py: what was found of a checkpoint
-    RUN/evaluations/choice.json, end.json    opd/choice.py
+    RUN/evaluations/choice.json, end.json, reading.json  opd/choice.py
     RUN/evaluations/config.yaml              settings of the newest `opd evaluate RUN`
     RUN/evaluations/cache/                   opd/evaluation_cache.py
     RUN/evaluations/models/                  the checkpoint that is being evaluated, as a model
@@ -28,7 +28,7 @@ from omegaconf import OmegaConf
 from opd import checkpoint_files as files
 from opd.checkpoint_model import model_folder
 from opd.checkpoint_record import read_all, read_record, write_record
-from opd.choice import EVALUATIONS, Verdict, ask_to_end, choose, judge, read_choice, rule_of, write_choice
+from opd.choice import EVALUATIONS, Verdict, ask_to_end, choose, claim, judge, read_choice, release, rule_of, write_choice
 from opd.comparison import DomainResult, comparison, print_comparison, require_certificates
 from opd.config import EvaluateConfig
 from opd.console import print_table
@@ -83,11 +83,13 @@ class CheckpointEvaluation:
         return None if record is None else record["evaluation"]
 
     def _make(self, step: int) -> Path | None:
-        """The checkpoint's model; None where the checkpoint is gone."""
+        """The checkpoint's model; None where the checkpoint is gone. From here on the run keeps it, until another is made."""
+        source = self.run / "checkpoints" / files.tag_of(step)
         try:
+            claim(self.run, step, files.digest_of(source))
             return model_folder(f"{self.run}@{step}", self.run / EVALUATIONS / MODELS)
         except (ValueError, OSError):
-            if (self.run / "checkpoints" / files.tag_of(step)).is_dir():
+            if source.is_dir():
                 raise
             return None
 
@@ -136,6 +138,7 @@ def evaluate_checkpoints(cfg: EvaluateConfig, device: torch.device) -> None:
             break
         time.sleep(cfg.follow_seconds)
     verdicts = on_main(lambda: _choose(work))
+    on_main(lambda: release(run))
     if not verdicts:
         raise ValueError(f"no checkpoint of {run} could be evaluated: there is none yet, or the run deletes them sooner than they are read (checkpoint.keep)")
     if is_main():

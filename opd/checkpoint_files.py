@@ -23,7 +23,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from opd.choice import read_choice
+from opd.choice import kept_checkpoints
 from rollout.files import fsync_folder, read_json, replace_text
 
 SCHEMA = 2
@@ -90,35 +90,34 @@ def point_to(folder: Path, step: int) -> None:
 def forget_older(folder: Path, step: int, keep: int) -> None:
     """Delete all but the newest `keep` checkpoints (one at least) up to a step; a later one was left by a kill before its pointer.
 
-    The chosen one (opd/choice.py) stays beside these. `opd evaluate` may choose it meanwhile, so that one is renamed first, and comes back where it is chosen
-    by then: who chooses looks whether it is there after having chosen.
+    The chosen one and the one that is being evaluated (opd/choice.py) stay beside these. `opd evaluate` may choose it meanwhile, so that one is renamed
+    first, and comes back where it is to stay by then: who chooses looks whether it is there after having chosen.
     """
     try:
-        read_choice(folder.parent)
+        kept_checkpoints(folder.parent)
     except ValueError as error:
         LOG.warning("no older checkpoint is deleted, since nobody knows which is chosen: %s", error)
         return
     for left in folder.glob(f"step-*{GOING}"):
         _delete(left, folder)
     for old in [tag for tag in saved_tags(folder) if step_of(tag) <= step][: -max(1, keep)]:
-        if not _is_chosen(folder / old, old):
+        if not _is_kept(folder / old, old):
             _delete((folder / old).rename(folder / f"{old}{GOING}"), folder)
 
 
 def _delete(going: Path, folder: Path) -> None:
-    """Delete a checkpoint that was renamed for it, unless it was chosen."""
+    """Delete a checkpoint that was renamed for it, unless it is to stay."""
     tag = going.name.removesuffix(GOING)
-    if _is_chosen(going, tag) and not (folder / tag).exists():
+    if _is_kept(going, tag) and not (folder / tag).exists():
         going.rename(folder / tag)
     else:
         shutil.rmtree(going)
 
 
-def _is_chosen(checkpoint: Path, tag: str) -> bool:
-    """Whether a checkpoint is the chosen one; not one that was written anew under that step."""
-    choice = read_choice(checkpoint.parents[1])
-    chosen = None if choice is None else choice["chosen"]
-    return chosen is not None and tag == tag_of(chosen["step"]) and digest_of(checkpoint) == chosen["manifest"]
+def _is_kept(checkpoint: Path, tag: str) -> bool:
+    """Whether a checkpoint is one of those that stay; not one that was written anew under that step."""
+    kept = [one for one in kept_checkpoints(checkpoint.parents[1]) if tag == tag_of(one["step"])]
+    return any(digest_of(checkpoint) == one["manifest"] for one in kept)
 
 
 def find(folder: Path) -> Candidates:

@@ -7,18 +7,21 @@
      "checkpoints": [{"step", "against": [sentence, ...], "is_there": bool}]}
     RUN/evaluations/end.json       {"schema": 1, "step", "begun"}: that start of the run is asked to end, since this step's checkpoint is accepted; the run
                                    deletes it, and another start does not heed it
+    RUN/evaluations/reading.json   {"schema": 1, "step", "manifest"}: the checkpoint that is being evaluated; it counts while the evaluation lives
 
-`opd evaluate` alone writes them. The run reads who is chosen when it deletes older checkpoints (opd/checkpoint_files.py), and looks for end.json after each
-step (opd/stopping.py). RUN@chosen stands wherever RUN@STEP may.
+`opd evaluate` alone writes them. The run reads which checkpoints are to stay when it deletes older ones (opd/checkpoint_files.py), and looks for end.json
+after each step (opd/stopping.py). RUN@chosen stands wherever RUN@STEP may.
 """
 
 import json
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from opd.evaluate_config import AcceptConfig, Prefer
+from opd.run_lock import gives_signs
 from opd.run_state import read_state
 from rollout.files import read_json, replace_text
 
@@ -104,6 +107,28 @@ def read_choice(run: Path) -> dict[str, Any] | None:
     if record.get("schema") != SCHEMA:
         raise ValueError(f"{path} has schema {record.get('schema')}; this version reads schema {SCHEMA}")
     return record
+
+
+def claim(run: Path, step: int, manifest: str | None) -> None:
+    """Have a run keep the checkpoint that is being evaluated, and no longer the one before: it may be chosen, once more is known of it."""
+    replace_text(run / EVALUATIONS / "reading.json", json.dumps({"schema": SCHEMA, "step": step, "manifest": manifest}))
+
+
+def release(run: Path) -> None:
+    """Have a run keep none but the chosen one."""
+    (run / EVALUATIONS / "reading.json").unlink(missing_ok=True)
+
+
+def kept_checkpoints(run: Path) -> list[dict[str, Any]]:
+    """The checkpoints that a run keeps beside its newest, {"step", "manifest"}: the one that is being evaluated, and the chosen one. Raises ValueError where
+    one of the files cannot be read.
+    """
+    claimed, found = run / EVALUATIONS / "reading.json", []
+    if gives_signs(run / EVALUATIONS):
+        with suppress(FileNotFoundError):
+            found.append(json.loads(claimed.read_text()))
+    choice = read_choice(run)  # after the other: one that is chosen is claimed until then
+    return found + ([choice["chosen"]] if choice is not None and choice["chosen"] is not None else [])
 
 
 def rule_of(choice: dict[str, Any]) -> AcceptConfig:

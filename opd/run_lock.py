@@ -68,6 +68,12 @@ def last_sign(folder: Path) -> float | None:
     return file.stat().st_mtime if file.is_file() else None
 
 
+def gives_signs(folder: Path) -> bool:
+    """Whether a job in a folder has given a sign of life within the last minute; that of another host, if the two clocks agree to that."""
+    sign = last_sign(folder)
+    return sign is not None and time.time() - sign < 12 * TOUCH_SECONDS
+
+
 def _who(state: RunState | None) -> str:
     if state is None or state.state is not State.running:
         return ""

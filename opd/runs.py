@@ -7,7 +7,6 @@ A run that says that it is running is believed where its process is there: on th
 import json
 import socket
 import statistics
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ import psutil
 
 from opd.console import headline, print_table
 from opd.run_folder import command_of
-from opd.run_lock import TOUCH_SECONDS, last_sign
+from opd.run_lock import gives_signs
 from opd.run_log import last_words
 from opd.run_state import RunState, State, read_state
 from opd.runs_config import RunsConfig
@@ -101,8 +100,7 @@ def is_alive(folder: Path, state: RunState) -> bool:
             return psutil.Process(state.pid).create_time() <= state.begun + 1.0
         except psutil.NoSuchProcess:
             return False
-    sign = last_sign(folder)
-    return sign is not None and time.time() - sign < 12 * TOUCH_SECONDS
+    return gives_signs(folder)
 
 
 def newest_records(folder: Path) -> list[dict[str, Any]]:

@@ -14,10 +14,11 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from opd import checkpoint_evaluation, checkpoint_model
+from opd import checkpoint_files as files
 from opd.__main__ import load_config, split_command
 from opd.checkpoint_model import model_folder
 from opd.checkpoint_record import chosen_step, shown_records
-from opd.choice import ask_to_end, take_end_request
+from opd.choice import ask_to_end, claim, take_end_request
 from opd.errors import PREEMPTED, STOPPED
 from opd.evaluate import evaluate
 from opd.run_state import begin_state, end_state
@@ -86,8 +87,9 @@ def test_the_files_have_the_format_on_file(run, golden_dir, shape):
     evaluate_run(run, "checkpoints=[1]", "evaluation.samples=2", "pass_k=[2]")
     evaluate_run(run, "checkpoints=all", "evaluation.samples=2", "pass_k=[2]", "accept.prefer=accuracy")
     ask_to_end(run, 1, 0.0)
-    files = {"step": newest_record(run, 1), "choice": run / "evaluations/choice.json", "end": run / "evaluations/end.json"}
-    found = {name: shape(json.loads(path.read_text())) for name, path in files.items()}
+    claim(run, 1, "sha256 of its manifest")
+    parts = {"step": newest_record(run, 1)} | {name: run / f"evaluations/{name}.json" for name in ("choice", "end", "reading")}
+    found = {name: shape(json.loads(path.read_text())) for name, path in parts.items()}
     for scores in found["step"]["scores"].values():
         scores["scores"] = scores["scores"][:1]
     assert found == json.loads((golden_dir / "evaluations.json").read_text())
@@ -227,6 +229,21 @@ def test_a_checkpoint_that_the_run_deletes_meanwhile_is_passed_over(run, monkeyp
     assert "step 1: deleted by the run" in capsys.readouterr().out
     assert not list((run / "evaluations").glob("step-000001*"))
     assert json.loads((run / "evaluations/choice.json").read_text())["chosen"]["step"] == 2
+
+
+def test_one_that_is_being_evaluated_is_kept_until_it_is_known_whether_it_is_chosen(run, monkeypatch):
+    original = checkpoint_evaluation.CheckpointEvaluation._measure
+
+    def measure(self, folder):
+        (run / "evaluations/.lock").touch()  # the sign of life, which the lock gives
+        files.forget_older(run / "checkpoints", 2, keep=1)  # the run has written step 2 meanwhile
+        return original(self, folder)
+
+    monkeypatch.setattr(checkpoint_evaluation.CheckpointEvaluation, "_measure", measure)
+    evaluate_run(run, *MORE, "accept.prefer=earliest")
+    assert chosen_step(run) == 1
+    assert (run / "checkpoints/step-000001").is_dir()
+    assert not (run / "evaluations/reading.json").exists()
 
 
 def test_what_is_known_of_a_deleted_one_is_shown_but_not_chosen(run, capsys):

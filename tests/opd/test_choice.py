@@ -1,13 +1,15 @@
 """Which checkpoint is chosen, and that it is not deleted."""
 
 import json
+import os
+import time
 from dataclasses import replace
 
 import pytest
 
 from opd import checkpoint_files as files
 from opd.checkpoint_record import chosen_step
-from opd.choice import EVALUATIONS, ask_to_end, choose, judge, rule_of, take_end_request, write_choice
+from opd.choice import EVALUATIONS, ask_to_end, choose, claim, judge, release, rule_of, take_end_request, write_choice
 from opd.evaluate_config import AcceptConfig, Prefer
 from opd.run_state import begin_state, end_state, read_state
 
@@ -98,11 +100,34 @@ def test_a_run_keeps_the_chosen_beside_its_newest(checkpoints):
     assert steps_in(checkpoints) == [2, 5, 6]
 
 
+def test_a_run_keeps_the_one_that_is_being_evaluated_as_long_as_the_evaluation_lives(checkpoints):
+    claim(checkpoints.parent, 3, None)
+    (checkpoints.parent / EVALUATIONS / ".lock").touch()
+    files.forget_older(checkpoints, 6, keep=1)
+    assert steps_in(checkpoints) == [2, 3, 6]
+    claim(checkpoints.parent, 6, None)
+    files.forget_older(checkpoints, 6, keep=1)
+    assert steps_in(checkpoints) == [2, 6]
+
+
+@pytest.mark.parametrize("ending", ["killed", "released", "written anew"])
+def test_what_is_no_longer_being_evaluated_goes(checkpoints, ending):
+    claim(checkpoints.parent, 3, "of another" if ending == "written anew" else None)
+    lock_file = checkpoints.parent / EVALUATIONS / ".lock"
+    lock_file.touch()
+    if ending == "killed":
+        os.utime(lock_file, (time.time() - 120,) * 2)
+    if ending == "released":
+        release(checkpoints.parent)
+    files.forget_older(checkpoints, 6, keep=1)
+    assert steps_in(checkpoints) == [2, 6]
+
+
 def test_one_that_is_chosen_while_it_is_deleted_comes_back(checkpoints, monkeypatch):
     def is_chosen(checkpoint, tag):  # step 3 is chosen after the run has looked for the last time before renaming it
         return tag == files.tag_of(3 if (checkpoints / f"{files.tag_of(3)}{files.GOING}").exists() else 2)
 
-    monkeypatch.setattr(files, "_is_chosen", is_chosen)
+    monkeypatch.setattr(files, "_is_kept", is_chosen)
     files.forget_older(checkpoints, 6, keep=2)
     assert 3 in steps_in(checkpoints)
     assert not list(checkpoints.glob(f"*{files.GOING}"))
