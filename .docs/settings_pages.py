@@ -17,17 +17,16 @@ def on_files(files, config):
 
 
 def _settings() -> str:
-    from opd.composition import group_choices
     from opd.config import SCHEMAS
-    from opd.settings import settings_of
+    from opd.settings import group_lines, settings_of_command
 
     parts = ["# Settings\n\nEvery setting of every command, from its dataclass. In a terminal: `opd COMMAND --help [PATH]`.\n"]
-    for command, schema in SCHEMAS.items():
+    for command in SCHEMAS:
         name = command.replace("_", " ")
         parts.append(f"## opd {name}\n")
-        parts += [f"- `{group}=` one of {', '.join(f'`{option}`' for option in options)}" for group, options in group_choices(command).items()]
+        parts += [f"- `{line}`" for line in group_lines(command)]
         parts.append("\n| setting | default | type, unit, range | |\n| --- | --- | --- | --- |")
-        for setting in settings_of(schema):
+        for setting in settings_of_command(command):
             kind = "; ".join(part for part in (setting.kind, setting.unit, setting.allowed) if part)
             parts.append(f"| `{setting.path}` | `{_cell(setting.default)}` | {_cell(kind)} | {_cell(setting.text)} |")
         parts.append("")

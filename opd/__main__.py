@@ -16,7 +16,7 @@ from pathlib import Path
 from omegaconf import OmegaConf
 
 from opd.checkpoint_record import chosen_step
-from opd.composition import CONF, STORED, compose_config, leaves, load_config, origins, quoted
+from opd.composition import STORED, compose_config, load_config, origins, quoted
 from opd.errors import INTERRUPTED, USER_ERROR, Preempted, RankLost, nearest
 from opd.run_log import begin_log
 from opd.run_state import end_state
@@ -122,10 +122,8 @@ def _answer(question: str, path: str, command: str, overrides: list[str]) -> int
     from opd.settings import print_config, print_help
 
     if question == "help":
-        shown = OmegaConf.to_container(OmegaConf.load(CONF / f"{command}.yaml"))
-        shown.pop("defaults", None)
         usage = " ".join(["opd", *command.split("_"), *([BEHIND[command]] if command in BEHIND else []), "[setting=value ...]"])
-        print_help(command, f"usage: {usage}\n\n{COMMANDS[command.partition('_')[0]]}\n", path, dict(leaves(shown)))
+        print_help(command, f"usage: {usage}\n\n{COMMANDS[command.partition('_')[0]]}\n", path)
         return 0
     config = OmegaConf.to_container(compose_config(command, overrides), enum_to_str=True)
     print_config(config, origins(command, overrides), path, command)

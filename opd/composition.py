@@ -77,10 +77,10 @@ def compose_config(command: str, overrides: list[str]) -> DictConfig:
 def origins(command: str, overrides: list[str]) -> dict[str, str]:
     """Path of each value of a composed config that is not the dataclass's own -> the file, or the command line, that is the last to set it.
 
-    A list is one value; a mapping is looked into.
+    A list is one value; a mapping is looked into. What a command makes of a run's settings, and so is not what its file says, is from `opd COMMAND RUN`.
     """
     found: dict[str, str] = {}
-    groups = group_choices(command)
+    groups, run = group_choices(command), _stored_run(overrides)
     with _sources(command, overrides) as (name, given, folders):
         loader = GlobalHydra.instance().config_loader()
         merged = loader.compute_defaults_list(config_name=name, overrides=given, run_mode=RunMode.RUN).defaults
@@ -89,9 +89,11 @@ def origins(command: str, overrides: list[str]) -> dict[str, str]:
             file = next((file for folder in folders if (file := folder / f"{entry.config_path}.yaml").is_file()), None)
             if file is not None:
                 prefix = f"{entry.package}." if entry.package else ""
-                shown = f"{_stored_run(overrides)}/config.yaml" if entry.config_path == name and _stored_run(overrides) else f"conf/{entry.config_path}.yaml"
+                shown = f"{run}/config.yaml" if entry.config_path == name and run is not None else f"conf/{entry.config_path}.yaml"
                 content = OmegaConf.to_container(OmegaConf.load(file))
-                found |= dict.fromkeys((prefix + path for path, _ in leaves(content) if path.split(".")[0] != "defaults"), shown)
+                found |= {prefix + path: shown for path, _ in leaves(content) if path.split(".")[0] != "defaults"}
+                if entry.config_path == name and run is not None:
+                    found |= _made_of_a_run(command, content, run)
     for override in parsed:
         key = override.key_or_group
         if not (override.is_delete() or override.is_hydra_override() or key in groups):
@@ -101,8 +103,13 @@ def origins(command: str, overrides: list[str]) -> dict[str, str]:
 
 def group_choices(command: str) -> dict[str, list[str]]:
     """The groups that a command's file of conf/ chooses from, and the names of the files of each, of ./conf too."""
-    names = [key for entry in _defaults(command) if isinstance(entry, dict) for key in entry]
+    names = group_defaults(command)
     return {name: sorted({file.stem for folder in (CONF, Path.cwd() / "conf") for file in (folder / name).glob("*.yaml")}) for name in names}
+
+
+def group_defaults(command: str) -> dict[str, Any]:
+    """The groups that a command's file of conf/ chooses from, and what it chooses of each: a name, a list of names, or None."""
+    return {name: chosen for entry in _defaults(command) if isinstance(entry, dict) for name, chosen in entry.items()}
 
 
 def choices(overrides: list[str]) -> list[dict[str, str | None]]:
@@ -181,6 +188,12 @@ def _stored_values(command: str, run: Path) -> dict[str, Any]:
         hint = f": name one of its runs, {', '.join(inside)}" if inside else ""
         raise ValueError(f"{run} is a folder of opd {writer}, not of opd {SAME_SETTINGS.get(command, command)}{hint}")
     return stored | {"run_dir": str(run), "fresh": False}
+
+
+def _made_of_a_run(command: str, content: dict[str, Any], run: Path) -> dict[str, str]:
+    """The origin of those values of a composed run that are others than in RUN/config.yaml."""
+    said = dict(leaves(yaml.safe_load((run / "config.yaml").read_text())))
+    return {path: f"opd {command} {run}" for path, value in leaves(content) if path not in said or said[path] != value}
 
 
 def _adds_member(override: str, schema: type) -> bool:

@@ -19,7 +19,7 @@ AT_LEAST_ONE = (
     "max_tokens_per_micro_batch", "max_tokens_per_forward", "max_resident", "keep", "threads", "processes",
     "top_k", "num_tokens", "vocab_sizes", "hidden", "teacher_hidden", "repeats", "measure_rollouts", "kl_prompts",
     "shape", "tokens_per_expert", "max_connections", "num_teachers", "tokens_per_step", "rollouts_per_teacher", "vocab_size",
-    "max_failures", "requests", "prompt_tokens", "ranks", "ranks_per_node", "rows",
+    "max_failures", "requests", "prompt_tokens", "ranks", "ranks_per_node", "rows", "parallel",
 )  # fmt: skip
 """Whole numbers from 1; of a list, each of its members, and there is one."""
 
@@ -31,14 +31,23 @@ NOT_NEGATIVE = (
 
 ABOVE_ZERO = (
     "timeout_seconds", "load_timeout_seconds", "probe_tolerance", "lease_seconds", "max_mismatch", "tolerance", "heartbeat_seconds", "timeout_minutes",
-    "follow_seconds", "memory_gib", "host_memory_gib",
+    "follow_seconds", "memory_gib", "host_memory_gib", "max_hours",
 )  # fmt: skip
 """Finite numbers above 0, or none at all."""
 
 INTERVALS = {
     "betas": "two numbers from 0 to below 1", "top_p": "above 0 and at most 1", "min_p": "from 0 to below 1", "rate": "from 0 to 1",
-    "maximum_retention_drop": "from -1 to 1",
+    "maximum_retention_drop": "from -1 to 1", "momentum": "from 0 to below 1",
 }  # fmt: skip
+
+OF_PATHS = {
+    "rollout.staleness": "0 or 1", "loss.temperature": "above 0", "loss.beta": "from 0 (forward KL) to 1 (reverse KL)", "loss.smoothing": "from 0 to below 1",
+    "loss.cap": "above 0", "evaluation.samples": "at least 1", "evaluation.prompts": "at least 1", "check.prompts": "at least 1",
+    "warmup.prompts": "at least 1", "alarms.rules.NAME.window": "at least 1", "grpo.lr_factor": "above 0", "grpo.clip_low": "above 0 and below 1",
+    "grpo.clip_high": "above 0", "domains.NAME.grader.tolerance": "at least 0", "domains.NAME.grader.relative_tolerance": "at least 0",
+    "grpo.length_penalty.NAME.budget": "at least 1",
+}  # fmt: skip
+"""What is checked where the setting stands, since others of its name may be something else."""
 
 MOST_COMPLETIONS = 1 << 16
 """Of a prompt: beyond it, two would be drawn with the same random numbers."""
@@ -47,8 +56,11 @@ LEAST_TEMPERATURE = 1e-5
 """Logits divided by less may be infinite."""
 
 
-def range_of(name: str) -> str:
-    """What a number of this name may be, in words; empty where its type says all."""
+def range_of(path: str) -> str:
+    """What a number may be, in words; empty where its type says all."""
+    name = path.rpartition(".")[2]
+    if path in OF_PATHS:
+        return OF_PATHS[path]
     if name in INTERVALS:
         return INTERVALS[name]
     return "at least 1" if name in AT_LEAST_ONE else "at least 0" if name in NOT_NEGATIVE else "above 0" if name in ABOVE_ZERO else ""
@@ -68,8 +80,8 @@ def check_ranges(cfg: Any, path: str = "") -> None:
             raise ValueError(f"{name} must be {INTERVALS['betas']}, not {value}")
         if field.name == "top_p" and not 0 < value <= 1:
             raise ValueError(f"{name} must be {INTERVALS['top_p']}, not {value}")
-        if field.name == "min_p" and not 0 <= value < 1:
-            raise ValueError(f"{name} must be {INTERVALS['min_p']}, not {value}")
+        if field.name in ("min_p", "momentum") and not 0 <= value < 1:
+            raise ValueError(f"{name} must be {INTERVALS[field.name]}, not {value}")
         if field.name in ABOVE_ZERO and value is not None and not 0 < value < math.inf:
             raise ValueError(f"{name} must be above 0 and finite, not {value}")
         for key, member in value.items() if isinstance(value, dict) else [("", value)]:

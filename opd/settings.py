@@ -1,20 +1,22 @@
 """Settings of a command, read off its dataclasses (`opd COMMAND --help [PATH]`), and the values that they have in a composed config (`--cfg [PATH]`).
 
 A setting's text stands in the docstring of its dataclass (`name: text`, or `name, name: text` for several), its type, default and allowed values in the
-field, its range in opd/ranges.py: so nothing here repeats them, and tests/opd/test_config.py refuses a field without a text. Members of a mapping of
-dataclasses stand under NAME, as in domains.NAME.teacher.model; a path may have the true name there.
+field, its range in opd/ranges.py: so nothing here repeats them, and tests/opd/test_settings.py refuses a field without a text. Members of a mapping of
+dataclasses stand under NAME, as in domains.NAME.teacher.model; a path may have the true name there. A field that is a word or a mapping names the dataclass
+of the mapping's settings in its metadata.
 """
 
 import inspect
 import re
 from collections.abc import Iterator
-from dataclasses import Field, dataclass, fields, is_dataclass
+from dataclasses import Field, dataclass, fields, is_dataclass, replace
 from enum import Enum
 from typing import Any, get_args, get_origin, get_type_hints
 
 import yaml
+from omegaconf import OmegaConf
 
-from opd.composition import group_choices
+from opd.composition import compose_config, group_choices, group_defaults
 from opd.console import print_definition, print_line
 from opd.errors import nearest
 from opd.ranges import range_of
@@ -26,14 +28,17 @@ MEMBER = "NAME"
 """Stands for the name of a member of a mapping, in a setting's path."""
 
 UNITS = (
-    (r"seconds", "seconds"), (r"minutes", "minutes"), (r"hours", "hours"), (r"gb", "10^9 bytes"), (r"gib", "GiB"), (r"tokens?|length", "tokens"),
-    (r"every|steps?", "steps"), (r"prompts?", "prompts"), (r"completions", "completions"), (r"rows|width", "rows"), (r"processes|ranks", "processes"),
-    (r"threads", "threads"), (r"tolerance|cap|mismatch", "nats"), (r"rollouts", "rollouts"), (r"examples", "examples"), (r"teachers", "teachers"),
-    (r"temperature", "of the logits"),
+    (r"seconds", "seconds"), (r"minutes", "minutes"), (r"hours", "hours"), (r"gb", "10^9 bytes"), (r"gib", "GiB"), (r"mib", "MiB"),
+    (r"tokens?|length|budget", "tokens"), (r"every|steps?|window|staleness", "steps"), (r"prompts?", "prompts"), (r"completions", "completions"),
+    (r"rows|width", "rows"), (r"processes|ranks", "processes"), (r"threads", "threads"), (r"tolerance|cap|mismatch", "nats"), (r"rollouts", "rollouts"),
+    (r"examples", "examples"), (r"teachers", "teachers"), (r"temperature", "of the logits"), (r"parallel", "jobs"),
 )  # fmt: skip
 """What a number counts, by the first or the last word of its name that says so."""
 
-KINDS = {int: "integer", float: "number", bool: "true or false", str: "text", Any: "text, number or list"}
+WITHOUT_UNIT = ("domains.NAME.grader.tolerance", "domains.NAME.grader.relative_tolerance")
+"""Paths whose names say otherwise."""
+
+KINDS = {int: "integer", float: "number", bool: "true or false", str: "text", Any: "text or list"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,10 +64,39 @@ def settings_of(schema: type, prefix: str = "", made: Any = None) -> Iterator[Se
         inner = member or (kind if is_dataclass(kind) else None)
         if inner is None:
             yield _setting(schema, field, path, kind, getattr(made, field.name))
+            if "settings" in field.metadata:
+                yield from settings_of(field.metadata["settings"], f"{path}.")
         elif member:
             yield from settings_of(inner, f"{path}.{MEMBER}.")
         else:
             yield from settings_of(inner, f"{path}.", getattr(made, field.name))
+
+
+def settings_of_command(command: str) -> list[Setting]:
+    """Every setting of a command, those of a sweep of it included, with the defaults that the command has: conf/COMMAND.yaml and the groups that it chooses
+    stand over the dataclass.
+    """
+    from opd.config import SCHEMAS
+    from opd.sweep import COMMANDS, SweepConfig
+
+    composed = OmegaConf.to_container(compose_config(command, []), enum_to_str=True)
+    found = list(settings_of(SCHEMAS[command])) + (list(settings_of(SweepConfig, "sweep.")) if command in COMMANDS else [])
+    return [replace(setting, default=_default_in(composed, setting)) for setting in found]
+
+
+def _default_in(composed: Any, setting: Setting) -> str:
+    for name in setting.path.split("."):
+        if not isinstance(composed, dict) or name not in composed:
+            return setting.default
+        composed = composed[name]
+    return in_words(composed)
+
+
+def group_lines(command: str) -> list[str]:
+    """The groups of files that a command chooses from, each with its files and the one that is chosen where none is named."""
+    chosen = group_defaults(command)
+    names = {name: "; ".join([f"files of conf/{name}/", *([f"default {chosen[name]}"] if chosen[name] else [])]) for name in chosen}
+    return [f"{name}=  {' | '.join(options)}   ({names[name]})" for name, options in group_choices(command).items()]
 
 
 def field_texts(schema: type) -> dict[str, str]:
@@ -90,10 +124,10 @@ def _setting(schema: type, field: Field, path: str, hint: Any, default: Any) -> 
     meaning = " ".join((choices.__doc__ or "").split()) if choices else ""
     return Setting(
         path=path,
-        kind=_kind_in_words(kind, text) + (" or null" if is_optional else ""),
-        unit=_unit(field.name) if kind in (int, float) else "",
+        kind=("text or mapping" if "settings" in field.metadata else _kind_in_words(kind, text)) + (" or null" if is_optional else ""),
+        unit=_unit(field.name) if kind in (int, float) and path not in WITHOUT_UNIT else "",
         default=in_words(default),
-        allowed="|".join(member.value for member in choices) if choices else range_of(field.name),
+        allowed="|".join(member.value for member in choices) if choices else range_of(path),
         text=f"{text} {meaning}".strip(),
     )
 
@@ -109,6 +143,8 @@ def _kind_in_words(kind: Any, text: str = "") -> str:
 
 
 def _unit(name: str) -> str:
+    if name.startswith("per_"):  # a rate, whose text says of what
+        return ""
     words = name.partition("_per_")[0].split("_")
     for word in (words[-1], *words[:-1]):
         for pattern, unit in UNITS:
@@ -146,23 +182,17 @@ def _is_under(path: list[str], asked: list[str]) -> bool:
     return len(path) >= len(asked) and all(own in (MEMBER, part) for own, part in zip(path, asked, strict=False))
 
 
-def print_help(command: str, head: str, path: str, shown: dict[str, Any]) -> None:
-    """What `opd COMMAND --help [PATH]` prints. head: what stands above all settings. shown: path and value of what the command's own file of conf/ sets.
-
-    Raises ValueError for a path that leads nowhere.
-    """
-    from opd.config import SCHEMAS
-
-    found = select(list(settings_of(SCHEMAS[command])), path, f"opd {command.replace('_', ' ')}")
+def print_help(command: str, head: str, path: str) -> None:
+    """What `opd COMMAND --help [PATH]` prints. head: what stands above all settings. Raises ValueError for a path that leads nowhere."""
+    found = select(settings_of_command(command), path, f"opd {command.replace('_', ' ')}")
     if not path:
         print_line(head)
-        for name, options in group_choices(command).items():
-            print_line(f"  {name}=  {' | '.join(options)}   (files of conf/{name}/)")
+        for line in group_lines(command):
+            print_line(f"  {line}")
         print_line("")
     for setting in found:
-        default = in_words(shown[setting.path]) if setting.path in shown else setting.default
         notes = [note for note in (setting.kind, setting.unit, setting.allowed) if note]
-        print_definition(setting.path, f" = {default}   ({'; '.join(notes)})", setting.text)
+        print_definition(setting.path, f" = {setting.default}   ({'; '.join(notes)})", setting.text)
 
 
 def print_config(config: dict[str, Any], found: dict[str, str], path: str, command: str) -> None:

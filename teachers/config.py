@@ -5,6 +5,7 @@ from enum import Enum
 from typing import Any
 
 from rollout.config import Dtype, HeldOutConfig, ModelConfig, PerturbationConfig, PromptsConfig
+from rollout.grader_config import GraderConfig
 
 
 class SignalKind(Enum):
@@ -52,7 +53,7 @@ class DomainConfig:
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     prompts: PromptsConfig = field(default_factory=PromptsConfig)
     held_out: HeldOutConfig = field(default_factory=HeldOutConfig)
-    grader: Any = None
+    grader: Any = field(default=None, metadata={"settings": GraderConfig})
     perturbation: PerturbationConfig = field(default_factory=PerturbationConfig)
     loss_weight: Any = 1.0
 

@@ -74,6 +74,31 @@ def test_defaults_are_those_of_the_dataclass(command):
             assert shown == values[setting.path] or setting.default == str(values[setting.path]), setting.path
 
 
+@pytest.mark.parametrize(
+    ("path", "override", "allowed"),
+    [
+        ("rollout.staleness", "rollout.staleness=2", "0 or 1"),
+        ("loss.temperature", "loss.temperature=0", "above 0"),
+        ("loss.beta", "loss.beta=1.5", "from 0 (forward KL) to 1 (reverse KL)"),
+        ("evaluation.samples", "evaluation.samples=0", "at least 1"),
+        ("launch.max_hours", "launch.max_hours=-4", "above 0"),
+        ("optim.momentum", "optim.momentum=1", "from 0 to below 1"),
+        ("domains.NAME.grader.tolerance", "+domains.law.grader={kind:numeric,tolerance:-1}", "at least 0"),
+    ],
+)
+def test_the_allowed_values_are_what_is_checked(path, override, allowed):
+    assert [setting.allowed for setting in SETTINGS["distill"] if setting.path == path] == [allowed]
+    with pytest.raises(ValueError, match=override.lstrip("+").partition("=")[0].removeprefix("domains.law.")):
+        load_config("distill", [override, "student.model=x"])
+
+
+def test_the_settings_of_a_grader_stand_under_it():
+    found = {setting.path.removeprefix("domains.NAME.grader"): setting for setting in select(SETTINGS["distill"], "domains.law.grader", "opd distill")}
+    assert found[""].kind == "text or mapping"
+    assert found[".kind"].allowed == "exact|numeric|regex|json|tool_call|backspace|python"
+    assert (found[".tolerance"].unit, found[".seconds"].unit) == ("", "seconds")
+
+
 def test_a_path_selects_what_stands_under_it():
     found = select(SETTINGS["distill"], "domains.law.held_out", "opd distill")
     assert {setting.path.removeprefix("domains.NAME.held_out.") for setting in found} >= {"path", "split", "rows"}
@@ -101,10 +126,12 @@ def test_a_question_may_have_a_path_after_it(arguments, expected):
 
 
 def test_help_shows_what_the_file_of_the_command_sets_and_the_files_to_choose_from(capsys):
-    print_help("distill", "about", "", {"run_dir": "runs/distill"})
+    print_help("distill", "about", "")
     text = capsys.readouterr().out
     assert "run_dir = runs/distill" in text
-    assert "quant=  mxfp4_experts | none" in text
+    assert "deepspeed = {zero_optimization:{stage:1}}" in text
+    assert "quant=  mxfp4_experts | none   (files of conf/quant/; default none)" in text
+    assert "sweep.parallel = 1   (integer; jobs; at least 1)" in text
     assert set(group_choices("distill")["optim"]) == {path.stem for path in (CONF / "optim").glob("*.yaml")}
 
 
@@ -156,7 +183,7 @@ def test_the_commands_answer_and_run_nothing(tmp_path):
     assert (wrong.returncode, "num_steps must be at least 0" in wrong.stderr) == (2, True)
     described = opd("distill", "--help", "launch.max_hours")
     assert described.returncode == 0
-    assert described.stdout.startswith("launch.max_hours = null   (number or null; hours)\n    hours after which a run saves and ends")
+    assert described.stdout.startswith("launch.max_hours = null   (number or null; hours; above 0)\n    hours after which a run saves and ends")
     assert not (tmp_path / "run").exists()
 
 
@@ -175,6 +202,13 @@ def test_a_run_goes_on_with_the_settings_it_was_begun_with(stored):
     cfg = load_config(command, overrides)
     begun = load_config("distill", ["experiment=quickstart", "optim.lr=0.5", "deepspeed=zero2", f"run_dir='{stored}'"])
     assert config_dict(cfg) == config_dict(begun)
+
+
+def test_what_a_command_makes_of_a_run_is_not_said_to_be_its_files(stored):
+    found = origins(*split_command(["evaluate", str(stored)]))
+    assert found["seed"] == f"{stored}/config.yaml"
+    assert found["evaluation.prompts"] == f"opd evaluate {stored}", "all are taken, whatever the run takes"
+    assert origins(*split_command(["distill", str(stored)]))["fresh"] == f"opd distill {stored}"
 
 
 def test_overrides_change_what_a_run_was_begun_with(stored):
