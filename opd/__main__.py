@@ -37,7 +37,7 @@ COMMANDS = {
     "plan": "the memory that distill with the same settings takes on each rank, from the models' configs alone, and what does not fit",
     "evaluate": "accuracy and recovery on held-out prompts; `opd evaluate RUN checkpoints=all` judges a run's checkpoints and chooses one",
     "compare": "several ways to make one student of the same base and teachers, beside each other: distillation, its baselines, its controls",
-    "merge": "all domains' teachers as one model by arithmetic on their weights, without training: a baseline",
+    "merge": "all domains' teachers as one model by arithmetic on their weights, without training: a baseline; `opd merge RUN` those of a run",
     "export": "write the folder to serve, its experts packed in FP4, and verify it",
     "runs": "how the runs in a folder stand, as in `opd runs FOLDER`: state, step, time left, last checkpoint",
     "inspect": "rollouts that a run has kept, as in `opd inspect RUN domain=law`: where, and how, the student differs from the teacher",
@@ -48,7 +48,7 @@ FUNCTIONS = {"pipeline": "run_pipeline", "rehearsal": "rehearse", "inspection": 
 """What a module's function is called where it is not called as the module."""
 
 BEHIND = {"runs": "[FOLDER]", "inspect": "RUN[@STEP]", "report": "RUN [RUN ...]", "export": "[RUN[@STEP]]", "evaluate": "[RUN[@STEP]]"}
-BEHIND |= dict.fromkeys(("distill", "specialize", "check", "plan", "pipeline", "compare"), "[RUN]")
+BEHIND |= dict.fromkeys(("distill", "specialize", "check", "plan", "merge", "pipeline", "compare"), "[RUN]")
 """What may stand behind a command, in place of settings that the run has."""
 
 QUESTIONS = {"-h": "help", "--help": "help", "-c": "cfg", "--cfg": "cfg"}
@@ -142,6 +142,9 @@ def split_command(arguments: list[str]) -> tuple[str, list[str]]:
     if arguments[0] == "report" and len(arguments) > 2 and _is_run(arguments[1]) and _is_run(arguments[2]):
         runs = [argument for argument in arguments[1:] if _is_run(argument)]
         return "report", [f"run_dir={quoted(runs[0])}", f"others=[{','.join(map(quoted, runs[1:]))}]", *(item for item in arguments[1:] if item not in runs)]
+    named = next((argument for argument in arguments[1:] if "=" not in argument and _is_run(argument)), None)
+    if named is not None and not _is_run(arguments[1]):  # after settings, as people write it
+        arguments = [arguments[0], named, *(argument for argument in arguments[1:] if argument != named)]
     if len(arguments) > 1 and _is_run(arguments[1]):
         arguments = [arguments[0], *_of_run(arguments[0], arguments[1]), *arguments[2:]]
     if arguments[0] == "inspect":  # domain is a group of files elsewhere
@@ -159,7 +162,9 @@ def _of_run(command: str, name: str) -> list[str]:
     run, _, step = name.rpartition("@") if re.fullmatch(r".+@(\d+|chosen)", name) else (name, "", "")
     if step == "chosen":
         step = str(chosen_step(Path(run)))
-    if command in ("distill", "specialize", "check", "plan", "pipeline", "compare") and (Path(run).is_dir() or "/" in run):
+    if command in ("distill", "specialize", "check", "plan", "merge", "pipeline", "compare") and (Path(run).is_dir() or "/" in run):
+        if step and command == "merge":
+            raise ValueError(f"opd merge is of a run's teachers, which have no step: write opd merge {run}")
         if step:
             raise ValueError(f"a run goes on from its newest checkpoint: write opd {command} {run}, or branch_from={name} and another run_dir for a new run")
         return [f"{STORED}{run}"]
@@ -170,11 +175,13 @@ def _of_run(command: str, name: str) -> list[str]:
             raise ValueError(f"{run} has no student yet, which a run writes at its end: write {run}@STEP or {run}@chosen")
         place = f"{run}/export-step-{int(step):06d}" if step else f"{run}/export"
         return [f"student.model={quoted(f'{run}@{step}' if step else f'{run}/student')}", f"run_dir={quoted(place)}"]
-    if command == "runs" and not step:
+    if command in ("runs", "report") and step:
+        raise ValueError(f"opd {command} is of a whole run: write opd {command} {run}; opd inspect, opd evaluate and opd export are of a step")
+    if command == "runs":
         return [f"folders=[{quoted(run)}]"]
     if command == "inspect":
         return [f"run_dir={quoted(run)}", *([f"step={int(step)}"] if step else [])]
-    if command == "report" and not step:
+    if command == "report":
         return [f"run_dir={quoted(run)}"]
     raise ValueError(f"{name!r} is {'no folder of a run, and ' if command in BEHIND else ''}not a setting: write setting=value")
 

@@ -26,6 +26,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from opd.errors import explain
 from opd.evaluate_config import settings_of_run
+from opd.merge_config import merge_of_run
 from opd.run_folder import command_of
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
@@ -178,6 +179,8 @@ def _stored_values(command: str, run: Path) -> dict[str, Any]:
     if not file.is_file():
         raise ValueError(f"{run} is not a folder of a run: it has no config.yaml")
     stored, writer = yaml.safe_load(file.read_text()), command_of(run) or "something else"
+    if command == "merge" and writer == "distill":
+        return merge_of_run(stored, str(run))
     if command == "evaluate":
         if writer in ("distill", "specialize"):
             return settings_of_run(stored, str(run))

@@ -1,8 +1,9 @@
 """Settings of `opd merge`: which models become one by arithmetic on their weights."""
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from enum import Enum
+from typing import Any
 
 from rollout.config import ModelConfig, SamplingConfig
 from teachers.config import DomainConfig
@@ -44,6 +45,14 @@ class MergeConfig:
     densities: list[float] = field(default_factory=lambda: [0.2, 0.5])
     prompts: int = 64
     rollout: SamplingConfig = field(default_factory=SamplingConfig)
+
+
+def merge_of_run(stored: dict[str, Any], run: str) -> dict[str, Any]:
+    """The settings of `opd merge RUN`, from RUN/config.yaml as it is stored: the run's teachers, added to the model that the run began from."""
+    base = {field.name: stored["student"][field.name] for field in fields(ModelConfig)}
+    drawn = {name: stored["rollout"][name] for name in ("max_new_tokens", "decode_width")}
+    own = {name: stored[name] for name in ("seed", "threads", "domains")}
+    return own | {"run_dir": f"{run}/merge", "base": base, "rollout": drawn}
 
 
 def check_merge(cfg: MergeConfig) -> None:

@@ -235,12 +235,26 @@ def test_check_and_plan_judge_a_run_with_its_settings(stored):
         (["distill", "{run}@100"], "a run goes on from its newest checkpoint"),
         (["specialize", "{run}"], "is a folder of opd distill, not of opd specialize"),
         (["distill", "./nowhere"], "is not a folder of a run: it has no config.yaml"),
-        (["merge", "{run}"], "is not a setting: write setting=value"),
+        (["merge", "{run}@100"], "is of a run's teachers, which have no step: write opd merge"),
+        (["report", "{run}@100"], "opd report is of a whole run: write opd report"),
+        (["runs", "{run}@100"], "opd runs is of a whole run: write opd runs"),
     ],
 )
 def test_what_is_no_run_to_go_on_with_is_refused(stored, arguments, sentence):
     with pytest.raises(ValueError, match=sentence):
         load_config(*split_command([argument.format(run=stored) for argument in arguments]))
+
+
+def test_a_run_may_stand_behind_settings():
+    assert split_command(["inspect", "domain=law", "runs/a@5"]) == split_command(["inspect", "runs/a@5", "domain=law"])
+    assert split_command(["evaluate", "runs/a", "seed=1"]) == split_command(["evaluate", "seed=1", "runs/a"])
+
+
+def test_the_teachers_of_a_run_are_merged_on_what_it_began_from(stored):
+    cfg, begun = load_config(*split_command(["merge", str(stored), "kind=ties"])), load_config(*split_command(["distill", str(stored)]))
+    assert cfg.base.model == begun.student.model
+    assert {name: domain.teacher for name, domain in cfg.domains.items()} == {name: domain.teacher for name, domain in begun.domains.items()}
+    assert (cfg.run_dir, cfg.kind.value, cfg.rollout.max_new_tokens) == (f"{stored}/merge", "ties", begun.rollout.max_new_tokens)
 
 
 def test_a_pipeline_is_not_taken_for_its_runs(stored, tmp_path):
