@@ -1,5 +1,6 @@
 """The documentation: it builds with every link in place, and every command that it shows is one that opd takes, and (slow) that runs."""
 
+import contextlib
 import os
 import re
 import shlex
@@ -21,27 +22,32 @@ from opd.sweep import plan
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted((ROOT / ".docs" / "pages").glob("*.md"))
+README = ROOT / "README.md"
 
 
 def commands_of(text: str) -> list[str]:
-    """Every `opd ...` of a page: lines of its blocks, and commands between back quotes."""
+    """Every `opd ...` of a page: lines of its blocks, fenced or indented, and commands between back quotes."""
     blocks = "\n".join(text.split("\n```")[1::2])  # what stands between an opening fence, of whatever language, and the closing one
+    blocks += "\n" + "\n".join(line[4:] for line in text.splitlines() if line.startswith("    opd "))
     lines = [line.partition("  #")[0].removeprefix("$ ") for line in blocks.splitlines() if line.removeprefix("$ ").startswith("opd ")]
     return lines + list(re.findall(r"`(opd [^`]+)`", re.sub(r"```.*?```", "", text, flags=re.DOTALL)))
 
 
-SHOWN = [(page.stem, command) for page in PAGES for command in commands_of(page.read_text())]
+SHOWN = [(page.stem, command) for page in (*PAGES, README) for command in commands_of(page.read_text())]
 
 
 @pytest.fixture(scope="module")
 def places(tmp_path_factory) -> Path:
     """A working directory with the run folders and the domain that the pages speak of."""
     place = tmp_path_factory.mktemp("places")
-    cfg = load_config("distill", ["domain=[arithmetic,tools]", "student.model=runs/base/student"])
+    (place / "conf" / "domain").mkdir(parents=True)
+    for name in ("law", "code"):
+        (place / "conf" / "domain" / f"{name}.yaml").write_text(f"# @package domains.{name}\nteacher: {{model: org/{name}}}\ngrader: exact\nheld_out: {{path: x.jsonl}}\n")
+    with contextlib.chdir(place):
+        cfg = load_config("distill", ["domain=[arithmetic,tools,law]", "student.model=runs/base/student"])
     for name in ("RUN", "runs/merged", "runs/quickstart/distill", "runs/first", "runs/second"):
         (place / name).mkdir(parents=True)
         write_config(place / name, cfg, "distill")
-    (place / "conf" / "domain").mkdir(parents=True)
     (place / "conf" / "domain" / "reverse.yaml").write_text("# @package domains.reverse\ngrader: exact\n")
     (place / "conf" / "domain" / "D.yaml").write_text('# @package domains.D\ngrader: exact\nheld_out: {path: "synthetic:parity"}\n')
     return place
