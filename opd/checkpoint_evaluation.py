@@ -36,7 +36,7 @@ from opd.distributed import barrier, is_main, on_main
 from opd.evaluate_config import AcceptConfig
 from opd.evaluator import Evaluator
 from opd.held_out import build_evaluator, results_of, teacher_results
-from opd.run import require_own_folder, write_config
+from opd.run import begin_folder, require_own_folder
 from opd.run_facts import model_facts
 from opd.run_lock import lock
 from opd.run_state import State, read_state
@@ -183,7 +183,7 @@ def _begin(cfg: EvaluateConfig, run: Path, folder: Path) -> None:
     if problem is not None:
         raise ValueError(problem)
     shutil.rmtree(folder / MODELS, ignore_errors=True)  # of one that was killed
-    write_config(folder, cfg, "evaluate")
+    begin_folder(folder, cfg, "evaluate")
 
 
 def _steps(cfg: EvaluateConfig, run: Path) -> Iterator[int]:

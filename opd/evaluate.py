@@ -21,7 +21,7 @@ from opd.evaluator import Evaluator, sampling_of
 from opd.harness_config import HarnessRole
 from opd.held_out import build_evaluator, results_of, teacher_results
 from opd.model_card import refresh_card
-from opd.run import require_own_folder, write_config
+from opd.run import begin_folder, require_own_folder
 from opd.run_facts import model_facts
 from rollout.files import replace_text
 from rollout.model import end_tokens, load_model, load_tokenizer
@@ -53,13 +53,12 @@ def evaluate(cfg: EvaluateConfig) -> None:
     student = load_model(cfg.student, "student", device)
     evaluator = build_evaluator(cfg, student, tokenizer, device) if cfg.domains else None
     models = {"student": student} | ({"base": load_model(cfg.base, "base", device)} if cfg.base.model is not None else {})
+    on_main(lambda: _begin(folder, cfg))
     record = comparison({}, {}, {}, {}) if evaluator is None else _compared(cfg, evaluator, models)
     record["base"] = on_main(lambda: model_facts(cfg.base))
     if tasks is not None:
         record["lm_eval"] = _harness_record(cfg, tasks, tokenizer, _harness_models(cfg, models, evaluator))
     if is_main():
-        folder.mkdir(parents=True, exist_ok=True)
-        write_config(folder, cfg, "evaluate")
         replace_text(folder / "evaluation.json", json.dumps(record, indent=2) + "\n")
         if evaluator is not None:
             print_comparison(record)
@@ -69,6 +68,11 @@ def evaluate(cfg: EvaluateConfig) -> None:
         if tasks is not None:
             _harness_module().print_tasks(record["lm_eval"])
     require_certificates(record)
+
+
+def _begin(folder: Path, cfg: EvaluateConfig) -> None:
+    begin_folder(folder, cfg, "evaluate")
+    (folder / "evaluation.json").unlink(missing_ok=True)  # what was found under the settings of before
 
 
 def _compared(cfg: EvaluateConfig, evaluator: Evaluator, models: dict[str, PreTrainedModel]) -> dict:

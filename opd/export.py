@@ -46,7 +46,7 @@ from opd.export_config import ExportConfig, ExportFormat, RestFormat, shard_byte
 from opd.export_rounding import ExpertFigures, round_experts, round_matrices
 from opd.model_card import write_card
 from opd.model_card_facts import checkpoint_results
-from opd.run import require_own_folder, write_config
+from opd.run import begin_folder, require_own_folder
 from opd.run_lock import lock
 from opd.shards import StoredTensor, write_shards
 from rollout.config import Dtype
@@ -81,7 +81,7 @@ def export(cfg: ExportConfig) -> None:
     problem = lock(run_dir)
     if problem is not None:
         raise ValueError(problem)
-    write_config(run_dir, cfg, "export")  # first of all, so that an export that is cut off can be run again
+    begin_folder(run_dir, cfg, "export")  # first of all, so that an export that is cut off can be run again
     partial = run_dir / "student.partial"
     shutil.rmtree(partial, ignore_errors=True)
     if tensors is None:

@@ -27,7 +27,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from opd.console import print_table
 from opd.distributed import Group, num_ranks, start_processes
 from opd.merge_config import MergeConfig, MergeKind
-from opd.run import require_own_folder, write_config
+from opd.run import begin_folder, require_own_folder
 from opd.run_lock import lock
 from rollout.files import replace_text
 from rollout.grading import grade_rollout, require_gradable
@@ -68,7 +68,7 @@ def merge(cfg: MergeConfig) -> None:
     problem = lock(run_dir)
     if problem is not None:
         raise ValueError(problem)
-    write_config(run_dir, cfg, "merge")
+    begin_folder(run_dir, cfg, "merge")
     original = {name: weight.detach().clone() for name, weight in base.state_dict().items()}
     records = []
     for setting in settings:

@@ -56,9 +56,11 @@ from opd.config import DistillConfig, RunConfig, rollout_settings
 from opd.config_changes import Change, Rule, find_changes
 from opd.distributed import Group, barrier, broadcast_object, is_main, rank
 from opd.engine import Engine
+from opd.run_facts import record_command
 from opd.run_folder import MARK, command_of
 from opd.run_lock import LOCK_FILE, is_held, lock
 from opd.run_log import open_log
+from opd.run_state import begin_state
 from rollout.files import replace_text
 from rollout.model import save_model
 
@@ -95,6 +97,14 @@ def is_new_run(cfg: RunConfig) -> bool:
 def write_config(folder: Path, cfg: Any, command: str) -> None:
     """Write FOLDER/config.yaml, whose first line says whose folder it is."""
     replace_text(folder / "config.yaml", f"{MARK}{command}\n" + OmegaConf.to_yaml(OmegaConf.structured(cfg)))
+
+
+def begin_folder(folder: Path, cfg: Any, command: str) -> None:
+    """Begin what a command without checkpoints writes to its folder: its settings, what it is made with, and that it is at work. The main rank calls it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_config(folder, cfg, command)
+    record_command(folder)
+    begin_state(folder, command, None)
 
 
 def require_own_folder(folder: Path, command: str) -> None:

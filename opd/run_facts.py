@@ -1,4 +1,4 @@
-"""What a run was made with, at each of its starts: RUN/starts.jsonl, one line per start, schema version 1.
+"""What a run, or the folder of another command, was made with, at each of its starts: RUN/starts.jsonl, one line per start, schema version 1.
 
     {"schema": 1, "time": ISO 8601 with zone, "step": updates done before, "command": as it can be typed again,
      "host", "pid", "ranks", "code": sha256 of the sources of opd, teachers and rollout,
@@ -7,7 +7,8 @@
      "student": {"model", "revision", "hash" | null} | null, "data": {D: {SOURCE: {"path", "revision", "rows", "sha256"}}}}
 
 data: sha256 of the rows in use, as tokens with their answers: the same file under another tokenizer or template is other data. Teachers are in teachers.json,
-the settings in config.yaml. Passwords in addresses (http://user:word@host) are taken out; nothing of the environment is written.
+the settings in config.yaml. Of a command that does not train, step is 0, student null and data empty: its config.yaml names the models. Passwords in
+addresses (http://user:word@host) are taken out; nothing of the environment is written.
 """
 
 import hashlib
@@ -43,11 +44,20 @@ GIT_SECONDS = 20
 
 def record_start(run_dir: Path, step: int, cfg: RunConfig, prompts: dict[str, DomainPrompts]) -> dict[str, Any]:
     """Add a line for this start of a run, after `step` updates; the main rank calls it. Returns what it wrote."""
+    facts = {"step": step, "student": model_facts(cfg.student), "data": {name: data_facts(domain) for name, domain in prompts.items()}}
+    return _add_line(run_dir, facts)
+
+
+def record_command(folder: Path) -> None:
+    """Add a line for a command that does not train, such as `opd export`, to the folder that it writes; the main rank calls it."""
+    _add_line(folder, {"step": 0, "student": None, "data": {}})
+
+
+def _add_line(run_dir: Path, own: dict[str, Any]) -> dict[str, Any]:
     root = Path(__file__).resolve().parents[1]
     facts = {
         "schema": SCHEMA,
         "time": datetime.now().astimezone().isoformat(timespec="seconds"),
-        "step": step,
         "command": command_line(sys.argv),
         "host": socket.gethostname(),
         "pid": os.getpid(),
@@ -56,9 +66,7 @@ def record_start(run_dir: Path, step: int, cfg: RunConfig, prompts: dict[str, Do
         "git": git_facts(root, run_dir),
         "versions": {"python": platform.python_version()} | package_versions(),
         "hardware": hardware(),
-        "student": model_facts(cfg.student),
-        "data": {name: data_facts(domain) for name, domain in prompts.items()},
-    }
+    } | own
     with (run_dir / FILE).open("a") as file:
         file.write(json.dumps(facts) + "\n")
     return facts

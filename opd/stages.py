@@ -38,9 +38,8 @@ from opd.distributed import num_cores
 from opd.errors import PREEMPTED, Preempted
 from opd.job_config import LoggerConfig
 from opd.pipeline_config import PipelineConfig, StageConfig
-from opd.run import require_own_folder, write_config
+from opd.run import begin_folder, require_own_folder
 from opd.run_lock import lock
-from opd.run_state import begin_state
 from opd.stopping import SIGNALS
 from opd.supervisor import end_with_parent
 from rollout.files import read_json, replace_text
@@ -116,8 +115,7 @@ def run_stages(cfg: PipelineConfig, command: str, own: Any, finished: Callable[[
     problem = lock(run_dir)
     if problem is not None:
         raise ValueError(problem)
-    write_config(run_dir, own, command)  # first of all, so that what is cut off can be run again
-    begin_state(run_dir, command, None)
+    begin_folder(run_dir, own, command)  # first of all, so that what is cut off can be run again
     (run_dir / "stages").mkdir(exist_ok=True)
     if cfg.fresh:
         for stage in stages.values():

@@ -42,7 +42,8 @@ def places(tmp_path_factory) -> Path:
     place = tmp_path_factory.mktemp("places")
     (place / "conf" / "domain").mkdir(parents=True)
     for name in ("law", "code"):
-        (place / "conf" / "domain" / f"{name}.yaml").write_text(f"# @package domains.{name}\nteacher: {{model: org/{name}}}\ngrader: exact\nheld_out: {{path: x.jsonl}}\n")
+        text = f"# @package domains.{name}\nteacher: {{model: org/{name}}}\ngrader: exact\nheld_out: {{path: x.jsonl}}\n"
+        (place / "conf" / "domain" / f"{name}.yaml").write_text(text)
     with contextlib.chdir(place):
         cfg = load_config("distill", ["domain=[arithmetic,tools,law]", "student.model=runs/base/student"])
     for name in ("RUN", "runs/merged", "runs/quickstart/distill", "runs/first", "runs/second"):

@@ -7,12 +7,15 @@ import socket
 import subprocess
 import sys
 import time
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 
 from opd import run_lock
-from opd.run_facts import code_digest, command_line, git_facts, rows_digest
+from opd.__main__ import load_config
+from opd.run import begin_folder
+from opd.run_facts import code_digest, command_line, git_facts, read_starts, rows_digest
 from opd.run_lock import last_sign, lock
 from opd.run_log import RankLog, Tee, last_words
 from opd.run_state import RunState, State, begin_state, end_state, read_state
@@ -213,3 +216,16 @@ def test_the_digest_of_rows_is_that_of_their_tokens_and_answers():
     rows = [{"index": 0, "tokens": (1, 2), "answer": "3", "slip": None}, {"index": 4, "tokens": (5,), "answer": None, "slip": "x"}]
     assert rows_digest(rows) == hashlib.sha256(b'[0, [1, 2], "3", null][4, [5], null, "x"]').hexdigest()
     assert rows_digest(rows) != rows_digest([rows[0] | {"answer": "4"}, rows[1]])
+
+
+def test_a_command_that_does_not_train_says_how_it_was_made_and_how_it_stands(tmp_path):
+    settings = ["student.model=nowhere", "domain=[arithmetic]", f"run_dir={tmp_path / 'found'}"]
+    folder = tmp_path / "found"
+    begin_folder(folder, load_config("evaluate", settings), "evaluate")
+    [start] = read_starts(folder)
+    assert (start["step"], start["student"], start["data"]) == (0, None, {})
+    assert start["code"] == code_digest(Path(__file__).parents[2])
+    assert start["versions"]["torch"] == version("torch")
+    assert describe(folder).state == "running"
+    end_state(1, "the grader died")
+    assert (describe(folder).state, describe(folder).why) == ("failed", "the grader died")
