@@ -4,6 +4,7 @@ The run is the folder that the model lies in (RUN/student, RUN/students/step-SSS
 named by its last parts, since the rest says nothing to who gets the model.
 """
 
+import functools
 import logging
 import re
 from dataclasses import dataclass, field
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from huggingface_hub import metadata_load, try_to_load_from_cache
+from huggingface_hub import HfApi, metadata_load, try_to_load_from_cache
 
 from opd.checkpoint_record import shown_records
 from opd.run_facts import read_starts, without_passwords
@@ -24,6 +25,7 @@ LOCAL_PATH = re.compile(r"(?:(?<=[\s'\"=,\[])|^)(?:~|/[\w.@+-]+)(?:/[\w.@+-]+)+"
 HOMES = re.compile(r"^(?:/(?:home|Users)/[^/]+|/root|~)(?=/|$)")
 
 LOG = logging.getLogger(__name__)
+HUB_SECONDS = 10.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -129,7 +131,7 @@ def sources(facts: CardFacts) -> list[tuple[str, str, dict[str, Any]]]:
 
 
 def licence_of(model: str | None, revision: str | None = None) -> str | None:
-    """What a model's own card, or the licence file beside it, says; None where it says nothing, or is not here."""
+    """What a model's own card, here or on the hub, or the licence file beside it, says; None where it says nothing, or cannot be had."""
     if model is None:
         return None
     folder = Path(model)
@@ -138,7 +140,20 @@ def licence_of(model: str | None, revision: str | None = None) -> str | None:
         stated = _stated_licence(Path(card))
         if stated:
             return stated
+    elif is_hub_id(model):
+        return _licence_on_hub(model, revision)
     return next((f"see its {name}" for name in LICENCES if folder.is_dir() and (folder / name).is_file()), None)
+
+
+@functools.cache
+def _licence_on_hub(model: str, revision: str | None) -> str | None:
+    """Loading a model leaves its card on the hub; None where that states nothing, or nobody answers within HUB_SECONDS."""
+    try:
+        card = HfApi().model_info(model, revision=revision, timeout=HUB_SECONDS).card_data
+    except Exception as error:  # of the network in many ways, and no reason to lose an export
+        LOG.warning("the card of %s cannot be had from the hub (%s), so its licence counts as not stated", model, type(error).__name__)
+        return None
+    return _licence_in({} if card is None else card.to_dict())
 
 
 def _stated_licence(card: Path) -> str | None:
@@ -148,6 +163,10 @@ def _stated_licence(card: Path) -> str | None:
     except (yaml.YAMLError, ValueError):
         LOG.warning("the metadata of %s cannot be read, so its licence counts as not stated", card)
         return None
+    return _licence_in(metadata)
+
+
+def _licence_in(metadata: dict[str, Any]) -> str | None:
     stated = metadata.get("license")
     names = [str(name) for name in (stated if isinstance(stated, list) else [stated]) if name]
     if names == ["other"] and metadata.get("license_name"):

@@ -3,12 +3,14 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCard, ModelCardData
 from safetensors.torch import load_file, save_file
 
+from opd import model_card_facts
 from opd.__main__ import load_config
 from opd.checkpoint_files import digest_of, tag_of
 from opd.checkpoint_model import model_folder
@@ -164,6 +166,18 @@ def test_a_licence_is_what_is_stated_and_never_guessed(files, expected, tmp_path
     for name, text in files.items():
         (tmp_path / name).write_text(text)
     assert licence_of(str(tmp_path)) == expected
+
+
+@pytest.mark.parametrize(("stated", "expected"), [({"license": "apache-2.0"}, "apache-2.0"), ({}, None), (None, None), (OSError(), None)])
+def test_a_licence_on_the_hub_is_asked_for_at_the_revision(stated, expected, monkeypatch):
+    def model_info(self, model, revision, timeout):
+        assert (model, revision) == ("org/law-teacher", f"at {stated}")
+        if isinstance(stated, OSError):
+            raise stated
+        return SimpleNamespace(card_data=None if stated is None else ModelCardData(**stated))
+
+    monkeypatch.setattr(model_card_facts.HfApi, "model_info", model_info)
+    assert licence_of("org/law-teacher", f"at {stated}") == expected
 
 
 def test_teachers_under_different_licences_are_pointed_out(tmp_path):
