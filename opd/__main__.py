@@ -19,7 +19,7 @@ from opd.checkpoint_record import chosen_step
 from opd.composition import STORED, compose_config, load_config, origins, quoted
 from opd.errors import INTERRUPTED, USER_ERROR, Preempted, RankLost, nearest
 from opd.run_log import begin_log
-from opd.run_state import end_state
+from opd.run_state import State, end_state, read_state
 from opd.slurm import slurm_ranks
 from rollout.errors import first_sentence
 
@@ -173,6 +173,9 @@ def _of_run(command: str, name: str) -> list[str]:
     if command == "export":
         if not step and (Path(run) / "config.yaml").is_file() and not (Path(run) / "student").is_dir():
             raise ValueError(f"{run} has no student yet, which a run writes at its end: write {run}@STEP or {run}@chosen")
+        state = None if step else read_state(Path(run))
+        if state is not None and state.state is not State.done and (Path(run) / "student").is_dir():
+            raise ValueError(f"{run}/student is of an earlier end of the run, which has gone on since: write {run}@STEP, or student.model={run}/student")
         place = f"{run}/export-step-{int(step):06d}" if step else f"{run}/export"
         return [f"student.model={quoted(f'{run}@{step}' if step else f'{run}/student')}", f"run_dir={quoted(place)}"]
     if command in ("runs", "report") and step:

@@ -12,7 +12,9 @@ from omegaconf import OmegaConf
 from opd.__main__ import split_command, split_question
 from opd.composition import COMMAND_LINE, CONF, compose_config, group_choices, leaves, load_config, origins
 from opd.config import SCHEMAS
+from opd.errors import PREEMPTED
 from opd.run import config_dict, write_config
+from opd.run_state import begin_state, end_state
 from opd.settings import print_config, print_help, select, settings_of
 
 SETTINGS = {name: list(settings_of(schema)) for name, schema in SCHEMAS.items()}
@@ -261,6 +263,18 @@ def test_a_pipeline_is_not_taken_for_its_runs(stored, tmp_path):
     (tmp_path / "config.yaml").write_text("# written by opd pipeline\nseed: 0\n")
     with pytest.raises(ValueError, match=f"name one of its runs, {stored}"):
         load_config(*split_command(["distill", str(tmp_path)]))
+
+
+def test_the_student_of_an_earlier_end_is_not_exported_unasked(tmp_path):
+    (tmp_path / "student").mkdir()
+    begin_state(tmp_path, "distill", 100)
+    end_state(PREEMPTED, "ended early")
+    with pytest.raises(ValueError, match="is of an earlier end of the run, which has gone on since"):
+        split_command(["export", str(tmp_path)])
+    assert split_command(["export", f"{tmp_path}@40"])
+    begin_state(tmp_path, "distill", 100)
+    end_state(0, None)
+    assert split_command(["export", str(tmp_path)])
 
 
 def test_an_export_finds_the_model_of_a_run_or_of_a_checkpoint():
