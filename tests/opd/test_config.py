@@ -19,7 +19,8 @@ import opd.start_config
 import rollout.config
 import rollout.grader_config
 import teachers.config
-from opd.__main__ import CONF, load_config, split_command
+from opd.__main__ import load_config, split_command
+from opd.composition import CONF
 from opd.config import SCHEMAS, DistillConfig, OptimizerKind, RunConfig, parse
 from rollout.config import PerturbationConfig
 
