@@ -18,6 +18,7 @@ from rollout.files import read_json
 FOLDER, SCHEMA = "samples", 1
 SHOWN_STEPS = 8
 """Kept steps that a refusal names at most."""
+SHOWN_LETTERS = 60
 NO_TOKENS = "(what student and teacher would have said was not kept: this file is of an older opd)"
 
 
@@ -45,15 +46,19 @@ def kept_steps(run_dir: Path) -> dict[int, Path]:
     return files
 
 
-def recurring(files: dict[int, Path], domain: str) -> list[tuple[str, int, float, list[int]]]:
-    """Rows that are among the domain's worst prompts at two kept steps or more: (row, how often, mean nats per token, steps), most often first."""
+def recurring(files: dict[int, Path], domain: str) -> list[tuple[str, int, float, list[int], str]]:
+    """Rows that are among the domain's worst prompts at two kept steps or more: (row, how often, mean nats per token, steps, the end of its text), most often
+    first.
+    """
     seen: dict[str, list[tuple[int, float]]] = {}
+    texts: dict[str, str] = {}
     for step, path in files.items():
         for prompt in _read(path).get("figures", {}).get(domain, {}).get("prompts", []):
             seen.setdefault(prompt["row"], []).append((step, prompt["kl"]))
+            texts[prompt["row"]] = prompt.get("text", "")  # which is not in the files of older versions
     times = Counter({row: len({step for step, _ in found}) for row, found in seen.items()})
     means = {row: sum(kl for _, kl in found) / len(found) for row, found in seen.items()}
-    found = [(row, count, means[row], sorted({step for step, _ in seen[row]})) for row, count in times.items() if count > 1]
+    found = [(row, count, means[row], sorted({step for step, _ in seen[row]}), texts[row]) for row, count in times.items() if count > 1]
     return sorted(found, key=lambda item: (-item[1], -item[2], item[0]))
 
 
@@ -106,9 +111,12 @@ def _print_domain(cfg: InspectConfig, record: dict[str, Any], files: dict[int, P
         classes = dict(sorted(figures["classes"].items(), key=lambda item: -item[1][0]))
         print_table("KL by class of token, all rollouts of the step", ["class", *columns], _shares(classes))
     often = recurring(files, name)
-    rows = [[row, f"{count} of {len(files)}", f"{mean:.4f}", ", ".join(map(str, steps))] for row, count, mean, steps in often[: cfg.tokens]]
+    rows = [
+        [row, f"{count} of {len(files)}", f"{mean:.4f}", ", ".join(map(str, steps)), visible(text)[-SHOWN_LETTERS:]]
+        for row, count, mean, steps, text in often[: cfg.tokens]
+    ]
     if rows:
-        print_table("prompts that recur among the worst", ["row", "kept steps", "nats per token", "steps"], rows)
+        print_table("prompts that recur among the worst", ["row", "kept steps", "nats per token", "steps", "the end of the prompt"], rows)
     else:
         print_line("no prompt is among the worst at two kept steps")
 

@@ -3,7 +3,8 @@
     {"schema": 1, "step": number of updates done, "domains": {D: [{"place": "best" | "median" | "worst", "request", "row", "sample",
      "prompt_tokens": [ids], "prompt": text, "tokens": [ids], "pieces": [text of each token], "kl": [nats per token | null], "grade": number | null,
      "finished": true | false, "at_worst": [{"position": of the token, "student": [TOKEN, ...], "teacher": [TOKEN, ...]}, ...]}, ...]},
-     "figures": {D: {"deciles": [[nats, tokens], ...ten of them], "classes": {CLASS: [nats, tokens]}, "prompts": [{"row", "request", "kl"}, ...]}}}
+     "figures": {D: {"deciles": [[nats, tokens], ...ten of them], "classes": {CLASS: [nats, tokens]},
+     "prompts": [{"row", "request", "kl", "text": the end of the prompt}, ...]}}}
 
 TOKEN: {"token": id, "text", "logprob"}, the likeliest first, at the tokens with the highest divergence, the highest first (opd/likeliest.py).
 figures: over all rollouts of the domain in the step, on all ranks, and their tokens in the loss: sums by tenth of the completion (position t of T belongs to
@@ -23,7 +24,7 @@ N: completion tokens of a micro-batch. T: of one rollout.
 """
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,7 @@ from rollout.types import Rollout
 SCHEMA = 1
 FOLDER = "samples"
 MOST_PROMPTS = 8
+PROMPT_LETTERS = 200
 UNFINISHED = "\ufffd"
 """What a tokenizer writes for bytes that are no whole character yet."""
 
@@ -143,15 +145,20 @@ class Samples:
         for judged in self.judged:
             prompt = judged.rollout.prompt
             sums = own.setdefault(prompt.domain, {"deciles": [[0.0, 0] for _ in range(10)], "classes": {}, "prompts": []})
-            sums["prompts"].append((-judged.mean, prompt.request, prompt.row))
+            sums["prompts"].append((-judged.mean, prompt.request, prompt.row, prompt.tokens))
             tokens = judged.rollout.completion_T.tolist()
             for place, (token, kl) in enumerate(zip(tokens, judged.kl, strict=True)):
                 if kl == kl:  # it is in the loss
                     for pair in (sums["deciles"][10 * place // len(tokens)], sums["classes"].setdefault(self._class_of(token), [0.0, 0])):
                         pair[0] += kl
                         pair[1] += 1
+        for sums in own.values():
+            sums["prompts"] = [(*found, self._end_of(tokens) if place < MOST_PROMPTS else "") for place, (*found, tokens) in enumerate(sorted(sums["prompts"]))]
         parts = gather_objects(own, Group.data)
         return {name: _joined([part[name] for part in parts if name in part]) for name in self.cfg.domains if any(name in part for part in parts)}
+
+    def _end_of(self, tokens: Sequence[int]) -> str:
+        return self.tokenizer.decode(list(tokens[-PROMPT_LETTERS:]))[-PROMPT_LETTERS:]  # a token has a letter at least, nearly always
 
     def _class_of(self, token: int) -> str:
         if token not in self.classes:
@@ -189,7 +196,7 @@ def _joined(parts: list[dict[str, Any]]) -> dict[str, Any]:
     return {
         "deciles": [_sum(part["deciles"][number] for part in parts) for number in range(10)],
         "classes": {name: _sum(part["classes"].get(name, [0.0, 0]) for part in parts) for name in classes},
-        "prompts": [{"row": row, "request": request, "kl": round(-mean, 6)} for mean, request, row in worst],
+        "prompts": [{"row": row, "request": request, "kl": round(-mean, 6), "text": text} for mean, request, row, text in worst],
     }
 
 

@@ -120,7 +120,7 @@ def written(tmp_path) -> Path:
         "pieces": ["[/x]", "\n"], "kl": [0.9, 0.1], "grade": None, "finished": False, "at_worst": [{"position": 0, "student": text, "teacher": text}],
     }  # fmt: skip
     for step, rows in ((50, [("prompts:7", 0.5), ("prompts:1", 0.4)]), (100, [("prompts:7", 0.3), ("prompts:2", 0.2)])):
-        prompts = [{"row": row, "request": 1, "kl": kl} for row, kl in rows]
+        prompts = [{"row": row, "request": 1, "kl": kl, "text": f"what is {row}?"} for row, kl in rows]
         figures = {"law": {"deciles": [[1.0, 10]] + [[0.0, 0]] * 8 + [[0.5, 1]], "classes": {"word": [1.5, 11]}, "prompts": prompts}}
         record = {"schema": 1, "step": step, "domains": {"law": [rollout]}, "figures": figures}
         (tmp_path / "samples" / f"{step:06d}.json").write_text(json.dumps(record))
@@ -128,7 +128,7 @@ def written(tmp_path) -> Path:
 
 
 def test_prompts_that_recur_are_counted_over_the_kept_steps(written):
-    assert recurring(kept_steps(written), "law") == [("prompts:7", 2, 0.4, [50, 100])]
+    assert recurring(kept_steps(written), "law") == [("prompts:7", 2, 0.4, [50, 100], "what is prompts:7?")]
 
 
 def test_a_domain_is_shown_with_everything_that_was_kept(written, capsys):
