@@ -38,6 +38,13 @@ def read_scores(run_dir: Path) -> dict[str, Any] | None:
     return record if record.get("schema") == SCHEMA else None
 
 
+def forget_scores(run_dir: Path, step: int) -> None:
+    """Delete the record of a run that goes on from an earlier step than it is of."""
+    found = read_scores(run_dir)
+    if found is not None and found["step"] > step:
+        (run_dir / FILE).unlink()
+
+
 def _digest(prompts: list[Prompt]) -> str:
     digest = hashlib.sha256()
     for prompt in prompts:

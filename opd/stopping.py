@@ -23,8 +23,10 @@ from opd.choice import take_end_request
 from opd.config import RunConfig
 from opd.distributed import Group, is_main, reduce_max
 from opd.errors import PREEMPTED, STOPPED, Preempted, RankLost
+from opd.run_state import end_state
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+SAYING_SECONDS = 5.0
 LOG = logging.getLogger(__name__)
 
 _ASKED: list[tuple[str, str]] = []
@@ -96,6 +98,9 @@ class StopRequest:
 
     def _cut(self) -> None:
         """In the timer's thread."""
-        words = "opd: ended %g seconds after %s (launch.grace_seconds) without a new checkpoint: the same command goes on from the last one"
-        LOG.warning(words, self.cfg.grace_seconds, self.reason)
+        words = f"ended {self.cfg.grace_seconds:g} seconds after {self.reason} (launch.grace_seconds) without a new checkpoint"
+        LOG.warning("opd: %s: the same command goes on from the last one", words)
+        said = threading.Thread(target=end_state, args=(PREEMPTED, words), daemon=True)  # the disk may be what hangs
+        said.start()
+        said.join(SAYING_SECONDS)
         os._exit(PREEMPTED)

@@ -7,7 +7,8 @@
 SWEEP is run_dir, else runs/sweep_COMMAND. Values are chosen in Hydra's grammar: a,b; range(1,4); 'domain=[a,b],[a]'. All jobs are composed and checked before
 the first is started. A job that fails stops no other. Jobs of a sweep have one W&B group, SWEEP's name. The same command goes on: jobs that are done are
 skipped, the others are given again, which resumes those that have checkpoints; fresh=true begins anew. A signal ends the jobs under way as it would end
-each alone, and no other is begun. Exit code: 0 where all are done, FAILED_JOBS where some failed, else that of the signal.
+each alone, and no other is begun. Exit code: 0 where all are done, that of the signal where there was one, PREEMPTED where the jobs that are not done ended
+early with a checkpoint (launch.max_hours), else FAILED_JOBS.
 
 hydra's own sweeper runs jobs in one process, one after another, where the first that fails ends all: hence this.
 """
@@ -101,7 +102,11 @@ def sweep(command: str, overrides: list[str]) -> int:
     _print(folder, jobs)
     if signals.received:
         return INTERRUPTED if signal.SIGINT in signals.received else PREEMPTED
-    return 0 if all(job.code == 0 for job in jobs) else FAILED_JOBS
+    codes = {job.code for job in jobs} - {0}
+    if codes == {PREEMPTED}:
+        print("jobs ended early with a checkpoint (exit code 75): the same command goes on with them")
+        return PREEMPTED
+    return FAILED_JOBS if codes else 0
 
 
 def plan(command: str, overrides: list[str]) -> tuple[SweepConfig, Path, list[Job]]:

@@ -26,6 +26,7 @@ from opd.metrics import SCHEMA
 from opd.profiling import StepProfiler
 from opd.run import config_dict
 from opd.samples import forget_after
+from opd.scores import forget_scores
 from opd.teacher_answers import length_ratios
 from opd.throughput import memory_metrics, phase_metrics, present_device
 from opd.wandb_log import WandbLog
@@ -62,9 +63,10 @@ class Tracker:
             self.wandb.finish(code, is_preempted=code == PREEMPTED)
 
     def resume(self, step: int) -> None:
-        """Forget the records and samples of steps that will be done again: those after `step`, and with 0 all."""
+        """Forget the records, samples and scores of steps that will be done again: those after `step`, and with 0 all."""
         if is_main():
             forget_after(self.file.parent, step)
+            forget_scores(self.file.parent, step)
         if is_main() and self.file.exists():
             whole = [line for line in self.file.read_text().splitlines() if line.endswith("}")]  # a kill may have cut the last one
             kept = [line for line in whole if json.loads(line)["step"] <= step] if step else []

@@ -10,10 +10,12 @@ A run is one W&B run, whose id stands in RUN/wandb_id (an agent of a sweep gives
 - offline, where each start of the process is a folder of its own, a resume writes all rows that count anew, and removes the folders before it that have not
   been uploaded: what is left is one folder with every step once. `wandb sync RUN/wandb/offline-run-*` uploads it.
 
-Models, data and checkpoints are artifacts by reference: a name, a place and a hash, no bytes. Online the run uses its models and data, which gives the lineage;
-offline W&B cannot say that a run uses something, so they are logged with the role "input" in their metadata.
+Models, data and checkpoints are artifacts by reference: a name, a place and a hash, which W&B also gets as a file, since it tells the versions of an artifact
+apart by its files: other weights in the same place are another version. No bytes of them are read. Online the run uses its models and data, which gives the
+lineage; offline W&B cannot say that a run uses something, so they are logged with the role "input" in their metadata.
 """
 
+import json
 import logging
 import os
 import queue
@@ -45,16 +47,17 @@ class WandbLog:
         self.run = _start(run_dir, cfg, config)
         self.is_offline = self.run.settings.mode == "offline"
         self.first_step = 0 if self.is_offline else self.run.step  # rows before it are there
-        self.has_failed = self.has_taken_up = False
+        self.has_failed = False
         self.calls: queue.Queue[Callable[[], None] | None] = queue.Queue()
         self.thread = threading.Thread(target=self._work, daemon=True)
         self.thread.start()
 
     def take_up(self, records: list[dict[str, Any]]) -> None:
         """Have the rows of a run that is taken up, those of steps 0 to the one that it goes on from, each once."""
-        self.has_taken_up = True
         for record in records:
             self.log(record["step"], {name: value for name, value in record.items() if name not in ("schema", "step")})
+        if self.is_offline:
+            self._call(self._forget_offline)
 
     def log(self, step: int, metrics: dict[str, Any]) -> None:
         """Write the row of a step."""
@@ -89,8 +92,6 @@ class WandbLog:
         if is_preempted:
             self._call(self.run.mark_preempting)  # the run is to go on, and is shown as such
         self._call(lambda: self.run.finish(exit_code=exit_code))
-        if self.is_offline and self.has_taken_up:
-            self._call(self._forget_offline)
         self.calls.put(None)
         self.thread.join(FINISH_SECONDS)
         if self.thread.is_alive():
@@ -162,7 +163,10 @@ def _artifact(name: str, kind: str, place: str | None, metadata: dict[str, Any])
     """place: a folder or file, a hub id, or None where there is none, as of a synthetic data set."""
     artifact = wandb.Artifact(re.sub(r"[^A-Za-z0-9_.-]", "-", name), type=kind, metadata=metadata)
     if place is not None:
-        artifact.add_reference(Path(place).resolve().as_uri() if Path(place).exists() else HUB + place, checksum=False)
+        on_hub = f"{HUB}datasets/{place}" if kind == "dataset" else HUB + place
+        artifact.add_reference(Path(place).resolve().as_uri() if Path(place).exists() else on_hub, checksum=False)
+    with artifact.new_file("facts.json") as file:
+        json.dump(metadata, file, sort_keys=True)
     return artifact
 
 

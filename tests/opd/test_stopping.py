@@ -10,6 +10,7 @@ import pytest
 from opd.config import RunConfig
 from opd.errors import PREEMPTED, Preempted
 from opd.job_config import LaunchConfig
+from opd.run_state import State, read_state
 from opd.stopping import SIGNALS, StopRequest
 
 
@@ -50,19 +51,24 @@ def test_the_clock_leaves_time_for_one_more_step_as_long_as_the_longest(hours, l
 
 
 HANGING = """
-import os, signal, time
+import os, signal, sys, time
+from pathlib import Path
 from opd.config import LaunchConfig, RunConfig
+from opd.run_state import begin_state
 from opd.stopping import StopRequest
+begin_state(Path(sys.argv[1]), "distill", 100)
 with StopRequest(RunConfig(launch=LaunchConfig(grace_seconds=0.2))):
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(60)
 """
 
 
-def test_a_step_that_outlasts_the_grace_is_cut_with_the_same_exit_code():
-    ended = subprocess.run([sys.executable, "-c", HANGING], capture_output=True, text=True, timeout=60, check=False)
+def test_a_step_that_outlasts_the_grace_is_cut_with_the_same_exit_code(tmp_path):
+    ended = subprocess.run([sys.executable, "-c", HANGING, str(tmp_path)], capture_output=True, text=True, timeout=60, check=False)
     assert ended.returncode == PREEMPTED, ended.stderr
-    assert "ended 0.2 seconds after SIGTERM (launch.grace_seconds) without a new checkpoint" in ended.stderr
+    words = "ended 0.2 seconds after SIGTERM (launch.grace_seconds) without a new checkpoint"
+    assert words in ended.stderr
+    assert (read_state(tmp_path).state, read_state(tmp_path).why) == (State.preempted, words)
 
 
 TWO_RANKS = """

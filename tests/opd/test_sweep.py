@@ -12,6 +12,7 @@ import pytest
 import yaml
 from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args
 
+from opd import sweep as opd_sweep
 from opd.__main__ import load_config
 from opd.composition import CONF
 from opd.config import DistillConfig
@@ -83,15 +84,25 @@ def test_under_a_launcher_it_is_refused_with_what_does_it(monkeypatch, tmp_path)
         sweep("distill", [f"run_dir={tmp_path}", "seed=1,2"])
 
 
+@pytest.mark.parametrize(("codes", "expected"), [((0, 0), 0), ((0, 75), 75), ((75, 75), 75), ((75, 1), FAILED_JOBS), ((0, 3), FAILED_JOBS)])
+def test_a_sweep_whose_jobs_only_ended_early_is_to_be_given_again(codes, expected, monkeypatch, tmp_path):
+    def run(command, folder, jobs, *others):
+        for job, code in zip(jobs, codes, strict=True):
+            job.code = code
+
+    monkeypatch.setattr(opd_sweep, "_run", run)
+    assert sweep("distill", [f"run_dir={tmp_path / 'sweep'}", "seed=1,2", "student.model=x"]) == expected
+
+
 def start(folder: Path, *overrides: str) -> subprocess.Popen:
     command = [sys.executable, "-m", "opd", "distill", "-m", f"run_dir={folder}", *SETTINGS, *overrides]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
 
 
-def test_one_job_that_fails_stops_no_other_and_what_is_done_is_skipped(saved_v4, tmp_path):
+def test_one_job_that_fails_stops_no_other_and_what_is_done_is_skipped(saved_v4, tmp_path, wandb_records):
     choice = f"student.model=./nowhere,{saved_v4}"
     teacher = f"domains.arithmetic.teacher.model={saved_v4}"
-    process = start(tmp_path / "sweep", choice, teacher)
+    process = start(tmp_path / "sweep", choice, teacher, "logger=offline")
     printed, _ = process.communicate(timeout=300)
     assert process.returncode == FAILED_JOBS, printed
     record = json.loads((tmp_path / "sweep" / "sweep.json").read_text())
@@ -103,8 +114,11 @@ def test_one_job_that_fails_stops_no_other_and_what_is_done_is_skipped(saved_v4,
     assert f"{bad}: refused after" in printed
     assert "the student is not at ./nowhere" in printed
     finished = (tmp_path / "sweep" / good / "state.json").read_text()
+    [log] = (tmp_path / "sweep" / good / "wandb").glob("offline-run-*/run-*.wandb")
+    [own] = [record.run for record in wandb_records(log) if record.WhichOneof("record_type") == "run"]
+    assert (own.run_group, own.run_id) == ("sweep", (tmp_path / "sweep" / good / "wandb_id").read_text())
 
-    again = start(tmp_path / "sweep", choice, teacher)
+    again = start(tmp_path / "sweep", choice, teacher, "logger=offline")
     printed, _ = again.communicate(timeout=300)
     assert again.returncode == FAILED_JOBS
     assert f"{good}: done before, skipped" in printed

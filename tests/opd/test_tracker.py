@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -168,7 +169,7 @@ def test_a_run_that_is_killed_and_resumed_twice_is_one_w_and_b_run_with_every_st
             tracker.wandb.run.finish()  # without the tracker's own end
         else:
             tracker.__exit__(None, None, None)
-    assert len(list((tmp_path / "wandb").glob("offline-run-*"))) == 1
+        assert len(list((tmp_path / "wandb").glob("offline-run-*"))) == 1, "whoever uploads now uploads no step twice"
     assert [row["opd/step"] for row in wandb_rows(tmp_path)] == [row["_step"] for row in wandb_rows(tmp_path)] == list(range(1, 10))
     assert [row["step/loss"] for row in wandb_rows(tmp_path)] == [1.0, 2.0, 3.2, 4.2, 5.2, 6.5, 7.5, 8.5, 9.5]
     assert [record["step/loss"] for record in records(tmp_path)] == [row["step/loss"] for row in wandb_rows(tmp_path)]
@@ -210,7 +211,43 @@ def test_checkpoints_models_and_data_are_artifacts_by_reference(no_account, shor
     [span] = json.loads((short_run / "teachers.json").read_text())["spans"]
     described = json.loads(found["teacher-tools"].metadata)
     assert (described["hash"], described["role"]) == (span["domains"]["tools"]["teacher"]["hash"], "input")
-    assert not found["student"].manifest.contents or all(entry.ref.startswith("file://") for entry in found["student"].manifest.contents)
+    entries = found["student"].manifest.contents
+    assert {entry.path for entry in entries if not entry.ref} <= {"facts.json"}, "no weights leave the machine"
+    assert all(entry.ref.startswith("file://") for entry in entries if entry.ref)
+
+
+@pytest.mark.parametrize("place", ["org/law", "here"])
+def test_other_weights_in_the_same_place_are_another_version_of_the_artifact(place, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here").mkdir()
+    first, same, other = (wandb_log._artifact("teacher-law", "model", place, {"hash": digest}) for digest in ("1", "1", "2"))
+    assert first.digest == same.digest
+    assert first.digest != other.digest
+
+
+@pytest.mark.parametrize(("kind", "expected"), [("model", "https://huggingface.co/org/law"), ("dataset", "https://huggingface.co/datasets/org/law")])
+def test_what_is_on_the_hub_is_linked_there(kind, expected):
+    found = wandb_log._artifact("law", kind, "org/law", {}).manifest.entries.values()
+    assert [entry.ref for entry in found if entry.ref] == [expected]
+
+
+def test_online_a_run_uses_its_models_and_data_and_has_made_its_checkpoints():
+    said = []
+    run = SimpleNamespace(id="one", use_artifact=lambda artifact: said.append(("uses", artifact.name)))
+    run.log_artifact = lambda artifact, aliases: said.append(("made", artifact.name, aliases))
+    log = wandb_log.WandbLog.__new__(wandb_log.WandbLog)
+    log.run, log.is_offline = run, False
+    log._call = lambda call: call()
+    log.uses("teacher-law", "model", "org/law", {"hash": "1"})
+    log.made("checkpoint", "checkpoint", "org/x", "step-5")
+    assert said == [("uses", "teacher-law"), ("made", "checkpoint-one", ["step-5"])]
+
+
+@pytest.mark.parametrize(("resumed_from", "is_there"), [(60, True), (50, False)])
+def test_the_scores_of_a_step_that_is_done_again_are_forgotten(resumed_from, is_there, tracker, tmp_path):
+    (tmp_path / "scores.json").write_text(json.dumps({"schema": 1, "step": 60, "domains": {}}))
+    tracker.resume(resumed_from)
+    assert (tmp_path / "scores.json").is_file() == is_there
 
 
 def test_a_damaged_pointer_to_the_checkpoint_does_not_end_the_run(no_account, tmp_path):
