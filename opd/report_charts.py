@@ -79,6 +79,7 @@ def line_chart(
         )
         parts += [leader, text]
     frame = f'data-low="{x.low:g}" data-high="{x.high:g}" data-left="{LEFT}" data-right="{CHART - RIGHT}"'
+    frame += f' data-axis="{"step" if x_axis == STEPS else x_axis.partition(" of ")[0]}"'  # what a reader is told beside the number
     return _svg(title, CHART, HEIGHT, parts, "lines", frame)
 
 

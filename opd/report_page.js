@@ -41,7 +41,8 @@ function follow(svg) {
     const step = Number(low) + ((at - left) / (right - left)) * (high - low);
     const all = lines.map((line) => ({ ...line, point: nearest(line.points, step) }));
     const shown = nearest(all.map((line) => line.point), step)[0];
-    const near = all.filter((line) => line.point[0] === shown).sort((one, other) => other.point[1] - one.point[1]);
+    const isSteps = svg.dataset.axis === "step"; // on another axis no two lines have a point in the same place
+    const near = all.filter((line) => !isSteps || line.point[0] === shown).sort((one, other) => other.point[1] - one.point[1]);
     if (!tip) {
       tip = document.createElement("div");
       tip.className = "tip";
@@ -53,7 +54,7 @@ function follow(svg) {
     const across = Number(left) + ((shown - low) / (high - low)) * (right - left);
     for (const [name, value] of [["x1", across], ["x2", across], ["y1", 8], ["y2", height - 40]]) cursor.setAttribute(name, value);
     const head = document.createElement("b");
-    head.textContent = "step " + shown;
+    head.textContent = isSteps ? "step " + shown : shown + " " + svg.dataset.axis;
     tip.replaceChildren(head);
     for (const line of near) {
       const row = document.createElement("div"), key = document.createElement("i");
