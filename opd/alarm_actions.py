@@ -1,8 +1,8 @@
 """What an alarm does beyond its line in the log: W&B's alert, the user's command, the end of the run.
 
-The command runs once for each episode, beside the training, which waits for neither its start nor its end; it has COMMAND_SECONDS, and what goes wrong
-with it is one line in the log. It is the user's own program, so it gets the environment that the run was started in (a token of a chat, perhaps), and what
-has happened:
+The command runs once for each episode, and not again where a resume does its step again. It runs beside the training, which waits for neither its start nor
+its end; it has COMMAND_SECONDS, and what goes wrong with it is one line in the log. It is the user's own program, so it gets the environment that the run
+was started in (a token of a chat, perhaps), and what has happened:
 
     OPD_ALARM   name of the rule         OPD_STEP   step            OPD_RUN    run folder
     OPD_METRIC  name of the metric       OPD_VALUE  its mean        OPD_LINE   the line of the log
@@ -27,13 +27,13 @@ LOG = logging.getLogger(__name__)
 
 
 def act(run_dir: Path, step: int, episodes: Iterable[Episode], command: str | None, wandb: WandbLog | None) -> None:
-    """Do what the episodes that begin at a step ask for; the main rank calls it."""
+    """Do what the episodes that begin at a step ask for; the main rank calls it. One that was told in an earlier start of the run is not told again."""
     for episode in episodes:
         if episode.action is AlarmAction.log:
             continue
-        if wandb is not None:
+        if wandb is not None and not episode.is_told:
             wandb.alert(f"{run_dir.name}: {episode.alarm} at step {step}", episode.line)
-        if command is not None:
+        if command is not None and not episode.is_told:
             environment = {
                 "OPD_ALARM": episode.alarm, "OPD_METRIC": episode.metric, "OPD_VALUE": f"{episode.value:g}", "OPD_STEP": str(step), "OPD_RUN": str(run_dir),
                 "OPD_LINE": episode.line,

@@ -16,14 +16,18 @@ class AlarmCondition(Enum):
 
     above, below: the threshold, or the threshold times the mean of relative_to. ratio_to_start: above the threshold times the metric's own mean at the start.
     rising_alone: the later half of the window above the threshold times the earlier, while the other domains' mean falls.
-    falling_while_flat: the later half of the window below the threshold times the earlier, while relative_to, not yet near 1, does not rise.
+    falling: the later half of the window below the threshold times the earlier.
+    falling_while_flat: falling, while relative_to, not yet near 1, does not rise.
+    equal: no further from relative_to than the threshold times relative_to.
     """
 
     above = "above"
     below = "below"
     ratio_to_start = "ratio_to_start"
     rising_alone = "rising_alone"
+    falling = "falling"
     falling_while_flat = "falling_while_flat"
+    equal = "equal"
 
 
 class AlarmAction(Enum):
@@ -34,7 +38,8 @@ class AlarmAction(Enum):
     stop = "stop"
 
 
-HALVES = (AlarmCondition.rising_alone, AlarmCondition.falling_while_flat)
+HALVES = (AlarmCondition.rising_alone, AlarmCondition.falling, AlarmCondition.falling_while_flat)
+OF_TWO = (AlarmCondition.falling_while_flat, AlarmCondition.equal)
 
 
 @dataclass(slots=True)
@@ -44,7 +49,7 @@ class AlarmRule:
     metric: a name of opd/metrics.py; D is any domain, each of which is judged for itself.
     condition: what it is held against.
     threshold: the number of the condition; null is for mismatch_kl alone, whose threshold follows from the number formats.
-    relative_to: the metric by which the threshold is multiplied, or which is to rise; D is the same domain.
+    relative_to: the metric by which the threshold is multiplied, or which is to rise, or to differ; D is the same domain. Steps have to have both.
     least: of the mean and what it is a multiple of, the larger has to reach this: ratios of next to nothing say nothing.
     window: steps whose mean is judged; fewer are not.
     action: what is done when an episode begins.
@@ -92,8 +97,8 @@ def check_alarms(cfg: AlarmsConfig) -> None:
             raise ValueError(f"{where} has no threshold: set {where}.threshold")
         if rule.condition is AlarmCondition.rising_alone and "/D/" not in rule.metric:
             raise ValueError(f"{where} compares domains, and {rule.metric} is of none: choose a metric with D in it, or another condition")
-        if (rule.condition is AlarmCondition.falling_while_flat) > (rule.relative_to is not None):
-            raise ValueError(f"{where} needs relative_to, the metric that ought to rise")
+        if rule.condition in OF_TWO and rule.relative_to is None:
+            raise ValueError(f"{where} needs relative_to, the metric that ought to {'differ' if rule.condition is AlarmCondition.equal else 'rise'}")
 
 
 @cache

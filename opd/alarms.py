@@ -6,9 +6,11 @@ once; the episode is over when the condition has not been met for CALM_STEPS jud
 the log. `alarms/active` counts the episodes, over all alarms and domains.
 
 What is judged is the record, metrics.jsonl, and nothing else: a run that is taken up reads its own lines again (`replay`), begins where it stopped,
-and repeats no line: one that an alarm has stopped goes on when it is started again, and is stopped by the next episode. Only the main rank judges.
+and repeats no line: one that an alarm has stopped goes on when it is started again, and is stopped by the next episode. Where steps are done again, their
+discarded lines show which episodes began in them, and these tell nobody a second time. Only the main rank judges.
 """
 
+import copy
 import logging
 import re
 from collections import deque
@@ -44,13 +46,17 @@ FLAT = 0.01
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Episode:
-    """What began: the name of the alarm, the metric and its mean, what is to be done, and the line for people."""
+    """What began: the name of the alarm, the metric and its mean, what is to be done, and the line for people.
+
+    is_told: whether it was told before the run was taken up at an earlier step.
+    """
 
     alarm: str
     metric: str
     value: float
     action: AlarmAction
     line: str
+    is_told: bool = False
 
 
 def rules_of(cfg: RunConfig) -> dict[str, AlarmRule]:
@@ -60,7 +66,7 @@ def rules_of(cfg: RunConfig) -> dict[str, AlarmRule]:
     is_replayed = rollout is None or rollout.replay is not None
     is_estimate = isinstance(cfg, DistillConfig) and (cfg.teachers.signal is SignalKind.sampled_token or cfg.loss.policy_gradient)
     for name, rule in cfg.alarms.rules.items() if cfg.alarms.enabled else ():
-        is_of_sampler = rule.metric in ("domain/D/mismatch_kl", "domain/D/mismatch_max")
+        is_of_sampler = rule.metric in ("domain/D/mismatch_kl", "domain/D/mismatch_p99", "domain/D/mismatch_max")
         is_of_sign = rule.metric == "domain/D/kl_per_token" and rule.condition is AlarmCondition.below
         if (is_of_sampler and is_replayed) or (is_of_sign and is_estimate):
             del rules[name]
@@ -88,20 +94,24 @@ class Alarms:
         self.patterns = {name: re.compile(re.escape(rule.metric).replace("/D/", "/([^/]+)/")) for name, rule in rules.items()}
         self.series: dict[tuple[str, str], Series] = {}
         self.begun: list[Episode] = []
+        self.told: set[tuple[int, str, str]] = set()
 
     def observe(self, step: int, metrics: dict[str, float]) -> dict[str, float]:
         """Judge a step's metrics and log what begins, which then stands in `begun`; returns {"alarms/active": episodes}."""
-        self.begun = self._judge(metrics)
+        self.begun = [replace(episode, is_told=(step, episode.alarm, episode.metric) in self.told) for episode in self._judge(metrics)]
         for episode in self.begun:
             LOG.warning("alarm at step %d: %s", step, episode.line)
         return {"alarms/active": sum(series.is_active for series in self.series.values())}
 
-    def replay(self, records: Iterable[dict[str, float]]) -> None:
-        """Take up where these records end; what began in them has been logged, and done."""
+    def replay(self, records: Iterable[dict[str, float]], discarded: Iterable[dict[str, float]] = ()) -> None:
+        """Take up where these records end; what began in them has been logged, and done. discarded: those after them, whose steps will be done again."""
         self.series = {}
         for record in records:
             if record["step"]:
                 self._judge(record)
+        ahead = Alarms(self.rules)
+        ahead.series = copy.deepcopy(self.series)
+        self.told = {(record["step"], episode.alarm, episode.metric) for record in discarded if record["step"] for episode in ahead._judge(record)}
 
     def _judge(self, metrics: dict[str, float]) -> list[Episode]:
         """The episodes that these metrics begin."""
@@ -143,6 +153,8 @@ def _next(rule: AlarmRule, name: str, unit_name: str | None, series: Series, oth
 
 def _exceeds(rule: AlarmRule, value: float, unit: float, unit_name: str) -> tuple[bool, str]:
     """Whether a mean is on the wrong side of its limit, and what that is in words."""
+    if rule.condition is AlarmCondition.equal:
+        return max(value, unit) >= rule.least and abs(value - unit) <= rule.threshold * unit, f"as {unit_name} ({unit:.3g})"
     is_below, limit = rule.condition is AlarmCondition.below, rule.threshold * unit
     against = f"{rule.threshold:g}" if not unit_name else f"{rule.threshold:g} x {unit_name} ({unit:.3g})"
     is_large = rule.least == 0 or max(value, unit if unit_name else 0.0) >= rule.least
@@ -156,6 +168,8 @@ def _holds(rule: AlarmRule, series: Series, others: list[Series]) -> tuple[bool,
         is_flat = held_after < NEAR_ONE and held_after - held_before < FLAT
         falls = before >= rule.least and after < rule.threshold * before
         return is_flat and falls, f"down from {before:.3g} while {rule.relative_to} stays at {held_after:.3g}"
+    if rule.condition is AlarmCondition.falling:
+        return before >= rule.least and after < rule.threshold * before, f"down from {before:.3g}"
     full = [_halves(other) for other in others if len(other.recent) == rule.window]
     falls = bool(full) and sum(second[0] for _, second in full) < sum(first[0] for first, _ in full)
     return falls and after >= rule.least and after > rule.threshold * before, f"up from {before:.3g} while the other domains fall"
@@ -174,7 +188,7 @@ def _means(values: list[tuple[float, float]]) -> tuple[float, float]:
 
 
 def _unit(rule: AlarmRule, name: str, metrics: dict[str, float], series: Series) -> tuple[float | None, str]:
-    """(what the threshold is multiplied by, or what is to rise, its name): 1 with an empty name, or None where it is not known at this step."""
+    """(what the threshold is multiplied by, or what is to rise or differ, its name): 1 with an empty name, or None where it is not known at this step."""
     if rule.relative_to is not None:
         other = rule.relative_to.replace("/D/", f"/{name.split('/')[1]}/")
         return metrics.get(other), other

@@ -5,7 +5,7 @@ from opd.config import DistillConfig
 from opd.distributed import start_processes
 from opd.engine import Engine
 from opd.evaluator import Evaluator, evaluation_metrics
-from opd.metrics import data_metrics, rollout_metrics
+from opd.metrics import data_metrics, grades, rollout_metrics
 from opd.rollouts import build_stream, data_ranks
 from opd.run import finish_run, open_run
 from opd.samples import Samples
@@ -41,10 +41,10 @@ def distill(cfg: DistillConfig) -> None:
             with tracker.timer("rollout"):
                 rollouts = stream.next(step, engine)
             with tracker.timer("score"):
-                scored = teachers.score(rollouts)                        # each rollout by the teacher of its domain
+                scored, scores = teachers.score(rollouts), grades(rollouts, cfg.domains, tokenizer)  # by the teacher, and grader, of its domain
             with tracker.timer("update"):
-                metrics = update(engine, teachers, scored, cfg, samples)
-            metrics |= rollout_metrics(rollouts, stream, cfg, tokenizer)
+                metrics = update(engine, teachers, scored, cfg, samples, scores)
+            metrics |= rollout_metrics(rollouts, stream, cfg, tokenizer, scores)
             if is_due(step + 1, cfg.evaluation.every):
                 metrics |= evaluation_metrics(evaluator.evaluate(stream.sampler, engine))
             tracker.log(step + 1, metrics)

@@ -14,8 +14,13 @@ Step 0 holds what was measured before training. Names:
                       from which nothing is learnt
     domain/D/length_penalty                   mean of what length costs, where it does (grpo.length_penalty)
     grpo/reward, zero_variance                the same over all domains
-    domain/D/mismatch_kl, mismatch_max        KL(sampler || trainer) of the same student, nats: mean over the tokens of r - 1 - log r with
-                      r = p_trainer / p_sampler of the sampled token, which is unbiased and never negative; and the largest |log r|. Not with
+    domain/D/overlap                          share of the student's 16 likeliest tokens that are among the teacher's 16 likeliest, mean over every
+                      eighth token of the loss (opd/likeliest.py); where the teacher gives its whole distribution, or a top-k of 16 or more
+    domain/D/log_ratio_right, log_ratio_wrong mean |log p_student - log p_teacher| of the sampled token, nats at temperature 1, over the same tokens
+                      of the rollouts that were graded 1, and of those graded less; not with a top-k
+    domain/D/mismatch_kl, mismatch_p99, mismatch_max           KL(sampler || trainer) of the same student, nats: mean over the tokens of r - 1 - log r
+                      with r = p_trainer / p_sampler of the sampled token, which is unbiased and never negative; the 99th percentile of |log r| (of n tokens
+                      number floor(n / 100) + 1 from the largest), and the largest. Not with
                       temperature 0, top_p, top_k or min_p (SamplingConfig.comparable_temperature). With staleness 0 the weights are the same and
                       this is numerics alone; with 1 it contains one update, and with rollout.replay all that lies between the two students
     domain/D/masked                           share of the step's rollouts left out of the loss (rollout.max_mismatch, where it is given)
@@ -70,7 +75,7 @@ Step 0 holds what was measured before training. Names:
 
 Means are always sums over the whole step divided by counts over the whole step, never means of means.
 
-N: completion tokens of a micro-batch, flattened. S: figures summed.
+N: completion tokens of a micro-batch, flattened. R: those of them that are compared. B: its rollouts. S: figures summed.
 """
 
 from collections.abc import Mapping
@@ -80,7 +85,7 @@ from transformers import PreTrainedTokenizerBase
 
 from opd.batch import MicroBatch
 from opd.config import DistillConfig, SpecializeConfig
-from opd.distributed import Group, reduce_max, reduce_sum
+from opd.distributed import Group, gather_objects, reduce_max, reduce_sum
 from opd.throughput import rollout_work
 from opd.tiles import TokenLosses
 from rollout.grading import grade_rollout
@@ -100,6 +105,7 @@ class DomainTotals:
     def __init__(self, domains: list[str]):
         self.totals: dict[str, dict[str, float]] = {domain: {} for domain in domains}
         self.maxima: dict[str, float] = {}
+        self.values: dict[str, list[torch.Tensor]] = {domain: [] for domain in domains}
 
     def add(self, domain: str, **values: float) -> None:
         sums = self.totals[domain]
@@ -115,6 +121,23 @@ class DomainTotals:
         own = torch.tensor([self.maxima.get(domain, 0.0) for domain in self.totals], dtype=torch.float64)
         return dict(zip(self.totals, reduce_max(own, Group.data).tolist(), strict=True))
 
+    def add_values(self, domain: str, value_N: torch.Tensor) -> None:
+        """Keep some of a domain's values, of which a percentile is wanted."""
+        self.values[domain].append(value_N.double().cpu())
+
+    def reduced_percentile(self) -> dict[str, float]:
+        """The exact 99th percentile of each domain's values over all ranks, 0 where there was none; every rank has to call it.
+
+        Of n values it is number floor(n / 100) + 1 from the largest, so ranks tell each other no more of theirs than that.
+        """
+        own = {domain: torch.cat(values) if values else torch.zeros(0, dtype=torch.float64) for domain, values in self.values.items()}
+        counts = reduce_sum(torch.tensor([len(value_N) for value_N in own.values()], dtype=torch.float64), Group.data).tolist()
+        places = {domain: int(count) // 100 + 1 for domain, count in zip(own, counts, strict=True)}
+        largest = {domain: value_N.topk(min(places[domain], len(value_N))).values for domain, value_N in own.items()}
+        parts = gather_objects(largest, Group.data)
+        everything = {domain: torch.cat([part[domain] for part in parts]) for domain in own}
+        return {domain: float(value_N.topk(places[domain]).values[-1]) if len(value_N) else 0.0 for domain, value_N in everything.items()}
+
     def names(self) -> set[str]:
         """What this rank has added for any domain."""
         return {name for sums in self.totals.values() for name in sums}
@@ -129,10 +152,18 @@ class DomainTotals:
 ROLLOUT_SUMS = ("rollouts", "completion_tokens", "truncated", "looped", "after_loop", "graded", "score")
 OPTIONAL_SUMS = ("student_entropy", "teacher_entropy", "student_tail", "teacher_tail", "capped", "reference_kl")
 LOSS_SUMS = ("tokens", "sequences", "loss", "weighted_loss", "mismatch_kl", *OPTIONAL_SUMS)
+COMPARED_SUMS = ("overlap_tokens", "overlap", "right_tokens", "right_ratio", "wrong_tokens", "wrong_ratio")
 
 
 Scores = Mapping[tuple[int, int], float]
 """What graders gave rollouts, by `rollout.replay.rollout_key`."""
+
+
+def grades(rollouts: list[Rollout], domains: dict[str, DomainConfig], tokenizer: PreTrainedTokenizerBase) -> Scores:
+    """The scores of this rank's rollouts whose domain has a grader."""
+    graders = {name: domain.grader for name, domain in domains.items() if domain.grader is not None}
+    graded = [rollout for rollout in rollouts if rollout.prompt.domain in graders]
+    return {rollout_key(rollout): grade_rollout(graders[rollout.prompt.domain], rollout, tokenizer) for rollout in graded}
 
 
 def rollout_totals(
@@ -140,13 +171,14 @@ def rollout_totals(
 ) -> dict[str, dict[str, float]]:
     """Counts, lengths and grades of a step's rollouts, per domain over all ranks; `scores` where they are graded already."""
     totals = DomainTotals(list(domains))
+    scores = grades(rollouts, domains, tokenizer) if scores is None else scores
     for rollout in rollouts:
         domain, grader = rollout.prompt.domain, domains[rollout.prompt.domain].grader
         length, end = len(rollout.completion_T), loop_end(rollout.completion_T)
         totals.add(domain, rollouts=1, completion_tokens=length, truncated=not rollout.finished)
         totals.add(domain, looped=end is not None, after_loop=0 if end is None else length - end)
         if grader is not None:
-            totals.add(domain, graded=1, score=grade_rollout(grader, rollout, tokenizer) if scores is None else scores[rollout_key(rollout)])
+            totals.add(domain, graded=1, score=scores[rollout_key(rollout)])
     return totals.reduced(ROLLOUT_SUMS)
 
 
@@ -166,7 +198,7 @@ def add_losses(totals: DomainTotals, batch: MicroBatch, losses: TokenLosses) -> 
     if losses.target_logprob_N is not None:
         log_ratio_N = (losses.target_logprob_N - batch.sampled_logprob_N).double() * mask_N
         columns["mismatch_kl"] = mismatch(log_ratio_N)
-        _add_maxima(totals, batch, log_ratio_N.abs())
+        _add_ratios(totals, batch, log_ratio_N.abs())
     per_token_NS = torch.stack([column.double() for column in columns.values()], dim=1)
     per_rollout = torch.zeros(len(batch.rollouts), len(columns), dtype=torch.float64, device=mask_N.device).index_add_(0, batch.rollout_N, per_token_NS)
     for rollout, sums in zip(batch.rollouts, per_rollout.tolist(), strict=True):
@@ -178,7 +210,30 @@ def mismatch(log_ratio_N: torch.Tensor) -> torch.Tensor:
     return torch.expm1(log_ratio_N) - log_ratio_N
 
 
-def _add_maxima(totals: DomainTotals, batch: MicroBatch, value_N: torch.Tensor) -> None:
+def add_compared(totals: DomainTotals, batch: MicroBatch, losses: TokenLosses, scores: Scores) -> None:
+    """Add what was found at every eighth token (opd/likeliest.py), where it was asked for; scores: of the rollouts that have a grade."""
+    found = losses.compared
+    if batch.is_filler or found is None:
+        return
+    ones_R = torch.ones(len(found.row_R), dtype=torch.float64, device=found.row_R.device)
+    columns = [ones_R, ones_R if found.overlap_R is None else found.overlap_R, ones_R if found.log_ratio_R is None else found.log_ratio_R.abs()]
+    per_rollout = torch.zeros(len(batch.rollouts), 3, dtype=torch.float64, device=ones_R.device)
+    per_rollout.index_add_(0, batch.rollout_N[found.row_R], torch.stack(columns, dim=1))
+    for rollout, (tokens, overlap, ratio) in zip(batch.rollouts, per_rollout.tolist(), strict=True):
+        domain, score = rollout.prompt.domain, scores.get(rollout_key(rollout))
+        if found.overlap_R is not None:
+            totals.add(domain, overlap_tokens=tokens, overlap=overlap)
+        if found.log_ratio_R is not None and score is not None:
+            kind = "right" if score >= 1 else "wrong"
+            totals.add(domain, **{f"{kind}_tokens": tokens, f"{kind}_ratio": ratio})
+
+
+def _add_ratios(totals: DomainTotals, batch: MicroBatch, value_N: torch.Tensor) -> None:
+    """Add what the largest and the 99th percentile of a step are taken from. value_N: 0 outside the loss."""
+    domains = [rollout.prompt.domain for rollout in batch.rollouts]
+    for domain in sorted(set(domains)):
+        is_own_B = torch.tensor([own == domain for own in domains], device=value_N.device)
+        totals.add_values(domain, value_N[is_own_B[batch.rollout_N] & batch.mask_N])
     largest = torch.zeros(len(batch.rollouts), dtype=value_N.dtype, device=value_N.device).scatter_reduce_(0, batch.rollout_N, value_N, "amax")
     for rollout, value in zip(batch.rollouts, largest.tolist(), strict=True):
         totals.add_maximum(rollout.prompt.domain, value)
@@ -222,7 +277,7 @@ def rollout_metrics(
 
 def loss_metrics(totals: DomainTotals, is_distillation: bool) -> dict[str, float]:
     """Metrics of the losses added with `add_losses`, over all ranks."""
-    sums_of, maxima = totals.reduced(LOSS_SUMS), totals.reduced_maxima()
+    sums_of, maxima, percentiles = totals.reduced(LOSS_SUMS), totals.reduced_maxima(), totals.reduced_percentile()
     names = totals.names()
     loss = sum(sums["weighted_loss"] for sums in sums_of.values())
     result = {"step/loss": loss}
@@ -235,12 +290,24 @@ def loss_metrics(totals: DomainTotals, is_distillation: bool) -> dict[str, float
                 result[f"domain/{domain}/{name}"] = sums[name] / sums["tokens"]
         if "mismatch_kl" in names:
             result[f"domain/{domain}/mismatch_kl"] = sums["mismatch_kl"] / sums["tokens"]
+            result[f"domain/{domain}/mismatch_p99"] = percentiles[domain]
             result[f"domain/{domain}/mismatch_max"] = maxima[domain]
         if is_distillation:
             result[f"domain/{domain}/kl_per_token"] = sums["loss"] / sums["tokens"]
             result[f"domain/{domain}/kl_per_sequence"] = sums["loss"] / sums["sequences"]
         else:
             result[f"domain/{domain}/loss_per_token"] = sums["loss"] / sums["tokens"]
+    return result | _compared_metrics(totals)
+
+
+def _compared_metrics(totals: DomainTotals) -> dict[str, float]:
+    result = {}
+    for domain, sums in totals.reduced(COMPARED_SUMS).items():
+        if sums["overlap_tokens"]:
+            result[f"domain/{domain}/overlap"] = sums["overlap"] / sums["overlap_tokens"]
+        for kind in ("right", "wrong"):
+            if sums[f"{kind}_tokens"]:
+                result[f"domain/{domain}/log_ratio_{kind}"] = sums[f"{kind}_ratio"] / sums[f"{kind}_tokens"]
     return result
 
 

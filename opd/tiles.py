@@ -36,7 +36,7 @@ class TokenLosses:
     capped_N: 1 where loss.cap, or GRPO's clip of the ratio, acts on the token, else 0.
     target_logprob_N: the student's log-probability of the token that was sampled, where `Targets` ask for it.
     reference_kl_N: the reverse KL from GRPO's reference.
-    likeliest: opd/likeliest.py, of a micro-batch that is inspected.
+    likeliest, compared: opd/likeliest.py, of a micro-batch that is inspected, or compared.
     """
 
     loss_N: torch.Tensor
@@ -48,6 +48,7 @@ class TokenLosses:
     target_logprob_N: torch.Tensor | None = None
     reference_kl_N: torch.Tensor | None = None
     likeliest: Any = None
+    compared: Any = None
 
 
 @dataclass(frozen=True, slots=True)

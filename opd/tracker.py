@@ -69,9 +69,10 @@ class Tracker:
             forget_scores(self.file.parent, step)
         if is_main() and self.file.exists():
             whole = [line for line in self.file.read_text().splitlines() if line.endswith("}")]  # a kill may have cut the last one
-            kept = [line for line in whole if json.loads(line)["step"] <= step] if step else []
+            records = [json.loads(line) for line in whole]
+            kept = [line for line, record in zip(whole, records, strict=True) if step and record["step"] <= step]
             replace_text(self.file, "".join(line + "\n" for line in kept))
-            self._take_up([json.loads(line) for line in kept])
+            self._take_up(records[: len(kept)], records[len(kept) :])
         if step:
             self.display.say(f"{self.task}: continues after step {step}")
             self.profiler.step_done(step)
@@ -140,13 +141,13 @@ class Tracker:
             self.checkpoint = newest["step"]
             self.wandb.made("checkpoint", "checkpoint", str(pointer.parent / newest["tag"]), f"step-{self.checkpoint}")
 
-    def _take_up(self, records: list[dict[str, Any]]) -> None:
-        """Remember what later steps are held against."""
+    def _take_up(self, records: list[dict[str, Any]], discarded: list[dict[str, Any]]) -> None:
+        """Remember what later steps are held against, and of the discarded ones what has been told."""
         if self.wandb is not None:
             self.wandb.take_up(records)
         self.first = next((record for record in records if record["step"] == 0), {})
         if self.alarms is not None:
-            self.alarms.replay(records)
+            self.alarms.replay(records, discarded)
 
     def _judged(self, step: int, metrics: dict[str, float]) -> dict[str, float]:
         """A step's metrics with those that need the steps before."""

@@ -23,7 +23,7 @@ from opd.config import DistillConfig, RunConfig
 from opd.distributed import Group, gather_objects, is_main, num_ranks, reduce_sum
 from opd.engine import Engine
 from opd.gradient_share import gradient_shares
-from opd.metrics import DomainTotals, add_losses, loss_metrics, teacher_loss_metrics
+from opd.metrics import DomainTotals, Scores, add_compared, add_losses, loss_metrics, teacher_loss_metrics
 from opd.mismatch import mask_mismatched
 from opd.quant_config import ExpertFormat
 from opd.route_replay import require_routes
@@ -43,16 +43,18 @@ LOG = logging.getLogger(__name__)
 
 
 def update(
-    engine: Engine, teachers: TeacherPool, scored: list[ScoredRollout], cfg: DistillConfig, samples: Samples | None = None
+    engine: Engine, teachers: TeacherPool, scored: list[ScoredRollout], cfg: DistillConfig, samples: Samples | None = None, scores: Scores | None = None
 ) -> dict[str, float]:
-    """Distil one step's scored rollouts (this rank's) into the student; returns the step's metrics. samples: what keeps a few of them, where it is due."""
+    """Distil one step's scored rollouts (this rank's) into the student; returns the step's metrics. samples: what keeps a few of them, where it is due.
+    scores: of the graders, for metrics alone.
+    """
     require_routes([item.rollout for item in scored], cfg.student.replay_routes, len(engine.recorder.routers))
     scored, masked = mask_mismatched(engine, teachers.recovered(scored), cfg)
     weights, metrics = domain_weights([item.rollout for item in scored], cfg, engine.policy_step)
     batches = distillation_batches(scored, weights, cfg.batch, engine.least_length)
     step = engine.policy_step + 1
     kept = samples if samples is not None and samples.is_due(step) else None
-    metrics |= train(engine, batches, cfg, teachers, kept)
+    metrics |= train(engine, batches, cfg, teachers, kept, scores)
     if kept is not None:
         kept.write(step)
     return metrics | masked | score_work(scored, teachers) | teachers.metrics()
@@ -84,10 +86,15 @@ def domain_weights(rollouts: list[Rollout], cfg: RunConfig, step: int) -> tuple[
 
 
 def train(
-    engine: Engine, batches: list[MicroBatch], cfg: RunConfig, teachers: TeacherPool | None, samples: Samples | None = None
+    engine: Engine,
+    batches: list[MicroBatch],
+    cfg: RunConfig,
+    teachers: TeacherPool | None,
+    samples: Samples | None = None,
+    scores: Scores | None = None,
 ) -> dict[str, float]:
     """One optimizer update from the step's micro-batches (this rank's); returns its metrics. teachers: whose hidden states and heads they need, if any.
-    samples: where the losses of the tokens go too.
+    samples: where the losses of the tokens go too. scores: of the rollouts' graders, for metrics alone.
     """
     distils = isinstance(cfg, DistillConfig) and teachers is not None
     totals = DomainTotals(list(cfg.domains))
@@ -109,13 +116,15 @@ def train(
         if batch.signal is SignalKind.hidden_states:
             batch = with_hidden(batch, teachers)
             head = teachers.head(batch.teacher, _next_teacher(batches, number))
-        batch = replace(batch.to(engine.device), is_inspected=samples is not None and not batch.is_filler)
+        is_real = not batch.is_filler
+        batch = replace(batch.to(engine.device), is_inspected=samples is not None and is_real, is_compared=distils and is_real)
         scale = 0.0 if batch.is_filler else balance_scale
         is_last = number == len(batches) - 1
         loss, losses = engine.loss(batch, head, is_last, scale)
         finite.append(losses.loss_N.isfinite())
         engine.backward(_spoiled_unless_finite(loss, finite) if is_last else loss)
         add_losses(totals, batch, losses)
+        add_compared(totals, batch, losses, scores or {})
         if samples is not None:
             samples.add(batch, losses)
     metrics |= engine.step()

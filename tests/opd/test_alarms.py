@@ -2,20 +2,15 @@
 
 import math
 import re
-import shlex
-import sys
-import threading
-from dataclasses import replace
 
 import pytest
 
 from opd.__main__ import load_config
-from opd.alarm_actions import act
 from opd.alarm_config import AlarmAction, AlarmRule, check_alarms, documented_metrics
-from opd.alarms import CALM_STEPS, START_STEPS, Alarms, Episode, rules_of
+from opd.alarms import CALM_STEPS, START_STEPS, Alarms, rules_of
 from opd.config import DistillConfig
-from opd.errors import STOPPED, Preempted
-from opd.stopping import StopRequest
+from opd.signal_check import refusals
+from opd.signal_figures import SignalFigures
 
 LOOPED = AlarmRule(metric="domain/D/looped", threshold=0.05, window=1, message="loops")
 SHIPPED = load_config("distill", []).alarms.rules
@@ -48,12 +43,20 @@ def rising(name: str, start: float, end: float) -> list[dict[str, float]]:
     return constant(**{name: start})[:START_STEPS] + constant(**{name: end})
 
 
-def moving(law: tuple[float, float], code: tuple[float, float], accuracy: tuple[float, float] = (0.5, 0.8)) -> list[dict[str, float]]:
-    """Ten steps, then ten others, of the divergence of two domains, and of the first one's accuracy."""
-    halves = [
-        {"domain/law/kl_per_token": law[half], "domain/code/kl_per_token": code[half], "domain/law/accuracy": accuracy[half]} for half in (0, 1)
-    ]  # fmt: skip
+def moving(**figures: tuple[float, float]) -> list[dict[str, float]]:
+    """Ten steps, then ten others; law_accuracy=(0.5, 0.8) is domain law's in both."""
+    halves = [{f"domain/{name.replace('_', '/', 1)}": values[half] for name, values in figures.items()} for half in (0, 1)]
     return halves[:1] * 10 + halves[1:] * 10
+
+
+def sliding(start: float, slope: float) -> list[dict[str, float]]:
+    """Twenty steps on which the overlap changes evenly."""
+    return [{"domain/law/overlap": start + slope * step} for step in range(20)]
+
+
+def only_wrong(steps: list[dict[str, float]]) -> list[dict[str, float]]:
+    """The same, but on every second step no rollout was right."""
+    return [step if number % 2 else {name: step[name] for name in step if not name.endswith("right")} for number, step in enumerate(steps)]
 
 
 CASES = [
@@ -67,15 +70,35 @@ CASES = [
     ("few_tokens", constant(token_share=0.1, prompt_share_asked=0.5), constant(token_share=0.15, prompt_share_asked=0.5)),
     ("many_tokens", constant(token_share=0.9, prompt_share_asked=0.2), constant(token_share=0.7, prompt_share_asked=0.2)),
     ("mismatch", constant(mismatch_kl=2e-3), constant(mismatch_kl=5e-4)),
-    ("mismatch_token", constant(mismatch_max=1.7), constant(mismatch_max=1.5)),
+    ("mismatch_token", constant(mismatch_p99=1.7), constant(mismatch_p99=1.5, mismatch_max=9.0)),
     ("negative_kl", constant(kl_per_token=-1e-4), constant(kl_per_token=-1e-7)),
-    ("left_behind", moving((0.1, 0.16), (0.2, 0.1)), moving((0.1, 0.14), (0.2, 0.1))),
-    ("left_behind", moving((0.1, 0.16), (0.2, 0.1)), moving((0.1, 0.16), (0.1, 0.2))),
-    ("style_only", moving((0.2, 0.1), (0.2, 0.1), (0.5, 0.505)), moving((0.2, 0.1), (0.2, 0.1), (0.5, 0.6))),
-    ("style_only", moving((0.2, 0.1), (0.2, 0.1), (0.5, 0.505)), moving((0.2, 0.1), (0.2, 0.1), (0.99, 0.99))),
+    ("overlap", sliding(0.8, -0.005), sliding(0.8, -0.003)),
+    ("overlap", moving(law_overlap=(0.7, 0.65)), moving(law_overlap=(0.65, 0.7))),
+    ("left_behind", moving(law_kl_per_sequence=(1.0, 1.6), code_kl_per_sequence=(2, 1)), moving(law_kl_per_sequence=(1.0, 1.4), code_kl_per_sequence=(2, 1))),
+    ("left_behind", moving(law_kl_per_sequence=(1.0, 1.6), code_kl_per_sequence=(2, 1)), moving(law_kl_per_sequence=(1.0, 1.6), code_kl_per_sequence=(1, 2))),
+    ("style_only", moving(law_kl_per_token=(0.2, 0.1), law_accuracy=(0.5, 0.505)), moving(law_kl_per_token=(0.2, 0.1), law_accuracy=(0.5, 0.6))),
+    ("style_only", moving(law_kl_per_token=(0.2, 0.1), law_accuracy=(0.5, 0.505)), moving(law_kl_per_token=(0.2, 0.1), law_accuracy=(0.99, 0.99))),
+    ("teacher_noise", constant(log_ratio_right=0.49, log_ratio_wrong=0.5), constant(log_ratio_right=0.4, log_ratio_wrong=0.5)),
+    ("teacher_noise", constant(log_ratio_right=0.51, log_ratio_wrong=0.5), constant(log_ratio_right=0.6, log_ratio_wrong=0.5)),
+    ("teacher_noise", constant(log_ratio_right=0.5, log_ratio_wrong=0.5), only_wrong(constant(log_ratio_right=0.5, log_ratio_wrong=0.5))),
+    ("teacher_noise", constant(log_ratio_right=0.5, log_ratio_wrong=0.5), constant(log_ratio_right=0.005, log_ratio_wrong=0.005)),
     ("skipped", [{"optim/skipped_steps": 1.0}], [{"optim/skipped_steps": 0.0}]),
 ]
 """An alarm that ships, steps on which it fires, steps beside them on which it does not."""
+
+SECTION_8 = {
+    "negative KL (top-k bug)": ("negative_kl", "domain/D/kl_per_token", "below", -1e-5, None),
+    "truncation x2": ("truncated", "domain/D/truncated", "ratio_to_start", 2.0, None),
+    "entropy < .5 teacher's": ("entropy", "domain/D/student_entropy", "below", 0.5, "domain/D/teacher_entropy"),
+    "ratio p99 > 5": ("mismatch_token", "domain/D/mismatch_p99", "above", 1.61, None),
+    "share of any domain < 1/4 target": ("few_tokens", "domain/D/token_share", "below", 0.25, "domain/D/prompt_share_asked"),
+    "share of any domain > 4x target": ("many_tokens", "domain/D/token_share", "above", 4.0, "domain/D/prompt_share_asked"),
+    "overlap falling for 20 updates": ("overlap", "domain/D/overlap", "falling", 0.95, None),
+    "kappa rising in one domain while falling in the rest": ("left_behind", "domain/D/kl_per_sequence", "rising_alone", 1.5, None),
+    "loss falls while accuracy flat": ("style_only", "domain/D/kl_per_token", "falling_while_flat", 0.8, "domain/D/accuracy"),
+    "all |r| on correct/incorrect equal": ("teacher_noise", "domain/D/log_ratio_right", "equal", 0.05, "domain/D/log_ratio_wrong"),
+}
+"""The alarms that section 8 of the project's survey of distillation lists, and the rule that is each; "self-teacher loss > 1e-4" is a refusal at the start."""
 
 
 @pytest.mark.parametrize(("name", "wrong", "sound"), CASES)
@@ -89,6 +112,20 @@ def test_an_alarm_fires_on_what_it_is_for_and_not_beside_it(name, wrong, sound, 
 def test_every_alarm_that_ships_has_a_case_and_says_what_helps():
     assert {name for name, _, _ in CASES} == set(SHIPPED)
     assert all(len(rule.message) > 40 for rule in SHIPPED.values())
+
+
+def test_the_alarms_of_the_surveys_section_8_ship():
+    shipped = {name: (name, rule.metric, rule.condition.value, rule.threshold, rule.relative_to) for name, rule in SHIPPED.items()}
+    assert [shipped.get(row[0]) for row in SECTION_8.values()] == list(SECTION_8.values())
+    assert math.log(5) == pytest.approx(SHIPPED["mismatch_token"].threshold, abs=1e-3)
+    assert SHIPPED["overlap"].window == 20
+
+
+@pytest.mark.parametrize(("self_kl", "is_refused"), [(2e-4, True), (5e-5, False), (math.nan, True)])
+def test_a_self_teacher_loss_above_1e_4_is_refused_at_the_start(self_kl, is_refused):
+    fields = dict.fromkeys(SignalFigures.__slots__) | {"self_kl": self_kl}
+    found = refusals("arithmetic", SignalFigures(**fields), distill_config("domain=[arithmetic]"), 100)
+    assert [("away from itself" in sentence) for sentence in found] == [True] * is_refused
 
 
 def test_the_line_says_where_how_much_and_against_what(caplog):
@@ -185,7 +222,8 @@ def test_a_rule_is_changed_dropped_and_added_on_the_command_line():
         ("alarms.rules.left_behind.window=2", "alarms.rules.left_behind.window must be at least 4, not 2"),
         ("alarms.rules.looped.threshold=null", "alarms.rules.looped has no threshold"),
         ("alarms.rules.looped.action=explode", "alarms.rules.looped.action"),
-        ("alarms.rules.style_only.relative_to=null", "needs relative_to"),
+        ("alarms.rules.style_only.relative_to=null", "needs relative_to, the metric that ought to rise"),
+        ("alarms.rules.teacher_noise.relative_to=null", "needs relative_to, the metric that ought to differ"),
         ("alarms.command=\"'say\"", "is no command"),
     ],
 )
@@ -200,52 +238,3 @@ def test_every_metric_that_a_run_writes_may_be_watched(golden_dir):
     missing = [name for name in letters if name not in documented_metrics() and not re.search(r"_(low|high)$|/PHASE$|^(seconds|balance)/", name)]
     assert missing == []
     check_alarms(distill_config().alarms)
-
-
-SCRIPT = "import os, sys; open(sys.argv[1], 'a').write(' '.join(os.environ[name] for name in ('OPD_ALARM', 'OPD_METRIC', 'OPD_STEP', 'OPD_VALUE')) + chr(10))"
-
-
-def episode(action: AlarmAction) -> Episode:
-    return Episode(alarm="looped", metric="domain/law/looped", value=0.25, action=action, line="domain/law/looped is 0.25: loops")
-
-
-def wait_for_threads() -> None:
-    for thread in threading.enumerate():
-        if thread.name.endswith("(_run)"):
-            thread.join(60)
-
-
-def test_an_alert_runs_the_users_command_once_per_episode_beside_the_run(tmp_path):
-    command = shlex.join([sys.executable, "-c", SCRIPT, str(tmp_path / "told")])
-    alarms = Alarms({"looped": replace(LOOPED, action=AlarmAction.alert)})
-    for step, value in enumerate([0.0, 0.25, 0.25, 0.25], start=1):
-        alarms.observe(step, {"domain/law/looped": value})
-        act(tmp_path, step, alarms.begun, command, None)
-    wait_for_threads()
-    assert (tmp_path / "told").read_text() == "looped domain/law/looped 2 0.25\n"
-
-
-def test_a_command_that_fails_is_a_line_and_no_more(tmp_path, caplog):
-    for command in (shlex.join([sys.executable, "-c", "import sys; sys.exit('no network')"]), "./nowhere"):
-        act(tmp_path, 1, [episode(AlarmAction.alert)], command, None)
-    wait_for_threads()
-    assert sorted(message.partition(":")[0] for message in caplog.messages) == ["alarms.command has ended with exit code 1", "alarms.command has failed"]
-
-
-def test_a_log_action_does_nothing_but_log(tmp_path):
-    act(tmp_path, 1, [episode(AlarmAction.log)], shlex.join([sys.executable, "-c", SCRIPT, str(tmp_path / "told")]), None)
-    wait_for_threads()
-    assert not (tmp_path / "told").exists()
-
-
-def test_a_stop_ends_the_run_after_its_checkpoint_with_a_code_of_its_own(tmp_path, device):
-    with StopRequest(distill_config("num_steps=9")) as stop:
-        assert not stop.is_due(1)
-        act(tmp_path, 2, [episode(AlarmAction.stop)], None, None)
-        assert stop.is_due(2)
-        words = r"stopped after step 2 \(alarm looped: domain/law/looped is 0.25\), with a checkpoint: .*; with alarms.rules.looped.action=log the "
-        with pytest.raises(Preempted, match=words) as end:
-            stop.leave(2)
-    assert end.value.code == STOPPED
-    with StopRequest(distill_config("num_steps=9")) as stop:
-        assert not stop.is_due(3), "the next start is not asked to stop"

@@ -91,6 +91,20 @@ def test_a_process_of_a_launcher_takes_its_place_from_the_environment():
     assert on_two_ranks(script) == expected
 
 
+def test_a_percentile_of_two_ranks_values_is_that_of_all_of_them():
+    script = (
+        "import torch\n"
+        "from opd.distributed import *\n"
+        "from opd.metrics import DomainTotals\n"
+        "start_processes(1.0)\n"
+        "totals = DomainTotals(['law', 'code', 'absent'])\n"
+        "totals.add_values('law', torch.arange(150.0) + 150 * rank(Group.data))\n"
+        "totals.add_values('code', torch.arange(200.0)[rank(Group.data)::2])\n"
+        "print(totals.reduced_percentile())\n"
+    )
+    assert on_two_ranks(script) == [str({"law": 296.0, "code": 197.0, "absent": 0.0})] * 2
+
+
 def test_work_of_the_main_rank_may_take_longer_than_a_collective():
     script = (
         "import time\n"

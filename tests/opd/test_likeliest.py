@@ -1,4 +1,6 @@
-"""What student and teacher would have said at the worst tokens, against whole logits of transformers' own forward; and that the update does not notice it."""
+"""What student and teacher would have said, at the worst tokens and at every eighth, against whole logits of transformers' own forward; and that the update
+does not notice it.
+"""
 
 import copy
 import json
@@ -8,8 +10,9 @@ import pytest
 import torch
 
 from opd.config import DistillConfig
+from opd.divergence import ModelStates
 from opd.job_config import SamplesConfig
-from opd.likeliest import LIKELIEST, WORST
+from opd.likeliest import LIKELIEST, STRIDE, TOP, WORST, Compared, compare
 from opd.loss_config import DivergenceKind, LossConfig
 from opd.samples import Samples
 from opd.update import update
@@ -24,6 +27,7 @@ SIGNALS = {
     "forward KL": (1, LossConfig(kind=DivergenceKind.forward_kl, smoothing=0.1, cap=0.5), TeachersConfig(max_resident=2)),
     "policy gradient": (1, LossConfig(policy_gradient=True), TeachersConfig(max_resident=2)),
     "top_k": (1, LossConfig(), TeachersConfig(max_resident=2, signal=SignalKind.top_k, top_k=3)),
+    "wide top_k": (1, LossConfig(), TeachersConfig(max_resident=2, signal=SignalKind.top_k, top_k=20)),
     "sampled_token": (1, LossConfig(), TeachersConfig(max_resident=2, signal=SignalKind.sampled_token)),
 }
 
@@ -52,10 +56,10 @@ def setting(make_config, teacher_folders):
 def one_update(make_engine, v4_model, tokenizer, device, rollouts):
     """(metrics, weights afterwards) of one update, with samples kept in a folder where one is given."""
 
-    def make(cfg: DistillConfig, teachers: TeachersConfig, folder: Path | None = None) -> tuple[dict, dict]:
+    def make(cfg: DistillConfig, teachers: TeachersConfig, folder: Path | None = None, rollouts: list = rollouts, scores: dict | None = None):
         pool = TeacherPool(cfg.domains, teachers, tokenizer, device)
         engine = make_engine(v4_model, cfg)
-        metrics = update(engine, pool, pool.score(rollouts), cfg, None if folder is None else Samples(folder, cfg, tokenizer))
+        metrics = update(engine, pool, pool.score(rollouts), cfg, None if folder is None else Samples(folder, cfg, tokenizer), scores)
         return metrics, engine.full_weights()
 
     return make
@@ -99,9 +103,68 @@ def test_what_was_likely_is_what_the_models_own_forward_says(name, setting, one_
                     [given] = worst["teacher"]
                     assert (given["token"], given["logprob"]) == (target, pytest.approx(float(other_TV[place, target]), abs=1e-4))
                 else:
-                    require_likeliest(worst["teacher"], other_TV[place], 3 if name == "top_k" else LIKELIEST)
+                    require_likeliest(worst["teacher"], other_TV[place], min(LIKELIEST, teachers.top_k))
                 looked_at += 1
     assert looked_at > 20
+
+
+def average(values: list) -> float:
+    return sum(values) / len(values)
+
+
+@pytest.mark.parametrize("name", SIGNALS)
+def test_overlap_and_ratios_are_those_of_every_eighth_token_by_the_models_own_forward(
+    name, setting, one_update, random_rollouts, v4_model, teacher_folders, tokenizer
+):
+    """Of two domains, with both grades in the one; the other has no grader."""
+    cfg, teachers = setting(name)
+    rollouts = random_rollouts([("law", 3, 19), ("code", 9, 2), ("law", 6, 14), ("code", 2, 12), ("law", 12, 21), ("code", 5, 15)])
+    rollouts[0].completion_mask_T[2:5] = False
+    scores = {(rollout.prompt.request, rollout.sample): grade for rollout, grade in zip(rollouts, (1.0, 0.0, 0.5, 1.0, 0.0, 1.0), strict=True)}
+    scores = {key: grade for key, grade in scores.items() if key[0] % 2 == 0}
+    student = copy.deepcopy(v4_model).eval()
+    metrics, _ = one_update(cfg, teachers, rollouts=rollouts, scores=scores)
+    overlaps, ratios = {domain: [] for domain in TEACHERS}, {"right": [], "wrong": []}
+    for rollout in rollouts:
+        domain, key = rollout.prompt.domain, (rollout.prompt.request, rollout.sample)
+        teacher = load_model(ModelConfig(model=str(teacher_folders[TEACHERS[domain]])), "teacher").eval()
+        own_TV, other_TV = (logprobs_of(model, rollout, len(tokenizer)) for model in (student, teacher))
+        for place in range(len(rollout.completion_T)):
+            if (place + sum(key)) % STRIDE == 0 and rollout.completion_mask_T[place]:
+                own, other = (set(row_V[place].topk(TOP).indices.tolist()) for row_V in (own_TV, other_TV))
+                overlaps[domain].append(len(own & other) / TOP)
+                if key in scores:
+                    token = rollout.completion_T[place]
+                    ratios["right" if scores[key] == 1 else "wrong"].append(abs(float(own_TV[place, token] - other_TV[place, token])))
+    expected = {f"domain/{domain}/overlap": average(values) for domain, values in overlaps.items() if name not in ("top_k", "sampled_token")}
+    expected |= {f"domain/law/log_ratio_{kind}": average(values) for kind, values in ratios.items() if "top_k" not in name}
+    found = {key: value for key, value in metrics.items() if "overlap" in key or "log_ratio" in key}
+    assert found == {key: pytest.approx(value, abs=1e-4) for key, value in expected.items()}
+
+
+def test_pieces_of_rows_and_of_the_vocabulary_change_no_figure(monkeypatch):
+    """A head with rows beyond the vocabulary; pieces that cut both rows and columns unevenly."""
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = (ModelStates(torch.randn(11, 8, generator=generator), torch.randn(60, 8, generator=generator)) for _ in range(2))
+    rows, target_N = torch.tensor([0, 2, 3, 7, 8, 10]), torch.randint(53, (11,), generator=generator)
+    monkeypatch.setattr("opd.likeliest.BLOCK_COLUMNS", 9)
+    monkeypatch.setattr("opd.likeliest.ROWS_AT_A_TIME", 4)
+    found = compare(student, teacher, rows, target_N, 53)
+    own_RV, other_RV = ((states.hidden_ND[rows].double() @ states.head_VD[:53].double().T).log_softmax(1) for states in (student, teacher))
+    shared = [len(set(own.topk(TOP).indices.tolist()) & set(other.topk(TOP).indices.tolist())) / TOP for own, other in zip(own_RV, other_RV, strict=True)]
+    assert found.overlap_R.tolist() == shared
+    torch.testing.assert_close(found.log_ratio_R, (own_RV - other_RV).gather(1, target_N[rows, None])[:, 0], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["zero3", "wide top_k"])
+def test_an_update_whose_tokens_are_compared_is_bit_identical_to_one_without(name, setting, one_update, monkeypatch):
+    cfg, teachers = setting(name)
+    metrics, weights = one_update(cfg, teachers)
+    monkeypatch.setattr("opd.trained_model.compare", lambda student, signal, rows, *rest: Compared(row_R=rows[:0], overlap_R=None, log_ratio_R=None))
+    without, weights_without = one_update(cfg, teachers)
+    assert "domain/law/overlap" in metrics
+    assert "domain/law/overlap" not in without
+    assert all(torch.equal(tensor, weights_without[key]) for key, tensor in weights.items())
 
 
 @pytest.mark.parametrize("name", ["zero3", "top_k"])

@@ -115,6 +115,17 @@ def test_tokens_outside_the_mask_enter_no_figure(make_rollout):
     assert metrics["step/loss"] == pytest.approx(4 * WEIGHT["law"])
 
 
+@pytest.mark.parametrize("count", [1, 99, 100, 101, 250, 1000])
+def test_the_99th_percentile_is_exact_over_the_tokens_of_a_step(count):
+    values = torch.rand(count, dtype=torch.float64, generator=torch.Generator().manual_seed(count))
+    totals = DomainTotals(DOMAINS)
+    for piece in values.split(37):
+        totals.add_values("law", piece)
+    ordered = sorted(values.tolist())
+    expected = next(value for place, value in enumerate(ordered, start=1) if 100 * place >= 99 * count)
+    assert totals.reduced_percentile() == {"law": expected, "code": 0.0, "absent": 0.0}
+
+
 def test_the_steps_loss_is_the_weighted_sum_and_its_shares_add_up_to_one(random_rollouts):
     metrics, tokens = losses_of(random_rollouts(SHAPES), 30)
     parts = {domain: sum(WEIGHT[domain] * token["loss"] for token in tokens if token["domain"] == domain) for domain in ("law", "code")}

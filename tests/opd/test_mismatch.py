@@ -160,6 +160,7 @@ def test_the_mismatch_of_a_domain_is_the_mean_over_the_tokens_of_its_loss(temper
         log_ratio = torch.cat([x[r.completion_mask_T] for x, r in zip(log_ratio, (r for r in shifted if r.prompt.domain == domain), strict=True)])
         assert metrics[f"domain/{domain}/mismatch_kl"] == pytest.approx(float((log_ratio.exp() - 1 - log_ratio).mean()), rel=1e-4)
         assert metrics[f"domain/{domain}/mismatch_max"] == pytest.approx(float(log_ratio.abs().max()), rel=1e-4)
+        assert metrics[f"domain/{domain}/mismatch_p99"] == metrics[f"domain/{domain}/mismatch_max"], "of less than a hundred tokens it is the largest"
 
 
 @pytest.mark.parametrize("family", ["v4", "qwen3_moe"])
