@@ -51,7 +51,7 @@ Step 0 holds what was measured before training. Names:
     quant/D/kl_per_token                      KL(student with unquantised experts || student), on some rollouts of the step
     quant/indexer_recall                      share of the entries that the unquantised indexer would keep among those the FP4 one keeps (queries with a choice)
     quant/flipped, quant/scale_spread         share of FP4 values that the update changed; largest spread of scale exponents in a 128 x 128 block
-    seconds/PHASE     of the rank that took longest: rollout, score, update (data and update of supervised training)
+    seconds/PHASE     of the rank that took longest: rollout, score (grading too), update (data and update of supervised training)
     seconds/weight_sync                       of the rollout's: the sampler taking over the trainer's weights
     seconds/step (evaluation included), throughput/completion_tokens_per_second
     throughput/rollout_tokens_per_second_per_device, score_tokens_per_second_per_device, update_tokens_per_second_per_device       opd/throughput.py

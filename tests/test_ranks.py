@@ -6,6 +6,7 @@ The runs on two ranks are made one after another by one pair of processes, since
 import itertools
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -192,6 +193,16 @@ def test_two_ranks_measure_the_cosines_of_gradients_that_one_measures(stage, sav
     expected, found = ([record[name] for record in records(folder) if name in record] for folder in (saved_run, at_stage / "none" / stage))
     assert len(expected) >= 1
     assert found == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.multi
+@pytest.mark.parametrize("stage", STAGES)
+def test_two_ranks_compare_the_tokens_that_one_compares(stage, saved_run, at_stage):
+    wanted = re.compile(r"domain/\w+/(overlap|log_ratio_right|log_ratio_wrong|mismatch_p99)")
+    one, two = ([{name: value for name, value in record.items() if wanted.fullmatch(name)} for record in records(folder)]
+                for folder in (saved_run, at_stage / "none" / stage))  # fmt: skip
+    assert {name.rsplit("/")[-1] for record in one for name in record} >= {"overlap", "log_ratio_wrong", "mismatch_p99"}
+    assert two == [pytest.approx(record, rel=1e-3, abs=1e-3) for record in one]
 
 
 @pytest.mark.multi
