@@ -4,10 +4,12 @@
      "host", "pid", "ranks", "code": sha256 of the sources of opd, teachers and rollout,
      "git": {"commit", "branch", "diff": "starts/DIGEST.patch" | null, "untracked": [names]} | null, of the repository that the sources are in,
      "versions": {"python", "opd", "torch", ...}, "hardware": {"system", "cpu", "cores", "memory_gib", "devices": [names]},
-     "student": {"model", "revision", "hash" | null} | null, "data": {D: {SOURCE: {"path", "revision", "rows", "sha256"}}}}
+     "student": {"model", "revision", "hash" | null} | null, "data": {D: {SOURCE: {"path", "revision", "rows", "sha256"}}},
+     "held_out": {D: {"path", "revision", "rows", "sha256"}}}
 
-data: sha256 of the rows in use, as tokens with their answers: the same file under another tokenizer or template is other data. Teachers are in teachers.json,
-the settings in config.yaml. Of a command that does not train, step is 0, student null and data empty: its config.yaml names the models. Passwords in
+data: sha256 of the rows in use, as tokens with their answers: the same file under another tokenizer or template is other data. held_out: of all held-out rows
+as they were read, of the domains that have some; an addition to schema 1, which earlier starts lack. Teachers are in teachers.json, the settings in
+config.yaml. Of a command that does not train, step is 0, student null, and data and held_out are empty: its config.yaml names the models. Passwords in
 addresses (http://user:word@host) are taken out; nothing of the environment is written.
 """
 
@@ -44,13 +46,14 @@ GIT_SECONDS = 20
 
 def record_start(run_dir: Path, step: int, cfg: RunConfig, prompts: dict[str, DomainPrompts]) -> dict[str, Any]:
     """Add a line for this start of a run, after `step` updates; the main rank calls it. Returns what it wrote."""
-    facts = {"step": step, "student": model_facts(cfg.student), "data": {name: data_facts(domain) for name, domain in prompts.items()}}
-    return _add_line(run_dir, facts)
+    held_out = {name: held_out_facts(cfg.domains[name].held_out, *domain.held_out) for name, domain in prompts.items() if domain.held_out is not None}
+    data = {name: data_facts(domain) for name, domain in prompts.items()}
+    return _add_line(run_dir, {"step": step, "student": model_facts(cfg.student), "data": data, "held_out": held_out})
 
 
 def record_command(folder: Path) -> None:
     """Add a line for a command that does not train, such as `opd export`, to the folder that it writes; the main rank calls it."""
-    _add_line(folder, {"step": 0, "student": None, "data": {}})
+    _add_line(folder, {"step": 0, "student": None, "data": {}, "held_out": {}})
 
 
 def _add_line(run_dir: Path, own: dict[str, Any]) -> dict[str, Any]:
@@ -151,6 +154,11 @@ def data_facts(domain: DomainPrompts) -> dict[str, Any]:
         source: {"path": cfgs[source].path, "revision": cfgs[source].revision, "rows": len(rows), "sha256": rows_digest(rows)}
         for source, rows in domain.sources.items()
     }
+
+
+def held_out_facts(cfg: HeldOutConfig, rows: int, digest: str) -> dict[str, Any]:
+    """Where the held-out prompts of a domain come from, their number and their hash."""
+    return {"path": cfg.path, "revision": cfg.revision, "rows": rows, "sha256": digest}
 
 
 def rows_digest(rows: list[dict[str, Any]]) -> str:
