@@ -48,19 +48,20 @@ def record_start(run_dir: Path, step: int, cfg: RunConfig, prompts: dict[str, Do
     """Add a line for this start of a run, after `step` updates; the main rank calls it. Returns what it wrote."""
     held_out = {name: held_out_facts(cfg.domains[name].held_out, *domain.held_out) for name, domain in prompts.items() if domain.held_out is not None}
     data = {name: data_facts(domain) for name, domain in prompts.items()}
-    return _add_line(run_dir, {"step": step, "student": model_facts(cfg.student), "data": data, "held_out": held_out})
+    return _add_line(run_dir, step, {"student": model_facts(cfg.student), "data": data, "held_out": held_out})
 
 
 def record_command(folder: Path) -> None:
     """Add a line for a command that does not train, such as `opd export`, to the folder that it writes; the main rank calls it."""
-    _add_line(folder, {"step": 0, "student": None, "data": {}, "held_out": {}})
+    _add_line(folder, 0, {"student": None, "data": {}, "held_out": {}})
 
 
-def _add_line(run_dir: Path, own: dict[str, Any]) -> dict[str, Any]:
+def _add_line(run_dir: Path, step: int, own: dict[str, Any]) -> dict[str, Any]:
     root = Path(__file__).resolve().parents[1]
     facts = {
         "schema": SCHEMA,
         "time": datetime.now().astimezone().isoformat(timespec="seconds"),
+        "step": step,
         "command": command_line(sys.argv),
         "host": socket.gethostname(),
         "pid": os.getpid(),
