@@ -26,7 +26,6 @@ from opd.composition import leaves
 from opd.intervals import Interval
 from opd.report_charts import STEPS, Line, line_chart, style_class
 from opd.report_figures import Figure, Section
-from opd.report_reader import training_folder
 from opd.run_facts import read_starts
 from opd.run_folder import read_records
 from opd.runs import RunRow, describe
@@ -35,8 +34,6 @@ from rollout.files import read_json
 
 UNCOUNTED = ("run_dir", "fresh", "logger", "launch")
 """Settings that do not make two runs differ."""
-UNASKED = ("every", "prompts", "decode_width", "kl")
-"""Settings of an evaluation that do not change an answer; other prompts are known by their hash."""
 UNKNOWN = "not recorded"
 CURVES = {
     r"step/loss": ("Loss of the step", "nats"),
@@ -51,9 +48,12 @@ AXES = {"steps": STEPS, "tokens": "completion tokens of the student, added up", 
 
 def render_comparison(folders: list[Path]) -> str:
     """The page. Raises ValueError for a folder that is no run, or is named twice."""
+    for folder in folders:
+        if not (folder / "config.yaml").is_file():
+            raise ValueError(f"{folder} is not a folder of a run: it has no config.yaml")
     if len({folder.resolve() for folder in folders}) < len(folders):
         raise ValueError("a run is named twice: a comparison needs different ones")
-    names, folders = _names(folders), [training_folder(folder) for folder in folders]
+    names = _names(folders)
     records = {name: read_records(folder) for name, folder in zip(names, folders, strict=True)}
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
@@ -93,48 +93,26 @@ def differences(folders: dict[str, Path]) -> list[tuple[str, list[str]]]:
 
 
 def paired_table(folders: dict[str, Path]) -> list[dict[str, Any]]:
-    """A row for each domain and run but the first, and one over all prompts that both answered, where these are of several domains: prompts, both accuracies,
-    and the paired difference or why there is none.
-    """
+    """A row for each domain and run but the first: prompts, both accuracies, and the paired difference or why there is none."""
     scores, _ = scores_of(folders)
+    seeds = {name: yaml.safe_load((folder / "config.yaml").read_text()).get("seed") for name, folder in folders.items()}
     first, *others = scores
-    domains = {name: (record or {"domains": {}})["domains"] for name, record in scores.items()}
-    notes = {name: _asked_otherwise(folders[first], folders[name]) for name in others}
     rows = []
-    for domain in dict.fromkeys(domain for found in domains.values() for domain in found):
+    for domain in (scores[first] or {"domains": {}})["domains"]:
+        ours = scores[first]["domains"][domain]
         for name in others:
-            if domain in domains[first] or domain in domains[name]:
-                rows.append(_pair(domain, name, domains[first].get(domain), domains[name].get(domain), notes[name]))
-    for name in others:
-        both = [each for each, ours in domains[first].items() if domains[name].get(each, {}).get("prompts") == ours["prompts"]]
-        if len(both) > 1:
-            ours, theirs = ({"prompts": "", "scores": [score for each in both for score in domains[run][each]["scores"]]} for run in (first, name))
-            rows.append(_pair("all of these", name, ours, theirs, notes[name]))
+            theirs = (scores[name] or {"domains": {}})["domains"].get(domain)
+            row = {"domain": domain, "run": name, "first": _mean(ours), "other": "", "difference": "", "note": "", "prompts": len(ours["scores"])}
+            if theirs is None:
+                row["note"] = "no scores: opd evaluate RUN of each run makes them, or evaluation.every=N while it trains"
+            elif theirs["prompts"] != ours["prompts"]:
+                row |= {"other": _mean(theirs), "note": "it answered other prompts"}
+            else:
+                found = paired_difference(theirs["scores"], ours["scores"])
+                note = "" if seeds[name] == seeds[first] else "another seed, so other random numbers: the interval is still of the same prompts"
+                row |= {"other": _mean(theirs), "difference": _shown(found), "note": note}
+            rows.append(row)
     return rows
-
-
-def _pair(domain: str, name: str, ours: dict[str, Any] | None, theirs: dict[str, Any] | None, note: str) -> dict[str, Any]:
-    """A row of the table; ours, theirs: the scores of the first run and of this one."""
-    first, other = ("" if found is None else _mean(found) for found in (ours, theirs))
-    row = {"domain": domain, "run": name, "first": first, "other": other, "difference": "", "note": "", "prompts": len((ours or theirs)["scores"])}
-    if ours is None or theirs is None:
-        row["note"] = "no scores: opd evaluate RUN of each run makes them, or evaluation.every=N while it trains"
-    elif theirs["prompts"] != ours["prompts"]:
-        row["note"] = "it answered other prompts"
-    else:
-        row |= {"difference": _shown(paired_difference(theirs["scores"], ours["scores"])), "note": note}
-    return row
-
-
-def _asked_otherwise(first: Path, other: Path) -> str:
-    """How one run was asked the same prompts otherwise than another, in words."""
-    files = [folder / "evaluations" / "config.yaml" for folder in (first, other)]
-    judged = all(shown_record(folder) is not None for folder in (first, other)) and all(file.is_file() for file in files)
-    ours, theirs = (yaml.safe_load(file.read_text()) for file in (files if judged else [folder / "config.yaml" for folder in (first, other)]))
-    notes = [] if ours.get("seed") == theirs.get("seed") else ["another seed, so other random numbers: the interval is still of the same prompts"]
-    asked = [{name: value for name, value in (cfg.get("evaluation") or {}).items() if name not in UNASKED} for cfg in (ours, theirs)]
-    differ = sorted(name for name in {*asked[0], *asked[1]} if asked[0].get(name) != asked[1].get(name))
-    return "; ".join(notes + [f"evaluation.{name} is {asked[1].get(name)} and was {asked[0].get(name)}" for name in differ])
 
 
 def scores_of(folders: dict[str, Path]) -> tuple[dict[str, dict[str, Any] | None], str]:
@@ -156,7 +134,6 @@ def _described(folder: Path) -> dict[str, str]:
     """Everything by which a run may differ from another, as text."""
     config = yaml.safe_load((folder / "config.yaml").read_text())
     found = {path: json.dumps(value) for path, value in leaves(config) if path.split(".")[0] not in UNCOUNTED}
-    found |= _histories(folder)
     starts = read_starts(folder)
     if starts:
         found |= start_facts(starts[-1])
@@ -183,23 +160,6 @@ def _spans(folder: Path) -> list[dict[str, Any]]:
 def _teachers(span: dict[str, Any]) -> dict[str, str]:
     identities = {name: domain["teacher"] for name, domain in span["domains"].items()}
     return {f"teacher of {name}": str(own.get("hash") or own.get("fingerprint") or UNKNOWN)[:16] for name, own in identities.items()}
-
-
-def _histories(folder: Path) -> dict[str, str]:
-    """The settings that a run was taken up with other values of (RUN/changes.jsonl), each with all its values and from which step they hold."""
-    file, found = folder / "changes.jsonl", {}
-    for line in file.read_text().splitlines() if file.is_file() else ():
-        change = json.loads(line)
-        is_domain = change["setting"].startswith("domains.") and change["setting"].count(".") == 1
-        before, after = (_value(change[end], is_domain) for end in ("before", "after"))
-        found[change["setting"]] = f"{found.get(change['setting'], before)}, from step {change['step'] + 1} on {after}"
-    return found
-
-
-def _value(value: Any, is_domain: bool) -> str:
-    if is_domain:
-        return "not there" if value is None else "there"
-    return json.dumps(value)
 
 
 def _section(axis: str, records: dict[str, list[dict[str, Any]]]) -> Section:

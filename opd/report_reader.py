@@ -154,15 +154,6 @@ def _train_folder(folder: Path, config: dict[str, Any]) -> Path:
     raise ValueError(f"no stage of the pipeline in {folder} has begun to train: there is nothing to report yet")
 
 
-def training_folder(folder: Path) -> Path:
-    """Where the curves of a report are: the folder itself, or a stage of the pipeline that it is. Raises ValueError where it is no run, or has no curves."""
-    command, config = _config_of(folder)
-    found = _train_folder(folder, config) if command == "pipeline" else folder
-    if not (found / "metrics.jsonl").is_file():
-        raise ValueError(f"{found} has no metrics.jsonl, so that there is nothing to compare: name runs of `opd distill`, `specialize` or `pipeline`")
-    return found
-
-
 def _evaluation_file(folder: Path, command: str, config: dict[str, Any]) -> Path | None:
     """The table's file: the folder's own, its summary, that of its last evaluation, or that of the one pipeline that has this folder for its student."""
     if command == "pipeline":

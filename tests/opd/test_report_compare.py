@@ -98,52 +98,6 @@ def make_folder(run: Path) -> Path:
     return run
 
 
-def test_a_setting_that_changed_on_the_way_is_shown_with_the_step(make_run):
-    folders = {"a": make_run("a"), "b": make_run("b")}
-    changes = [(40, "optim.lr", 0.25, 0.4), (60, "optim.lr", 0.4, 0.5), (60, "domains.law", None, {"grader": "exact"})]
-    lines = [json.dumps({"schema": 1, "step": step, "setting": name, "before": old, "after": new}) for step, name, old, new in changes]
-    (folders["b"] / "changes.jsonl").write_text("\n".join(lines) + "\n")
-    found = dict(differences(folders))
-    assert found["optim.lr"] == ["0.5", "0.25, from step 41 on 0.4, from step 61 on 0.5"]
-    assert found["domains.law"] == ["-", "not there, from step 61 on there"]
-
-
-def test_domains_of_any_run_are_in_the_table_and_all_prompts_of_both_together(make_run):
-    folders = {"a": make_run("a", [1, 0]), "b": make_run("b", [1, 1])}
-    own = {"a": {"code": ([0, 0, 0, 1], "y"), "old": ([1], "z")}, "b": {"code": ([0, 1, 1, 1], "y"), "new": ([1], "w")}}
-    for name, folder in folders.items():
-        record = json.loads((folder / "scores.json").read_text())
-        record["domains"] |= {domain: {"prompts": prompts, "scores": scores} for domain, (scores, prompts) in own[name].items()}
-        (folder / "scores.json").write_text(json.dumps(record))
-    rows = {row["domain"]: row for row in paired_table(folders)}
-    assert list(rows) == ["law", "code", "old", "new", "all of these"]
-    assert (rows["old"]["first"], rows["old"]["other"], rows["new"]["first"], rows["new"]["other"]) == ("1.000", "", "", "1.000")
-    everything = rows["all of these"]
-    assert (everything["prompts"], everything["first"], everything["other"]) == (6, "0.333", "0.833")
-    assert everything["difference"].startswith("+0.500")
-
-
-def test_runs_that_were_asked_otherwise_are_said_to_be(make_run):
-    folders = {"a": make_run("a", [1, 0]), "b": make_run("b", [1, 0])}
-    for folder, longest in zip(folders.values(), (8, 256), strict=True):
-        config = yaml.safe_load((folder / "config.yaml").read_text())
-        config["evaluation"] = {"every": longest, "max_new_tokens": longest, "samples": 1}
-        (folder / "config.yaml").write_text("# written by opd distill\n" + yaml.safe_dump(config))
-    [row] = paired_table(folders)
-    assert row["note"] == "evaluation.max_new_tokens is 256 and was 8"
-
-
-def test_a_pipeline_stands_for_its_last_distillation(make_run, tmp_path):
-    for name in ("p", "q"):
-        (tmp_path / name).mkdir()
-        shutil.move(make_run("distill", [1, 0]), tmp_path / name / "distill")
-        stages = {"base": {"command": "specialize"}, "distill": {"command": "distill"}}
-        (tmp_path / name / "config.yaml").write_text("# written by opd pipeline\n" + yaml.safe_dump({"stages": stages}))
-    page = render_comparison([tmp_path / "p", tmp_path / "q"])
-    assert "<h1>p | q</h1>" in page
-    assert "line c0" in page
-
-
 def test_runs_that_answered_other_prompts_are_not_paired(make_run):
     folders = {"a": make_run("a", [1, 0]), "b": make_run("b", [1, 0], prompts="y"), "c": make_run("c"), "d": make_run("d", [1, 1], seed=1)}
     found = {row["run"]: (row["difference"] != "", row["note"]) for row in paired_table(folders)}
