@@ -1,5 +1,7 @@
 """`opd report RUN RUN ...`: runs beside each other on one page: what differs between them, their curves, and who is better on the same held-out prompts.
 
+Of a pipeline its last stage that distils (else trains) is compared (opd/report_reader.py); among pipelines alone, their own settings too.
+
 Only what differs is listed: settings (dotted paths of config.yaml), code, versions, hardware, initial student, teachers, data. Curves of the figures that at
 least two of the runs have stand over steps, over the student's tokens and over seconds, both added up over the steps that count. The table pairs each run with
 the first, prompt by prompt: an interval of the mean of differences, which is much smaller than the difference of two intervals. The scores are those that
@@ -26,6 +28,7 @@ from opd.composition import leaves
 from opd.intervals import Interval
 from opd.report_charts import STEPS, Line, line_chart, style_class
 from opd.report_figures import Figure, Section
+from opd.report_reader import train_folder_of
 from opd.run_facts import read_starts
 from opd.run_folder import read_records
 from opd.runs import RunRow, describe
@@ -47,24 +50,26 @@ AXES = {"steps": STEPS, "tokens": "completion tokens of the student, added up", 
 
 
 def render_comparison(folders: list[Path]) -> str:
-    """The page. Raises ValueError for a folder that is no run, or is named twice."""
-    for folder in folders:
-        if not (folder / "config.yaml").is_file():
-            raise ValueError(f"{folder} is not a folder of a run: it has no config.yaml")
-    if len({folder.resolve() for folder in folders}) < len(folders):
+    """The page. Raises ValueError for a folder that is no run, has nothing to draw, or is named twice."""
+    trained = [train_folder_of(folder) for folder in folders]
+    if len({folder.resolve() for folder in trained}) < len(folders):
         raise ValueError("a run is named twice: a comparison needs different ones")
     names = _names(folders)
-    records = {name: read_records(folder) for name, folder in zip(names, folders, strict=True)}
+    runs = dict(zip(names, trained, strict=True))
+    records = {name: read_records(folder) for name, folder in runs.items()}
+    for name, found in records.items():
+        if not found:
+            raise ValueError(f"{runs[name]} has no records of training (metrics.jsonl), so that there is nothing to draw of it yet: leave it out")
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
     )
     script = (Path(__file__).parent / "report_page.js").read_text()
     return environment.get_template("report_compare.html").render(
         names=names,
-        runs=[_about(name, describe(folder), folder) for name, folder in zip(names, folders, strict=True)],
+        runs=[_about(name, describe(folder), runs[name]) for name, folder in zip(names, folders, strict=True)],
         differences=differences(dict(zip(names, folders, strict=True))),
-        pairs=paired_table(dict(zip(names, folders, strict=True))),
-        origin=scores_of(dict(zip(names, folders, strict=True)))[1],
+        pairs=paired_table(runs),
+        origin=scores_of(runs)[1],
         sections=[_section(axis, records) for axis in AXES],
         script=Markup(script),
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
@@ -81,8 +86,12 @@ def commit_of(folder: Path) -> str:
 
 
 def differences(folders: dict[str, Path]) -> list[tuple[str, list[str]]]:
-    """(what, its value in each run) of everything that is not the same in all."""
-    found = {name: _described(folder) for name, folder in folders.items()}
+    """(what, its value in each run) of everything that is not the same in all. folders: of runs, or of pipelines, whose own settings are compared too."""
+    trained = {name: train_folder_of(folder) for name, folder in folders.items()}
+    found = {name: _described(trained[name], folder) for name, folder in folders.items()}
+    if all(trained[name] != folder for name, folder in folders.items()):
+        for name, folder in folders.items():
+            found[name] |= {f"pipeline: {path}": value for path, value in _settings(folder, folder).items()}
     keys = list(dict.fromkeys(key for values in found.values() for key in values))
     rows = [(key, [values.get(key, UNKNOWN if key.startswith(RECORDED) else "-") for values in found.values()]) for key in keys]
     return [(key, values) for key, values in rows if len(set(values)) > 1]
@@ -126,10 +135,9 @@ def scores_of(folders: dict[str, Path]) -> tuple[dict[str, dict[str, Any] | None
 RECORDED = ("code", "commit", "version of ", "hardware", "initial student", "teacher of ", "data of ")
 
 
-def _described(folder: Path) -> dict[str, str]:
-    """Everything by which a run may differ from another, as text."""
-    config = yaml.safe_load((folder / "config.yaml").read_text())
-    found = {path: json.dumps(value) for path, value in leaves(config) if path.split(".")[0] not in UNCOUNTED}
+def _described(folder: Path, named: Path) -> dict[str, str]:
+    """Everything by which a run may differ from another, as text. named: the run's folder, or that of the pipeline around it."""
+    found = _settings(folder, named)
     starts = read_starts(folder)
     if starts:
         last = starts[-1]
@@ -142,6 +150,13 @@ def _described(folder: Path) -> dict[str, str]:
         identities = {name: domain["teacher"] for name, domain in span["domains"].items()}
         found |= {f"teacher of {name}": str(own.get("hash") or own.get("fingerprint") or UNKNOWN)[:16] for name, own in identities.items()}
     return found
+
+
+def _settings(folder: Path, named: Path) -> dict[str, str]:
+    """The settings of a folder by their paths. What they name in the run's, or the pipeline's, own folder is named without it."""
+    own = re.escape(f"{yaml.safe_load((named / 'config.yaml').read_text()).get('run_dir')}/")
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    return {path: re.sub(rf"(?<![\w./-]){own}", "RUN/", json.dumps(value)) for path, value in leaves(config) if path.split(".")[0] not in UNCOUNTED}
 
 
 def _section(axis: str, records: dict[str, list[dict[str, Any]]]) -> Section:

@@ -125,6 +125,39 @@ def test_runs_of_one_name_are_told_apart_by_their_folders(make_run):
     assert f"<h1>{first.parent.name}/y | p/y</h1>" in page
 
 
+def make_pipeline(make_run, name: str, **optim) -> Path:
+    """A folder as `opd pipeline` leaves it, with a stage that trains and one that distils."""
+    folder = make_run(name)
+    (folder / "metrics.jsonl").unlink()
+    stages = {"base": {"command": "specialize"}, "distill": {"command": "distill", "overrides": [f"student.model={name}/base/student"]}}
+    config = {"run_dir": name, "seed": 0, "stages": stages}
+    (folder / "config.yaml").write_text("# written by opd pipeline\n" + yaml.safe_dump(config))
+    stage = make_run(f"{name}/distill", **optim)
+    settings = yaml.safe_load((stage / "config.yaml").read_text()) | {"student": {"model": f"{name}/base/student"}}
+    (stage / "config.yaml").write_text("# written by opd distill\n" + yaml.safe_dump(settings))
+    return folder
+
+
+def test_of_pipelines_the_stages_that_distil_are_compared(make_run):
+    one, two = make_pipeline(make_run, "p"), make_pipeline(make_run, "q", lr=0.125)
+    assert differences({"p": one, "q": two}) == [("optim.lr", ["0.5", "0.125"])], "a path inside of each folder is no difference"
+    page = render_comparison([one, two])
+    assert "<h1>p | q</h1>" in page
+    assert page.count('class="line c1') >= 3
+    assert "optim.lr" in render_comparison([one, make_run("a", lr=0.25)]), "and a run beside a pipeline"
+
+
+def test_a_folder_with_nothing_to_draw_is_refused(make_run):
+    empty = make_run("b")
+    (empty / "metrics.jsonl").unlink()
+    with pytest.raises(ValueError, match=r"b has no records of training .* nothing to draw"):
+        render_comparison([make_run("a"), empty])
+    pipeline = make_pipeline(make_run, "p")
+    shutil.rmtree(pipeline / "distill")
+    with pytest.raises(ValueError, match=r"no stage of the pipeline in .*p has begun to train"):
+        render_comparison([make_run("c"), pipeline])
+
+
 @pytest.mark.parametrize(("names", "sentence"), [(["a", "nowhere"], "is not a folder of a run"), (["a", "a"], "named twice")])
 def test_what_cannot_be_compared_is_refused(names, sentence, make_run, tmp_path):
     make_run("a")
