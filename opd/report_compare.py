@@ -81,7 +81,11 @@ def render_comparison(folders: list[Path]) -> str:
 def commit_of(folder: Path) -> str:
     """The commit that a run was last started with, as far as it was recorded."""
     starts = read_starts(folder)
-    git = starts[-1]["git"] if starts else None
+    return _commit(starts[-1]) if starts else UNKNOWN
+
+
+def _commit(start: dict[str, Any]) -> str:
+    git = start["git"]
     return UNKNOWN if git is None else git["commit"][:12] + (" with changes" if git["diff"] else "")
 
 
@@ -132,7 +136,7 @@ def scores_of(folders: dict[str, Path]) -> tuple[dict[str, dict[str, Any] | None
     return found, f"{origin}: {', '.join(steps)}"
 
 
-RECORDED = ("code", "commit", "version of ", "hardware", "initial student", "teacher of ", "data of ")
+RECORDED = ("code", "commit", "version of ", "hardware", "initial student", "teacher of ", "data of ", "held-out data of ")
 
 
 def _described(folder: Path, named: Path) -> dict[str, str]:
@@ -140,16 +144,30 @@ def _described(folder: Path, named: Path) -> dict[str, str]:
     found = _settings(folder, named)
     starts = read_starts(folder)
     if starts:
-        last = starts[-1]
-        found |= {"code": last["code"][:12], "commit": commit_of(folder), "hardware": ", ".join(last["hardware"]["devices"]) or last["hardware"]["cpu"]}
-        found |= {f"version of {name}": number for name, number in last["versions"].items()}
+        found |= start_facts(starts[-1])
         found["initial student"] = (starts[0]["student"] or {"hash": "a new model"})["hash"] or UNKNOWN
-        found |= {f"data of {name}, {source}": data["sha256"][:16] for name, sources in last["data"].items() for source, data in sources.items()}
-    if (folder / "teachers.json").is_file():
-        span = read_json(folder / "teachers.json")["spans"][-1]
-        identities = {name: domain["teacher"] for name, domain in span["domains"].items()}
-        found |= {f"teacher of {name}": str(own.get("hash") or own.get("fingerprint") or UNKNOWN)[:16] for name, own in identities.items()}
-    return found
+    spans = _spans(folder)
+    return found | (_teachers(spans[-1]) if spans else {})
+
+
+def start_facts(start: dict[str, Any]) -> dict[str, str]:
+    """What a start was made with and may differ at another, in another run or in the same one, as text."""
+    hardware = ", ".join(start["hardware"]["devices"]) or start["hardware"]["cpu"]
+    found = {"code": start["code"][:12], "commit": _commit(start), "hardware": hardware}
+    found |= {f"version of {name}": number for name, number in start["versions"].items()}
+    found |= {f"data of {name}, {source}": data["sha256"][:16] for name, sources in start["data"].items() for source, data in sources.items()}
+    return found | {f"held-out data of {name}": data["sha256"][:16] for name, data in start.get("held_out", {}).items()}
+
+
+def _spans(folder: Path) -> list[dict[str, Any]]:
+    """Of teachers.json (teachers/manifest.py)."""
+    file = folder / "teachers.json"
+    return read_json(file)["spans"] if file.is_file() else []
+
+
+def _teachers(span: dict[str, Any]) -> dict[str, str]:
+    identities = {name: domain["teacher"] for name, domain in span["domains"].items()}
+    return {f"teacher of {name}": str(own.get("hash") or own.get("fingerprint") or UNKNOWN)[:16] for name, own in identities.items()}
 
 
 def _settings(folder: Path, named: Path) -> dict[str, str]:

@@ -4,9 +4,11 @@
      "host", "pid", "ranks", "code": sha256 of the sources of opd, teachers and rollout,
      "git": {"commit", "branch", "diff": "starts/DIGEST.patch" | null, "untracked": [names]} | null, of the repository that the sources are in,
      "versions": {"python", "opd", "torch", ...}, "hardware": {"system", "cpu", "cores", "memory_gib", "devices": [names]},
-     "student": {"model", "revision", "hash" | null} | null, "data": {D: {SOURCE: {"path", "revision", "rows", "sha256"}}}}
+     "student": {"model", "revision", "hash" | null} | null, "data": {D: {SOURCE: {"path", "revision", "rows", "sha256"}}},
+     "held_out": {D: {"path", "revision", "rows", "sha256"}}}
 
-data: sha256 of the rows in use, as tokens with their answers: the same file under another tokenizer or template is other data. Teachers are in teachers.json,
+data: sha256 of the rows in use, as tokens with their answers: the same file under another tokenizer or template is other data. held_out: of all held-out rows
+as they were read, of the domains that have some; an addition to schema 1, which earlier starts lack. Teachers are in teachers.json,
 the settings in config.yaml. Passwords in addresses (http://user:word@host) are taken out; nothing of the environment is written.
 """
 
@@ -58,6 +60,7 @@ def record_start(run_dir: Path, step: int, cfg: RunConfig, prompts: dict[str, Do
         "hardware": hardware(),
         "student": model_facts(cfg.student),
         "data": {name: data_facts(domain) for name, domain in prompts.items()},
+        "held_out": {name: held_out_facts(cfg.domains[name].held_out, *domain.held_out) for name, domain in prompts.items() if domain.held_out is not None},
     }
     with (run_dir / FILE).open("a") as file:
         file.write(json.dumps(facts) + "\n")
@@ -143,6 +146,11 @@ def data_facts(domain: DomainPrompts) -> dict[str, Any]:
         source: {"path": cfgs[source].path, "revision": cfgs[source].revision, "rows": len(rows), "sha256": rows_digest(rows)}
         for source, rows in domain.sources.items()
     }
+
+
+def held_out_facts(cfg: HeldOutConfig, rows: int, digest: str) -> dict[str, Any]:
+    """Where the held-out prompts of a domain come from, their number and their hash."""
+    return {"path": cfg.path, "revision": cfg.revision, "rows": rows, "sha256": digest}
 
 
 def rows_digest(rows: list[dict[str, Any]]) -> str:

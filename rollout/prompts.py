@@ -9,6 +9,7 @@ This is the only module that imports `datasets`.
 """
 
 import hashlib
+import json
 import math
 import random
 from collections.abc import Collection, Iterable
@@ -41,6 +42,7 @@ class DomainPrompts:
         synthetic domain with a backspace have "repaired" too.
     dropped: rows left out, by reason: too_long, or held_out (they overlap with a held-out prompt).
     overlap: of the rows that are not too long; those left out as held_out included.
+    held_out: number and sha256 of the domain's held-out rows, as they were read; None where it has none, or they were not asked for.
     """
 
     name: str
@@ -49,6 +51,7 @@ class DomainPrompts:
     dropped: dict[str, int] = field(default_factory=lambda: dict.fromkeys(DROP_REASONS, 0))
     overlap: DomainOverlap = field(default_factory=DomainOverlap)
     consumed: dict[str, int] = field(default_factory=dict)
+    held_out: tuple[int, str] | None = None
 
     @property
     def num_rows(self) -> int:
@@ -184,6 +187,9 @@ def load_prompts(
     rows = {name: load_rows(source, f"domain {name}, source held_out") for name, source in sources.items()}
     search = OverlapSearch({name: _turns_of_rows(rows[name], cfgs[name].raw, f"{name}/held_out") for name in sources})
     domains = {name: load_domain_prompts(name, cfg, tokenizer, longest, search) for name, cfg in cfgs.items()}
+    for name, found in rows.items():
+        text = "\n".join(json.dumps(row, sort_keys=True, default=str) for row in found)
+        domains[name].held_out = len(found), hashlib.sha256(text.encode()).hexdigest()
     for name, overlap in search.findings().items():
         domains[name].overlap = overlap
         if cfgs[name].exclude_held_out:

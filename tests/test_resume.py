@@ -104,7 +104,7 @@ def test_a_run_that_is_interrupted_killed_and_ended_early_continues_bit_for_bit(
     assert (describe(run_dir).state, describe(run_dir).step, describe(run_dir).checkpoint, describe(run_dir).left) == ("done", 30, 30, None)
     starts = read_starts(run_dir)
     assert [begun["step"] for begun in starts][-1] == last
-    names = ["schema", "time", "step", "command", "host", "pid", "ranks", "code", "git", "versions", "hardware", "student", "data"]
+    names = ["schema", "time", "step", "command", "host", "pid", "ranks", "code", "git", "versions", "hardware", "student", "data", "held_out"]
     assert [list(begun) for begun in starts] == [names] * 4
     assert starts[0]["data"]["arithmetic"]["prompts"]["rows"] == 50
     assert len({begun["student"]["hash"] for begun in starts}) == 1

@@ -56,6 +56,19 @@ def test_code_teachers_and_data_differ_by_their_hashes_and_an_old_run_has_not_re
     assert dict(differences({"a": short_run, "b": tmp_path / "other"}))["code"][1] == "not recorded"
 
 
+def test_other_held_out_prompts_under_the_same_path_are_a_difference(short_run, tmp_path):
+    shutil.copytree(short_run, tmp_path / "other")
+    start = json.loads((short_run / "starts.jsonl").read_text().splitlines()[-1])
+    config = yaml.safe_load((short_run / "config.yaml").read_text())["domains"]["tools"]["held_out"]
+    assert {name: start["held_out"]["tools"][name] for name in ("path", "rows")} == {"path": config["path"], "rows": 16}
+    start["held_out"]["tools"]["sha256"] = "1" * 64
+    (tmp_path / "other" / "starts.jsonl").write_text(json.dumps(start) + "\n")
+    assert [what for what, _ in differences({"a": short_run, "b": tmp_path / "other"})] == ["held-out data of tools"]
+    del start["held_out"]  # as of a run of an earlier version
+    (tmp_path / "other" / "starts.jsonl").write_text(json.dumps(start) + "\n")
+    assert dict(differences({"a": short_run, "b": tmp_path / "other"}))["held-out data of tools"][1] == "not recorded"
+
+
 def test_differences_are_paired_prompt_by_prompt(make_run):
     ours, theirs = [1, 0, 1, 1, 0, 1, 1, 0], [1, 1, 1, 1, 0, 1, 1, 1]
     [row] = paired_table({"a": make_run("a", ours), "b": make_run("b", theirs)})

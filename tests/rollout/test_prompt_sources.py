@@ -235,6 +235,18 @@ def test_a_domain_without_held_out_path_has_no_held_out_prompts(tokenizer):
     assert list(load_held_out(cfgs, sources, tokenizer, longest=30)) == ["code"]
 
 
+def test_held_out_rows_are_known_by_their_content(tmp_path, tokenizer):
+    def known(answer: str, name: str) -> tuple[int, str] | None:
+        path = json_lines(tmp_path / name, [{"prompt": "2+2=", "answer": answer}])
+        cfgs = {"law": PromptsConfig(path="synthetic:sorting", rows=5)}
+        return load_prompts(cfgs, tokenizer, 40, {"law": HeldOutConfig(path=path)})["law"].held_out
+
+    assert known("4", "a.jsonl") == known("4", "b.jsonl")
+    assert known("4", "a.jsonl") != known("5", "c.jsonl")
+    assert known("4", "a.jsonl")[0] == 1
+    assert load_prompts({"law": PromptsConfig(path="synthetic:sorting", rows=5)}, tokenizer, 40, {"law": HeldOutConfig()})["law"].held_out is None
+
+
 def test_held_out_prompts_too_long_are_dropped_and_counted(tmp_path, tokenizer):
     path = json_lines(tmp_path / "test.jsonl", LONG_SECOND)
     domain = load_held_out({"law": PromptsConfig(too_long=TooLong.drop)}, {"law": HeldOutConfig(path=path)}, tokenizer, longest=20)["law"]
