@@ -2,19 +2,23 @@
 
 Of a pipeline its last stage that distils (else trains) is compared (opd/report_reader.py); among pipelines alone, their own settings too.
 
-Only what differs is listed: settings (dotted paths of config.yaml), code, versions, hardware, initial student, teachers, data. Curves of the figures that at
-least two of the runs have stand over steps, over the student's tokens and over seconds, both added up over the steps that count. The table pairs each run with
-the first, prompt by prompt: an interval of the mean of differences, which is much smaller than the difference of two intervals. The scores are those that
-`opd evaluate RUN` found of the chosen checkpoints (else the newest) where it was asked of all these runs, otherwise those of the newest evaluations while they
-trained (opd/scores.py). The table is blank, and says why, where two runs have answered other prompts.
+Only what differs is listed: settings (dotted paths of config.yaml), code, versions, hardware, initial student, teachers, data, as they were last; what
+changed in the midst of a run stands below, with the first step that it held for.
+
+Curves of the figures that at least two of the runs have stand over steps, over the student's tokens and over seconds, both added up over the steps that count.
+The table pairs each run with the first, prompt by prompt: an interval of the mean of differences, which is much smaller than the difference of two intervals.
+The scores are those that `opd evaluate RUN` found of the chosen checkpoints (else the newest) where it was asked of all these runs, otherwise those of the
+newest evaluations while they trained (opd/scores.py). The table is blank, and says why, where two runs have answered other prompts.
 """
 
 import base64
 import hashlib
 import json
 import re
+from dataclasses import dataclass
 from datetime import datetime
 from importlib.metadata import version
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +29,11 @@ from markupsafe import Markup
 from opd.checkpoint_record import shown_record
 from opd.comparison import paired_difference
 from opd.composition import leaves
+from opd.config_changes import read_changes
 from opd.intervals import Interval
 from opd.report_charts import STEPS, Line, line_chart, style_class
 from opd.report_figures import Figure, Section
-from opd.report_reader import train_folder_of
+from opd.report_reader import train_folder_of, without_text
 from opd.run_facts import read_starts
 from opd.run_folder import read_records
 from opd.runs import RunRow, describe
@@ -49,6 +54,16 @@ CURVES = {
 AXES = {"steps": STEPS, "tokens": "completion tokens of the student, added up", "seconds": "seconds of steps, added up"}
 
 
+@dataclass(frozen=True, slots=True)
+class Midway:
+    """Something that changed in the course of a run. step: the first that was done with it, as metrics.jsonl counts them."""
+
+    step: int
+    what: str
+    before: str
+    after: str
+
+
 def render_comparison(folders: list[Path]) -> str:
     """The page. Raises ValueError for a folder that is no run, has nothing to draw, or is named twice."""
     trained = [train_folder_of(folder) for folder in folders]
@@ -67,6 +82,7 @@ def render_comparison(folders: list[Path]) -> str:
     return environment.get_template("report_compare.html").render(
         names=names,
         runs=[_about(name, describe(folder), runs[name]) for name, folder in zip(names, folders, strict=True)],
+        midway=[(name, row) for name, folder in runs.items() for row in changed_midway(folder)],
         differences=differences(dict(zip(names, folders, strict=True))),
         pairs=paired_table(runs),
         origin=scores_of(runs)[1],
@@ -148,6 +164,34 @@ def _described(folder: Path, named: Path) -> dict[str, str]:
         found["initial student"] = (starts[0]["student"] or {"hash": "a new model"})["hash"] or UNKNOWN
     spans = _spans(folder)
     return found | (_teachers(spans[-1]) if spans else {})
+
+
+def changed_midway(folder: Path, with_text: bool = True) -> list[Midway]:
+    """What changed in a run when it was taken up, in order of steps: settings (opd/config_changes.py), what a start was made with, the teachers. What held
+    from the first step on is left out. with_text: whether system prompts may stand in it.
+    """
+    found = []
+    for change in read_changes(folder):
+        before, after = (_setting_text(change["setting"], change[when], with_text) for when in ("before", "after"))
+        found.append(Midway(change["step"] + 1, change["setting"], before, after))
+    starts, spans = read_starts(folder), _spans(folder)
+    for before, after in pairwise(starts):
+        found += _differing(after["step"] + 1, start_facts(before), start_facts(after))
+    for before, after in pairwise(spans):
+        found += _differing(after["from_step"], _teachers(before), _teachers(after))
+    for span in spans:
+        found += [Midway(drop["step"], f"teacher of {name}", "in use", f"dropped: {drop['reason']}") for name, drop in span["dropped"].items()]
+    return sorted((row for row in dict.fromkeys(found) if row.step > 1), key=lambda row: row.step)  # a later span tells of the same drop
+
+
+def _setting_text(name: str, value: Any, with_text: bool) -> str:
+    if isinstance(value, dict):
+        return "settings of its own"
+    return json.dumps(value if with_text else without_text(value, name.rpartition(".")[2]))
+
+
+def _differing(step: int, before: dict[str, str], after: dict[str, str]) -> list[Midway]:
+    return [Midway(step, what, value, after[what]) for what, value in before.items() if after.get(what, value) != value]
 
 
 def start_facts(start: dict[str, Any]) -> dict[str, str]:

@@ -16,7 +16,7 @@ from opd.choice import write_choice
 from opd.evaluate_config import AcceptConfig
 from opd.job_config import ReportConfig
 from opd.report import report
-from opd.report_compare import differences, paired_table, positions, render_comparison
+from opd.report_compare import Midway, changed_midway, differences, paired_table, positions, render_comparison
 from opd.scores import read_scores
 
 
@@ -54,6 +54,35 @@ def test_code_teachers_and_data_differ_by_their_hashes_and_an_old_run_has_not_re
     assert found["code"][1] == "0" * 12
     (tmp_path / "other" / "starts.jsonl").unlink()
     assert dict(differences({"a": short_run, "b": tmp_path / "other"}))["code"][1] == "not recorded"
+
+
+def test_what_changed_midway_stands_on_the_page_with_its_step(make_run):
+    one, two = make_run("a"), make_run("b")
+    changes = [(0, "num_steps", 5, 6), (40, "domains.law.prompts.share", 1.0, 0.25), (50, "domains.math", None, {"grader": "exact"})]
+    lines = [json.dumps(dict(zip(("schema", "step", "setting", "before", "after"), (1, *change), strict=True))) for change in changes]
+    (two / "changes.jsonl").write_text("\n".join([*lines, '{"schema": 1, "st']))
+    assert changed_midway(two) == [
+        Midway(41, "domains.law.prompts.share", "1.0", "0.25"),
+        Midway(51, "domains.math", "null", "settings of its own"),
+    ], "a change before the first step held for all of them"
+    page = render_comparison([one, two])
+    assert "<th>domains.law.prompts.share</th><td>b</td><td>41</td><td>1.0</td><td>0.25</td>" in page
+    assert "changed midway" not in render_comparison([one, make_run("c")])
+
+
+def test_other_code_and_another_teacher_from_a_step_on_are_changes_midway(short_run, tmp_path):
+    start = json.loads((short_run / "starts.jsonl").read_text().splitlines()[-1])
+    starts = [start, start | {"step": 7, "code": "0" * 64}, start | {"step": 9, "code": "0" * 64}]
+    (tmp_path / "starts.jsonl").write_text("".join(json.dumps(begun) + "\n" for begun in starts))
+    domains = [{name: {"teacher": {"hash": letter * 64}} for name in ("law", "tools")} for letter in "ab"]
+    drop = {"tools": {"step": 8, "reason": "gone"}}
+    spans = [{"from_step": step, "domains": own, "dropped": drop} for step, own in zip((1, 12), domains, strict=True)]
+    (tmp_path / "teachers.json").write_text(json.dumps({"schema": 1, "spans": spans}))
+    assert changed_midway(tmp_path) == [
+        Midway(8, "code", start["code"][:12], "0" * 12),
+        Midway(8, "teacher of tools", "in use", "dropped: gone"),
+        *(Midway(12, f"teacher of {name}", "a" * 16, "b" * 16) for name in ("law", "tools")),
+    ]
 
 
 def test_other_held_out_prompts_under_the_same_path_are_a_difference(short_run, tmp_path):
