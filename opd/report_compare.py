@@ -18,7 +18,7 @@ import re
 from dataclasses import dataclass
 from datetime import datetime
 from importlib.metadata import version
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
 
@@ -118,26 +118,37 @@ def differences(folders: dict[str, Path]) -> list[tuple[str, list[str]]]:
 
 
 def paired_table(folders: dict[str, Path]) -> list[dict[str, Any]]:
-    """A row for each domain and run but the first: prompts, both accuracies, and the paired difference or why there is none."""
-    scores, _ = scores_of(folders)
+    """A row for each domain of any run and each run but the first: prompts, both accuracies, and the paired difference or why there is none. Where there is
+    more than one domain also a row for all prompts of those in which both answered the same, each prompt once.
+    """
+    found, _ = scores_of(folders)
+    scores = {name: {} if record is None else record["domains"] for name, record in found.items()}
     seeds = {name: yaml.safe_load((folder / "config.yaml").read_text()).get("seed") for name, folder in folders.items()}
     first, *others = scores
-    rows = []
-    for domain in (scores[first] or {"domains": {}})["domains"]:
-        ours = scores[first]["domains"][domain]
-        for name in others:
-            theirs = (scores[name] or {"domains": {}})["domains"].get(domain)
-            row = {"domain": domain, "run": name, "first": _mean(ours), "other": "", "difference": "", "note": "", "prompts": len(ours["scores"])}
-            if theirs is None:
-                row["note"] = "no scores: opd evaluate RUN of each run makes them, or evaluation.every=N while it trains"
-            elif theirs["prompts"] != ours["prompts"]:
-                row |= {"other": _mean(theirs), "note": "it answered other prompts"}
-            else:
-                found = paired_difference(theirs["scores"], ours["scores"])
-                note = "" if seeds[name] == seeds[first] else "another seed, so other random numbers: the interval is still of the same prompts"
-                row |= {"other": _mean(theirs), "difference": _shown(found), "note": note}
-            rows.append(row)
-    return rows
+    domains, rows, pairs = list(dict.fromkeys(domain for own in scores.values() for domain in own)), [], {name: {} for name in others}
+    for domain, name in product(domains, others):
+        ours, theirs = scores[first].get(domain), scores[name].get(domain)
+        row = {"domain": domain, "run": name, "first": _mean(ours), "other": _mean(theirs), "difference": "", "note": ""}
+        if ours is None and theirs is None:
+            continue
+        if ours is None or theirs is None:
+            row["note"] = f"no scores of {first if ours is None else name}: opd evaluate RUN of each run makes them, or evaluation.every=N while it trains"
+        elif theirs["prompts"] != ours["prompts"]:
+            row["note"] = "it answered other prompts"
+        else:
+            pairs[name][domain] = ours["scores"], theirs["scores"]
+            note = "" if seeds[name] == seeds[first] else "another seed, so other random numbers: the interval is still of the same prompts"
+            row |= {"difference": _shown(paired_difference(theirs["scores"], ours["scores"])), "note": note}
+        rows.append(row | {"prompts": len((ours or theirs)["scores"])})
+    return rows + [_all_row(name, own, domains) for name, own in pairs.items() if own and len(domains) > 1]
+
+
+def _all_row(run: str, pairs: dict[str, tuple[list[float], list[float]]], domains: list[str]) -> dict[str, Any]:
+    """pairs: domain -> the first run's scores and this run's."""
+    ours, theirs = ([score for scores in column for score in scores] for column in zip(*pairs.values(), strict=True))
+    note = "" if len(pairs) == len(domains) else f"of {', '.join(pairs)}"
+    row = {"domain": "all", "run": run, "first": _mean({"scores": ours}), "other": _mean({"scores": theirs}), "prompts": len(ours)}
+    return row | {"difference": _shown(paired_difference(theirs, ours)), "note": note}
 
 
 def scores_of(folders: dict[str, Path]) -> tuple[dict[str, dict[str, Any] | None], str]:
@@ -268,8 +279,8 @@ def _names(folders: list[Path]) -> list[str]:
     return [str(folder) for folder in folders]
 
 
-def _mean(scores: dict[str, Any]) -> str:
-    return f"{sum(scores['scores']) / len(scores['scores']):.3f}"
+def _mean(scores: dict[str, Any] | None) -> str:
+    return "" if scores is None else f"{sum(scores['scores']) / len(scores['scores']):.3f}"
 
 
 def _shown(found: Interval) -> str:

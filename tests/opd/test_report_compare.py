@@ -109,6 +109,29 @@ def test_differences_are_paired_prompt_by_prompt(make_run):
     assert (row["first"], row["other"], row["prompts"], row["note"]) == ("0.625", "0.875", 8, "")
 
 
+def set_scores(folder: Path, **domains: tuple[str, list[float]]) -> None:
+    """set_scores(folder, law=("hash of its prompts", [1, 0])): what the newest evaluation found."""
+    found = {name: {"prompts": prompts, "scores": scores} for name, (prompts, scores) in domains.items()}
+    (folder / "scores.json").write_text(json.dumps({"schema": 1, "step": 3, "domains": found}))
+
+
+def test_domains_of_all_runs_are_listed_and_a_row_is_of_all_prompts_that_both_answered(make_run):
+    folders = {name: make_run(name) for name in "abc"}
+    set_scores(folders["a"], law=("x", [1, 0, 0]), math=("y", [0, 0, 1, 0, 1]), code=("z", [1, 1]))
+    set_scores(folders["b"], math=("y", [1, 0, 1, 1, 1]), code=("other", [0, 0]), law=("x", [1, 1, 1]), tools=("v", [1, 0]))
+    rows = paired_table(folders)
+    notes = {(row["domain"], row["run"]): row["note"] for row in rows}
+    assert list(notes) == [(domain, run) for domain in ("law", "math", "code") for run in "bc"] + [("tools", "b"), ("all", "b")]
+    assert notes["tools", "b"].startswith("no scores of a:")
+    assert notes["law", "c"].startswith("no scores of c:")
+    each = [0, 1, 1, 1, 0, 0, 1, 0]
+    mean = sum(each) / 8
+    half = 1.96 * (sum((value - mean) ** 2 for value in each) / 7 / 8) ** 0.5
+    row = rows[-1]
+    assert [float(number) for number in re.findall(r"[+-]\d\.\d+", row["difference"])] == pytest.approx([mean, mean - half, mean + half], abs=0.001)
+    assert (row["first"], row["other"], row["prompts"], row["note"]) == ("0.375", "0.875", 8, "of law, math")
+
+
 def test_checkpoints_that_were_evaluated_are_paired_where_all_runs_have_some(make_run):
     folders = {"a": make_run("a", [1, 0, 0, 0]), "b": make_run("b", [0, 0, 0, 0])}
     write_record(make_folder(folders["b"]), 2, None, "asked", {}, {"law": {"prompts": "all", "scores": [1, 1, 1, 1, 1, 0]}})
