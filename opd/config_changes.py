@@ -13,11 +13,13 @@ setting that was not there is null.
 import json
 from dataclasses import dataclass
 from enum import Enum
+from pathlib import Path
 from typing import Any
 
 from teachers.config import RUNNING_SETTINGS
 
 SCHEMA = 1
+FILE = "changes.jsonl"
 
 FREE = (
     "fresh", "threads", "logger", "checkpoint", "launch", "profile", "run_dir", "check", "alarms", "samples", "rehearse", "rollout.vllm", "rollout.service",
@@ -62,6 +64,12 @@ class Change:
         """Its line in RUN/changes.jsonl."""
         before, after = (None if value is NOTHING else value for value in (self.before, self.after))
         return {"schema": SCHEMA, "step": step, "setting": self.setting, "before": before, "after": after}
+
+
+def read_changes(folder: Path) -> list[dict[str, Any]]:
+    """What was recorded in a run's changes.jsonl, oldest first; a line that a kill has cut is left out."""
+    file = folder / FILE
+    return [json.loads(line) for line in file.read_text().splitlines() if line.endswith("}")] if file.is_file() else []
 
 
 def find_changes(old: dict[str, Any], new: dict[str, Any], may_change_domains: bool, path: str = "") -> list[Change]:

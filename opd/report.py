@@ -24,7 +24,7 @@ from omegaconf import OmegaConf
 
 from opd.checkpoint_files import tag_of
 from opd.job_config import LoggerConfig, LoggerKind, ReportConfig
-from opd.report_compare import commit_of, render_comparison
+from opd.report_compare import changed_midway, commit_of, render_comparison
 from opd.report_figures import accuracy_intervals, sections
 from opd.report_reader import RunFacts, read_run, without_text
 from rollout.files import replace_text
@@ -95,6 +95,7 @@ def render(facts: RunFacts, with_text: bool) -> str:
         teachers=_teachers(facts),
         no_teachers="No teachers are recorded: only `opd distill` writes teachers.json.",
         settings=_settings(facts, with_text),
+        midway=changed_midway(facts.train_folder, with_text),
         script=Markup(script),
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         written=datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),

@@ -1,18 +1,24 @@
 """`opd report RUN RUN ...`: runs beside each other on one page: what differs between them, their curves, and who is better on the same held-out prompts.
 
-Only what differs is listed: settings (dotted paths of config.yaml), code, versions, hardware, initial student, teachers, data. Curves of the figures that at
-least two of the runs have stand over steps, over the student's tokens and over seconds, both added up over the steps that count. The table pairs each run with
-the first, prompt by prompt: an interval of the mean of differences, which is much smaller than the difference of two intervals. The scores are those that
-`opd evaluate RUN` found of the chosen checkpoints (else the newest) where it was asked of all these runs, otherwise those of the newest evaluations while they
-trained (opd/scores.py). The table is blank, and says why, where two runs have answered other prompts.
+Of a pipeline its last stage that distils (else trains) is compared (opd/report_reader.py); among pipelines alone, their own settings too.
+
+Only what differs is listed: settings (dotted paths of config.yaml), code, versions, hardware, initial student, teachers, data, as they were last; what
+changed in the midst of a run stands below, with the first step that it held for.
+
+Curves of the figures that at least two of the runs have stand over steps, over the student's tokens and over seconds, both added up over the steps that count.
+The table pairs each run with the first, prompt by prompt: an interval of the mean of differences, which is much smaller than the difference of two intervals.
+The scores are those that `opd evaluate RUN` found of the chosen checkpoints (else the newest) where it was asked of all these runs, otherwise those of the
+newest evaluations while they trained (opd/scores.py). The table is blank, and says why, where two runs have answered other prompts.
 """
 
 import base64
 import hashlib
 import json
 import re
+from dataclasses import dataclass
 from datetime import datetime
 from importlib.metadata import version
+from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +29,11 @@ from markupsafe import Markup
 from opd.checkpoint_record import shown_record
 from opd.comparison import paired_difference
 from opd.composition import leaves
+from opd.config_changes import read_changes
 from opd.intervals import Interval
 from opd.report_charts import STEPS, Line, line_chart, style_class
 from opd.report_figures import Figure, Section
+from opd.report_reader import train_folder_of, without_text
 from opd.run_facts import read_starts
 from opd.run_folder import read_records
 from opd.runs import RunRow, describe
@@ -46,25 +54,38 @@ CURVES = {
 AXES = {"steps": STEPS, "tokens": "completion tokens of the student, added up", "seconds": "seconds of steps, added up"}
 
 
+@dataclass(frozen=True, slots=True)
+class Midway:
+    """Something that changed in the course of a run. step: the first that was done with it, as metrics.jsonl counts them."""
+
+    step: int
+    what: str
+    before: str
+    after: str
+
+
 def render_comparison(folders: list[Path]) -> str:
-    """The page. Raises ValueError for a folder that is no run, or is named twice."""
-    for folder in folders:
-        if not (folder / "config.yaml").is_file():
-            raise ValueError(f"{folder} is not a folder of a run: it has no config.yaml")
-    if len({folder.resolve() for folder in folders}) < len(folders):
+    """The page. Raises ValueError for a folder that is no run, has nothing to draw, or is named twice."""
+    trained = [train_folder_of(folder) for folder in folders]
+    if len({folder.resolve() for folder in trained}) < len(folders):
         raise ValueError("a run is named twice: a comparison needs different ones")
     names = _names(folders)
-    records = {name: read_records(folder) for name, folder in zip(names, folders, strict=True)}
+    runs = dict(zip(names, trained, strict=True))
+    records = {name: read_records(folder) for name, folder in runs.items()}
+    for name, found in records.items():
+        if not found:
+            raise ValueError(f"{runs[name]} has no records of training (metrics.jsonl), so that there is nothing to draw of it yet: leave it out")
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
     )
     script = (Path(__file__).parent / "report_page.js").read_text()
     return environment.get_template("report_compare.html").render(
         names=names,
-        runs=[_about(name, describe(folder), folder) for name, folder in zip(names, folders, strict=True)],
+        runs=[_about(name, describe(folder), runs[name]) for name, folder in zip(names, folders, strict=True)],
+        midway=[(name, row) for name, folder in runs.items() for row in changed_midway(folder)],
         differences=differences(dict(zip(names, folders, strict=True))),
-        pairs=paired_table(dict(zip(names, folders, strict=True))),
-        origin=scores_of(dict(zip(names, folders, strict=True)))[1],
+        pairs=paired_table(runs),
+        origin=scores_of(runs)[1],
         sections=[_section(axis, records) for axis in AXES],
         script=Markup(script),
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
@@ -85,34 +106,49 @@ def _commit(start: dict[str, Any]) -> str:
 
 
 def differences(folders: dict[str, Path]) -> list[tuple[str, list[str]]]:
-    """(what, its value in each run) of everything that is not the same in all."""
-    found = {name: _described(folder) for name, folder in folders.items()}
+    """(what, its value in each run) of everything that is not the same in all. folders: of runs, or of pipelines, whose own settings are compared too."""
+    trained = {name: train_folder_of(folder) for name, folder in folders.items()}
+    found = {name: _described(trained[name], folder) for name, folder in folders.items()}
+    if all(trained[name] != folder for name, folder in folders.items()):
+        for name, folder in folders.items():
+            found[name] |= {f"pipeline: {path}": value for path, value in _settings(folder, folder).items()}
     keys = list(dict.fromkeys(key for values in found.values() for key in values))
     rows = [(key, [values.get(key, UNKNOWN if key.startswith(RECORDED) else "-") for values in found.values()]) for key in keys]
     return [(key, values) for key, values in rows if len(set(values)) > 1]
 
 
 def paired_table(folders: dict[str, Path]) -> list[dict[str, Any]]:
-    """A row for each domain and run but the first: prompts, both accuracies, and the paired difference or why there is none."""
-    scores, _ = scores_of(folders)
+    """A row for each domain of any run and each run but the first: prompts, both accuracies, and the paired difference or why there is none. Where there is
+    more than one domain also a row for all prompts of those in which both answered the same, each prompt once.
+    """
+    found, _ = scores_of(folders)
+    scores = {name: {} if record is None else record["domains"] for name, record in found.items()}
     seeds = {name: yaml.safe_load((folder / "config.yaml").read_text()).get("seed") for name, folder in folders.items()}
     first, *others = scores
-    rows = []
-    for domain in (scores[first] or {"domains": {}})["domains"]:
-        ours = scores[first]["domains"][domain]
-        for name in others:
-            theirs = (scores[name] or {"domains": {}})["domains"].get(domain)
-            row = {"domain": domain, "run": name, "first": _mean(ours), "other": "", "difference": "", "note": "", "prompts": len(ours["scores"])}
-            if theirs is None:
-                row["note"] = "no scores: opd evaluate RUN of each run makes them, or evaluation.every=N while it trains"
-            elif theirs["prompts"] != ours["prompts"]:
-                row |= {"other": _mean(theirs), "note": "it answered other prompts"}
-            else:
-                found = paired_difference(theirs["scores"], ours["scores"])
-                note = "" if seeds[name] == seeds[first] else "another seed, so other random numbers: the interval is still of the same prompts"
-                row |= {"other": _mean(theirs), "difference": _shown(found), "note": note}
-            rows.append(row)
-    return rows
+    domains, rows, pairs = list(dict.fromkeys(domain for own in scores.values() for domain in own)), [], {name: {} for name in others}
+    for domain, name in product(domains, others):
+        ours, theirs = scores[first].get(domain), scores[name].get(domain)
+        row = {"domain": domain, "run": name, "first": _mean(ours), "other": _mean(theirs), "difference": "", "note": ""}
+        if ours is None and theirs is None:
+            continue
+        if ours is None or theirs is None:
+            row["note"] = f"no scores of {first if ours is None else name}: opd evaluate RUN of each run makes them, or evaluation.every=N while it trains"
+        elif theirs["prompts"] != ours["prompts"]:
+            row["note"] = "it answered other prompts"
+        else:
+            pairs[name][domain] = ours["scores"], theirs["scores"]
+            note = "" if seeds[name] == seeds[first] else "another seed, so other random numbers: the interval is still of the same prompts"
+            row |= {"difference": _shown(paired_difference(theirs["scores"], ours["scores"])), "note": note}
+        rows.append(row | {"prompts": len((ours or theirs)["scores"])})
+    return rows + [_all_row(name, own, domains) for name, own in pairs.items() if own and len(domains) > 1]
+
+
+def _all_row(run: str, pairs: dict[str, tuple[list[float], list[float]]], domains: list[str]) -> dict[str, Any]:
+    """pairs: domain -> the first run's scores and this run's."""
+    ours, theirs = ([score for scores in column for score in scores] for column in zip(*pairs.values(), strict=True))
+    note = "" if len(pairs) == len(domains) else f"of {', '.join(pairs)}"
+    row = {"domain": "all", "run": run, "first": _mean({"scores": ours}), "other": _mean({"scores": theirs}), "prompts": len(ours)}
+    return row | {"difference": _shown(paired_difference(theirs, ours)), "note": note}
 
 
 def scores_of(folders: dict[str, Path]) -> tuple[dict[str, dict[str, Any] | None], str]:
@@ -130,16 +166,43 @@ def scores_of(folders: dict[str, Path]) -> tuple[dict[str, dict[str, Any] | None
 RECORDED = ("code", "commit", "version of ", "hardware", "initial student", "teacher of ", "data of ", "held-out data of ")
 
 
-def _described(folder: Path) -> dict[str, str]:
-    """Everything by which a run may differ from another, as text."""
-    config = yaml.safe_load((folder / "config.yaml").read_text())
-    found = {path: json.dumps(value) for path, value in leaves(config) if path.split(".")[0] not in UNCOUNTED}
+def _described(folder: Path, named: Path) -> dict[str, str]:
+    """Everything by which a run may differ from another, as text. named: the run's folder, or that of the pipeline around it."""
+    found = _settings(folder, named)
     starts = read_starts(folder)
     if starts:
         found |= start_facts(starts[-1])
         found["initial student"] = (starts[0]["student"] or {"hash": "a new model"})["hash"] or UNKNOWN
     spans = _spans(folder)
     return found | (_teachers(spans[-1]) if spans else {})
+
+
+def changed_midway(folder: Path, with_text: bool = True) -> list[Midway]:
+    """What changed in a run when it was taken up, in order of steps: settings (opd/config_changes.py), what a start was made with, the teachers. What held
+    from the first step on is left out. with_text: whether system prompts may stand in it.
+    """
+    found = []
+    for change in read_changes(folder):
+        before, after = (_setting_text(change["setting"], change[when], with_text) for when in ("before", "after"))
+        found.append(Midway(change["step"] + 1, change["setting"], before, after))
+    starts, spans = read_starts(folder), _spans(folder)
+    for before, after in pairwise(starts):
+        found += _differing(after["step"] + 1, start_facts(before), start_facts(after))
+    for before, after in pairwise(spans):
+        found += _differing(after["from_step"], _teachers(before), _teachers(after))
+    for span in spans:
+        found += [Midway(drop["step"], f"teacher of {name}", "in use", f"dropped: {drop['reason']}") for name, drop in span["dropped"].items()]
+    return sorted((row for row in dict.fromkeys(found) if row.step > 1), key=lambda row: row.step)  # a later span tells of the same drop
+
+
+def _setting_text(name: str, value: Any, with_text: bool) -> str:
+    if isinstance(value, dict):
+        return "settings of its own"
+    return json.dumps(value if with_text else without_text(value, name.rpartition(".")[2]))
+
+
+def _differing(step: int, before: dict[str, str], after: dict[str, str]) -> list[Midway]:
+    return [Midway(step, what, value, after[what]) for what, value in before.items() if after.get(what, value) != value]
 
 
 def start_facts(start: dict[str, Any]) -> dict[str, str]:
@@ -160,6 +223,13 @@ def _spans(folder: Path) -> list[dict[str, Any]]:
 def _teachers(span: dict[str, Any]) -> dict[str, str]:
     identities = {name: domain["teacher"] for name, domain in span["domains"].items()}
     return {f"teacher of {name}": str(own.get("hash") or own.get("fingerprint") or UNKNOWN)[:16] for name, own in identities.items()}
+
+
+def _settings(folder: Path, named: Path) -> dict[str, str]:
+    """The settings of a folder by their paths. What they name in the run's, or the pipeline's, own folder is named without it."""
+    own = re.escape(f"{yaml.safe_load((named / 'config.yaml').read_text()).get('run_dir')}/")
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    return {path: re.sub(rf"(?<![\w./-]){own}", "RUN/", json.dumps(value)) for path, value in leaves(config) if path.split(".")[0] not in UNCOUNTED}
 
 
 def _section(axis: str, records: dict[str, list[dict[str, Any]]]) -> Section:
@@ -209,8 +279,8 @@ def _names(folders: list[Path]) -> list[str]:
     return [str(folder) for folder in folders]
 
 
-def _mean(scores: dict[str, Any]) -> str:
-    return f"{sum(scores['scores']) / len(scores['scores']):.3f}"
+def _mean(scores: dict[str, Any] | None) -> str:
+    return "" if scores is None else f"{sum(scores['scores']) / len(scores['scores']):.3f}"
 
 
 def _shown(found: Interval) -> str:

@@ -120,6 +120,12 @@ def read_run(folder: Path) -> RunFacts:
     )
 
 
+def train_folder_of(folder: Path) -> Path:
+    """The folder with a run's curves: its own, or of a pipeline that of a stage. Raises ValueError where there is none, or it cannot be reported on."""
+    command, config = _config_of(folder)
+    return _train_folder(folder, config) if command == "pipeline" else folder
+
+
 def without_text(value: Any, key: str = "") -> Any:
     """Settings without the text of system prompts, also where it stands in the overrides of a pipeline's stage."""
     if isinstance(value, dict):

@@ -53,6 +53,7 @@ from transformers import PreTrainedTokenizerBase
 from opd.branch import begin_branch
 from opd.checkpoint_writer import settle
 from opd.config import DistillConfig, RunConfig, rollout_settings
+from opd.config_changes import FILE as CHANGES
 from opd.config_changes import Change, Rule, find_changes
 from opd.distributed import Group, barrier, broadcast_object, is_main, rank
 from opd.engine import Engine
@@ -185,7 +186,7 @@ def record_changes(folder: Path, cfg: RunConfig, step: int) -> list[Change]:
     """Make a config that a run was taken up with after `step` updates the run's own, and return how it differs from the one before."""
     found = _changes(folder, cfg)
     if found:
-        with (folder / "changes.jsonl").open("a") as file:
+        with (folder / CHANGES).open("a") as file:
             file.writelines(json.dumps(change.record(step)) + "\n" for change in found if change.rule is Rule.recorded)
         first_line = (folder / "config.yaml").read_text().partition("\n")[0]
         replace_text(folder / "config.yaml", first_line + "\n" + OmegaConf.to_yaml(OmegaConf.structured(cfg)))

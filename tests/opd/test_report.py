@@ -14,6 +14,7 @@ from opd.checkpoint_record import write_record
 from opd.choice import Verdict, write_choice
 from opd.evaluate_config import AcceptConfig
 from opd.report import FILE, report
+from opd.report_compare import changed_midway
 from opd.report_reader import NO_TEXT, read_run
 from opd.run_state import begin_state, end_state
 
@@ -48,6 +49,15 @@ def test_the_page_of_a_distillation_has_its_curves_conflict_rollouts_teachers_an
     digest = json.loads((run_copy / "teachers.json").read_text())["spans"][-1]["domains"]["tools"]["teacher"]["hash"]
     assert digest[:16] in page
     assert "max_new_tokens: 8" in page
+
+
+def test_what_changed_midway_is_told_without_the_text_of_prompts_where_that_must_stay(run_copy):
+    change = {"schema": 1, "step": 1, "setting": "domains.tools.prompts.system_prompt", "before": None, "after": "secret words"}
+    (run_copy / "changes.jsonl").write_text(json.dumps(change) + "\n")
+    assert [row.after for row in changed_midway(run_copy)] == ['"secret words"']
+    assert [(row.step, row.after) for row in changed_midway(run_copy, with_text=False)] == [(2, json.dumps(NO_TEXT))]
+    page = page_of(run_copy)
+    assert '<th>domains.tools.prompts.system_prompt</th><td data-label="from step">2</td>' in page
 
 
 def test_each_figure_has_a_title_two_named_axes_a_legend_and_a_caption(run_copy):

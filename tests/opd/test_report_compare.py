@@ -16,7 +16,7 @@ from opd.choice import write_choice
 from opd.evaluate_config import AcceptConfig
 from opd.job_config import ReportConfig
 from opd.report import report
-from opd.report_compare import differences, paired_table, positions, render_comparison
+from opd.report_compare import Midway, changed_midway, differences, paired_table, positions, render_comparison
 from opd.scores import read_scores
 
 
@@ -56,6 +56,35 @@ def test_code_teachers_and_data_differ_by_their_hashes_and_an_old_run_has_not_re
     assert dict(differences({"a": short_run, "b": tmp_path / "other"}))["code"][1] == "not recorded"
 
 
+def test_what_changed_midway_stands_on_the_page_with_its_step(make_run):
+    one, two = make_run("a"), make_run("b")
+    changes = [(0, "num_steps", 5, 6), (40, "domains.law.prompts.share", 1.0, 0.25), (50, "domains.math", None, {"grader": "exact"})]
+    lines = [json.dumps(dict(zip(("schema", "step", "setting", "before", "after"), (1, *change), strict=True))) for change in changes]
+    (two / "changes.jsonl").write_text("\n".join([*lines, '{"schema": 1, "st']))
+    assert changed_midway(two) == [
+        Midway(41, "domains.law.prompts.share", "1.0", "0.25"),
+        Midway(51, "domains.math", "null", "settings of its own"),
+    ], "a change before the first step held for all of them"
+    page = render_comparison([one, two])
+    assert "<th>domains.law.prompts.share</th><td>b</td><td>41</td><td>1.0</td><td>0.25</td>" in page
+    assert "changed midway" not in render_comparison([one, make_run("c")])
+
+
+def test_other_code_and_another_teacher_from_a_step_on_are_changes_midway(short_run, tmp_path):
+    start = json.loads((short_run / "starts.jsonl").read_text().splitlines()[-1])
+    starts = [start, start | {"step": 7, "code": "0" * 64}, start | {"step": 9, "code": "0" * 64}]
+    (tmp_path / "starts.jsonl").write_text("".join(json.dumps(begun) + "\n" for begun in starts))
+    domains = [{name: {"teacher": {"hash": letter * 64}} for name in ("law", "tools")} for letter in "ab"]
+    drop = {"tools": {"step": 8, "reason": "gone"}}
+    spans = [{"from_step": step, "domains": own, "dropped": drop} for step, own in zip((1, 12), domains, strict=True)]
+    (tmp_path / "teachers.json").write_text(json.dumps({"schema": 1, "spans": spans}))
+    assert changed_midway(tmp_path) == [
+        Midway(8, "code", start["code"][:12], "0" * 12),
+        Midway(8, "teacher of tools", "in use", "dropped: gone"),
+        *(Midway(12, f"teacher of {name}", "a" * 16, "b" * 16) for name in ("law", "tools")),
+    ]
+
+
 def test_other_held_out_prompts_under_the_same_path_are_a_difference(short_run, tmp_path):
     shutil.copytree(short_run, tmp_path / "other")
     start = json.loads((short_run / "starts.jsonl").read_text().splitlines()[-1])
@@ -78,6 +107,29 @@ def test_differences_are_paired_prompt_by_prompt(make_run):
     shown = [float(number) for number in re.findall(r"[+-]\d\.\d+", row["difference"])]
     assert shown == pytest.approx([mean, mean - half, mean + half], abs=0.02)
     assert (row["first"], row["other"], row["prompts"], row["note"]) == ("0.625", "0.875", 8, "")
+
+
+def set_scores(folder: Path, **domains: tuple[str, list[float]]) -> None:
+    """set_scores(folder, law=("hash of its prompts", [1, 0])): what the newest evaluation found."""
+    found = {name: {"prompts": prompts, "scores": scores} for name, (prompts, scores) in domains.items()}
+    (folder / "scores.json").write_text(json.dumps({"schema": 1, "step": 3, "domains": found}))
+
+
+def test_domains_of_all_runs_are_listed_and_a_row_is_of_all_prompts_that_both_answered(make_run):
+    folders = {name: make_run(name) for name in "abc"}
+    set_scores(folders["a"], law=("x", [1, 0, 0]), math=("y", [0, 0, 1, 0, 1]), code=("z", [1, 1]))
+    set_scores(folders["b"], math=("y", [1, 0, 1, 1, 1]), code=("other", [0, 0]), law=("x", [1, 1, 1]), tools=("v", [1, 0]))
+    rows = paired_table(folders)
+    notes = {(row["domain"], row["run"]): row["note"] for row in rows}
+    assert list(notes) == [(domain, run) for domain in ("law", "math", "code") for run in "bc"] + [("tools", "b"), ("all", "b")]
+    assert notes["tools", "b"].startswith("no scores of a:")
+    assert notes["law", "c"].startswith("no scores of c:")
+    each = [0, 1, 1, 1, 0, 0, 1, 0]
+    mean = sum(each) / 8
+    half = 1.96 * (sum((value - mean) ** 2 for value in each) / 7 / 8) ** 0.5
+    row = rows[-1]
+    assert [float(number) for number in re.findall(r"[+-]\d\.\d+", row["difference"])] == pytest.approx([mean, mean - half, mean + half], abs=0.001)
+    assert (row["first"], row["other"], row["prompts"], row["note"]) == ("0.375", "0.875", 8, "of law, math")
 
 
 def test_checkpoints_that_were_evaluated_are_paired_where_all_runs_have_some(make_run):
@@ -136,6 +188,39 @@ def test_runs_of_one_name_are_told_apart_by_their_folders(make_run):
     shutil.copytree(first, second)
     page = render_comparison([first, second])
     assert f"<h1>{first.parent.name}/y | p/y</h1>" in page
+
+
+def make_pipeline(make_run, name: str, **optim) -> Path:
+    """A folder as `opd pipeline` leaves it, with a stage that trains and one that distils."""
+    folder = make_run(name)
+    (folder / "metrics.jsonl").unlink()
+    stages = {"base": {"command": "specialize"}, "distill": {"command": "distill", "overrides": [f"student.model={name}/base/student"]}}
+    config = {"run_dir": name, "seed": 0, "stages": stages}
+    (folder / "config.yaml").write_text("# written by opd pipeline\n" + yaml.safe_dump(config))
+    stage = make_run(f"{name}/distill", **optim)
+    settings = yaml.safe_load((stage / "config.yaml").read_text()) | {"student": {"model": f"{name}/base/student"}}
+    (stage / "config.yaml").write_text("# written by opd distill\n" + yaml.safe_dump(settings))
+    return folder
+
+
+def test_of_pipelines_the_stages_that_distil_are_compared(make_run):
+    one, two = make_pipeline(make_run, "p"), make_pipeline(make_run, "q", lr=0.125)
+    assert differences({"p": one, "q": two}) == [("optim.lr", ["0.5", "0.125"])], "a path inside of each folder is no difference"
+    page = render_comparison([one, two])
+    assert "<h1>p | q</h1>" in page
+    assert page.count('class="line c1') >= 3
+    assert "optim.lr" in render_comparison([one, make_run("a", lr=0.25)]), "and a run beside a pipeline"
+
+
+def test_a_folder_with_nothing_to_draw_is_refused(make_run):
+    empty = make_run("b")
+    (empty / "metrics.jsonl").unlink()
+    with pytest.raises(ValueError, match=r"b has no records of training .* nothing to draw"):
+        render_comparison([make_run("a"), empty])
+    pipeline = make_pipeline(make_run, "p")
+    shutil.rmtree(pipeline / "distill")
+    with pytest.raises(ValueError, match=r"no stage of the pipeline in .*p has begun to train"):
+        render_comparison([make_run("c"), pipeline])
 
 
 @pytest.mark.parametrize(("names", "sentence"), [(["a", "nowhere"], "is not a folder of a run"), (["a", "a"], "named twice")])
