@@ -63,7 +63,7 @@ def test_a_function_that_fails_stops_the_evaluation_by_domain_row_and_reason(wor
         file.write('{"prompt": "and here?", "answer": "perhaps"}\n')
     with pytest.raises(ValueError, match=r"^the grader \(law_grader:score\) failed on a completion of row law/held_out:\d+: KeyError: 'perhaps'$"):
         evaluated(saved_v4)
-    assert not (workspace / "eval").exists()
+    assert not (workspace / "eval/evaluation.json").exists()
 
 
 def test_a_run_is_taken_up_with_the_same_function_and_not_with_another_of_its_name(workspace, saved_v4):

@@ -21,7 +21,7 @@ from opd.checkpoint_record import chosen_step, shown_records
 from opd.choice import ask_to_end, claim, take_end_request
 from opd.errors import PREEMPTED, STOPPED
 from opd.evaluate import evaluate
-from opd.run_state import begin_state, end_state
+from opd.run_state import State, begin_state, end_state
 
 MORE = ["checkpoints=all", "evaluation.samples=2", "pass_k=[1,2]", "accept.prefer=accuracy"]
 """With random weights no teacher is ever right, so that recovery is undefined."""
@@ -144,6 +144,12 @@ def test_what_is_asked_otherwise_is_asked_anew(change, run, tmp_path):
     assert asked([]) == asked([])
 
 
+def say_stopped(run) -> None:
+    """What the run's own process would write: here `opd evaluate` has the one state that a process has."""
+    file = run / "state.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"state": State.stopped.value}))
+
+
 def test_following_chooses_among_what_is_known_and_asks_each_start_to_end(run, monkeypatch):
     evaluate_run(run, *MORE, "accept.minimum_recovery=0.5")
     assert json.loads((run / "evaluations/choice.json").read_text())["chosen"] is None, "recovery is undefined"
@@ -151,7 +157,7 @@ def test_following_chooses_among_what_is_known_and_asks_each_start_to_end(run, m
 
     def sleep(_seconds):
         asked.append(take_end_request(run))
-        end_state(STOPPED, "accepted")
+        say_stopped(run)
 
     monkeypatch.setattr(checkpoint_evaluation, "time", SimpleNamespace(sleep=sleep, monotonic=time.monotonic))
     for _ in range(2):
