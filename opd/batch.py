@@ -46,7 +46,7 @@ class MicroBatch:
         GRPO without a reference, which else is the teacher.
     teacher_hidden_ND, teacher_token_NK, teacher_logprob_NK: what was given (teachers/types.py); the others are None.
     routes_NMK: the experts that the sampler chose for the state at position_N (rollout/routes.py); None where a rollout has no record.
-    is_inspected, is_compared: whether the likeliest tokens at its worst ones, and figures of every eighth, are wanted (opd/likeliest.py).
+    is_inspected, is_compared: whether the likeliest tokens at its worst ones, and figures of every sixteenth, are wanted (opd/likeliest.py).
     waiting: the rollouts' signals while their hidden states are in the pool's store; `with_hidden` brings them.
     """
 

@@ -15,7 +15,7 @@ Step 0 holds what was measured before training. Names:
     domain/D/length_penalty                   mean of what length costs, where it does (grpo.length_penalty)
     grpo/reward, zero_variance                the same over all domains
     domain/D/overlap                          share of the student's 16 likeliest tokens that are among the teacher's 16 likeliest, mean over every
-                      eighth token of the loss (opd/likeliest.py); where the teacher gives its whole distribution, or a top-k of 16 or more
+                      sixteenth token of the loss (opd/likeliest.py); where the teacher gives its whole distribution, or a top-k of 16 or more
     domain/D/log_ratio_right, log_ratio_wrong mean |log p_student - log p_teacher| of the sampled token, nats at temperature 1, over the same tokens
                       of the rollouts that were graded 1, and of those graded less; not with a top-k
     domain/D/mismatch_kl, mismatch_p99, mismatch_max           KL(sampler || trainer) of the same student, nats: mean over the tokens of r - 1 - log r
@@ -139,8 +139,8 @@ class DomainTotals:
         return {domain: float(value_N.topk(places[domain]).values[-1]) if len(value_N) else 0.0 for domain, value_N in everything.items()}
 
     def names(self) -> set[str]:
-        """What this rank has added for any domain."""
-        return {name for sums in self.totals.values() for name in sums}
+        """What any rank has added for any domain, since a rank may have had fillers alone; every rank has to call it."""
+        return set().union(*gather_objects({name for sums in self.totals.values() for name in sums}, Group.data))
 
     def reduced(self, names: tuple[str, ...]) -> dict[str, dict[str, float]]:
         """Sums over all ranks of the given names; every rank passes the same names."""
@@ -211,7 +211,7 @@ def mismatch(log_ratio_N: torch.Tensor) -> torch.Tensor:
 
 
 def add_compared(totals: DomainTotals, batch: MicroBatch, losses: TokenLosses, scores: Scores) -> None:
-    """Add what was found at every eighth token (opd/likeliest.py), where it was asked for; scores: of the rollouts that have a grade."""
+    """Add what was found at every sixteenth token (opd/likeliest.py), where it was asked for; scores: of the rollouts that have a grade."""
     found = losses.compared
     if batch.is_filler or found is None:
         return

@@ -24,6 +24,7 @@ from opd.divergence import ModelStates, full_divergence
 from opd.estimators import signal_of, student_states
 from opd.evaluator import Evaluator
 from opd.intervals import Interval, mean
+from opd.likeliest import TOP
 from opd.loss_config import LossConfig
 from opd.metrics import DomainTotals
 from opd.rollouts import FirstRequest
@@ -39,9 +40,6 @@ from teachers.config import SignalKind
 from teachers.pool import TeacherPool
 from teachers.teacher import Teacher
 from teachers.types import ScoredRollout, TeacherSignal
-
-TOP = 16
-"""Likeliest tokens whose overlap is measured; arXiv:2604.13016 finds 97 to 99 % of both models' mass in them."""
 
 SELF_ROLLOUTS = 4
 """Rollouts of a domain, per rank, on which the student is its own teacher."""

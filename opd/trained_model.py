@@ -16,7 +16,7 @@ from opd.config import StudentConfig
 from opd.divergence import ModelStates
 from opd.estimators import GradedTokens, cross_entropy, distillation_loss, grpo_loss, signal_of, student_states
 from opd.grpo_config import GrpoConfig
-from opd.likeliest import compare, every_eighth, likeliest_at_worst
+from opd.likeliest import compare, every_sixteenth, likeliest_at_worst
 from opd.loss_config import LossConfig
 from opd.route_replay import RouteReplay
 from opd.routing import RoutingRecorder
@@ -62,7 +62,7 @@ class TrainedModel(nn.Module):
                 loss_N = losses.loss_N.masked_fill(~batch.mask_N, -torch.inf)
                 losses = replace(losses, likeliest=likeliest_at_worst(student, signal, loss_N, batch.rollout_N, batch.target_N, self.vocab_size))
             if batch.is_compared:
-                losses = replace(losses, compared=compare(student, signal, every_eighth(batch), batch.target_N, self.vocab_size))
+                losses = replace(losses, compared=compare(student, signal, every_sixteenth(batch), batch.target_N, self.vocab_size))
         self.recorder.count(batch.real_BL & (not batch.is_filler))  # nothing of a filler, on a rank that may have nothing else
         if self.balance_loss:
             loss = loss + self.balance_loss * balance_scale * self.recorder.balance_loss(batch.counted_BL)

@@ -1,4 +1,4 @@
-"""What student and teacher would have said, at the worst tokens and at every eighth, against whole logits of transformers' own forward; and that the update
+"""What student and teacher would have said, at the worst tokens and at every sixteenth, against whole logits of transformers' own forward; and that the update
 does not notice it.
 """
 
@@ -12,7 +12,7 @@ import torch
 from opd.config import DistillConfig
 from opd.divergence import ModelStates
 from opd.job_config import SamplesConfig
-from opd.likeliest import LIKELIEST, STRIDE, TOP, WORST, Compared, compare
+from opd.likeliest import LIKELIEST, STRIDE, TOP, WORST, Compared, compare, start_place
 from opd.loss_config import DivergenceKind, LossConfig
 from opd.samples import Samples
 from opd.update import update
@@ -113,12 +113,12 @@ def average(values: list) -> float:
 
 
 @pytest.mark.parametrize("name", SIGNALS)
-def test_overlap_and_ratios_are_those_of_every_eighth_token_by_the_models_own_forward(
+def test_overlap_and_ratios_are_those_of_every_sixteenth_token_by_the_models_own_forward(
     name, setting, one_update, random_rollouts, v4_model, teacher_folders, tokenizer
 ):
     """Of two domains, with both grades in the one; the other has no grader."""
     cfg, teachers = setting(name)
-    rollouts = random_rollouts([("law", 3, 19), ("code", 9, 2), ("law", 6, 14), ("code", 2, 12), ("law", 12, 21), ("code", 5, 15)])
+    rollouts = random_rollouts([("law", 3, 36), ("code", 9, 2), ("law", 6, 31), ("code", 2, 28), ("law", 12, 21), ("code", 5, 30)])
     rollouts[0].completion_mask_T[2:5] = False
     scores = {(rollout.prompt.request, rollout.sample): grade for rollout, grade in zip(rollouts, (1.0, 0.0, 0.5, 1.0, 0.0, 1.0), strict=True)}
     scores = {key: grade for key, grade in scores.items() if key[0] % 2 == 0}
@@ -130,7 +130,7 @@ def test_overlap_and_ratios_are_those_of_every_eighth_token_by_the_models_own_fo
         teacher = load_model(ModelConfig(model=str(teacher_folders[TEACHERS[domain]])), "teacher").eval()
         own_TV, other_TV = (logprobs_of(model, rollout, len(tokenizer)) for model in (student, teacher))
         for place in range(len(rollout.completion_T)):
-            if (place + sum(key)) % STRIDE == 0 and rollout.completion_mask_T[place]:
+            if (place - start_place(*key)) % STRIDE == 0 and rollout.completion_mask_T[place]:
                 own, other = (set(row_V[place].topk(TOP).indices.tolist()) for row_V in (own_TV, other_TV))
                 overlaps[domain].append(len(own & other) / TOP)
                 if key in scores:
@@ -140,6 +140,14 @@ def test_overlap_and_ratios_are_those_of_every_eighth_token_by_the_models_own_fo
     expected |= {f"domain/law/log_ratio_{kind}": average(values) for kind, values in ratios.items() if "top_k" not in name}
     found = {key: value for key, value in metrics.items() if "overlap" in key or "log_ratio" in key}
     assert found == {key: pytest.approx(value, abs=1e-4) for key, value in expected.items()}
+
+
+@pytest.mark.parametrize("every", [1, 2, 8, 16])
+def test_a_domain_whose_requests_are_a_fixed_number_apart_is_compared_at_all_places(every):
+    places = [start_place(request, 0) for request in range(3, 3 + 400 * every, every)]
+    counts = [places.count(place) for place in range(STRIDE)]
+    assert sum(counts) == 400
+    assert min(counts) > 5
 
 
 def test_pieces_of_rows_and_of_the_vocabulary_change_no_figure(monkeypatch):
@@ -162,8 +170,8 @@ def test_an_update_whose_tokens_are_compared_is_bit_identical_to_one_without(nam
     metrics, weights = one_update(cfg, teachers)
     monkeypatch.setattr("opd.trained_model.compare", lambda student, signal, rows, *rest: Compared(row_R=rows[:0], overlap_R=None, log_ratio_R=None))
     without, weights_without = one_update(cfg, teachers)
-    assert "domain/law/overlap" in metrics
-    assert "domain/law/overlap" not in without
+    assert "domain/code/overlap" in metrics
+    assert "domain/code/overlap" not in without
     assert all(torch.equal(tensor, weights_without[key]) for key, tensor in weights.items())
 
 
