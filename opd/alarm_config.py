@@ -38,6 +38,10 @@ class AlarmAction(Enum):
     stop = "stop"
 
 
+LETTER = re.compile(r"(?<=[/_])(D|T|U|LL|PHASE)(?=/|$)")
+"""What stands for any domain, teacher, second teacher, layer or phase in the name of a metric."""
+OF_STEP_0 = ("data/", "check/", "warmup/")
+"""Metrics of the record of step 0 alone, which is not judged."""
 HALVES = (AlarmCondition.rising_alone, AlarmCondition.falling, AlarmCondition.falling_while_flat)
 OF_TWO = (AlarmCondition.falling_while_flat, AlarmCondition.equal)
 
@@ -46,10 +50,11 @@ OF_TWO = (AlarmCondition.falling_while_flat, AlarmCondition.equal)
 class AlarmRule:
     """One way in which a metric looks wrong.
 
-    metric: a name of opd/metrics.py; D is any domain, each of which is judged for itself.
+    metric: a name of opd/metrics.py with its letters; D is any domain, each of which is judged for itself.
     condition: what it is held against.
     threshold: the number of the condition; null is for mismatch_kl alone, whose threshold follows from the number formats.
-    relative_to: the metric by which the threshold is multiplied, or which is to rise, or to differ; D is the same domain. Steps have to have both.
+    relative_to: the metric by which the threshold is multiplied, or which is to rise, or to differ; D is the same domain. Only steps that have both
+        count.
     least: of the mean and what it is a multiple of, the larger has to reach this: ratios of next to nothing say nothing.
     window: steps whose mean is judged; fewer are not.
     action: what is done when an episode begins.
@@ -91,6 +96,11 @@ def check_alarms(cfg: AlarmsConfig) -> None:
         for key, metric in (("metric", rule.metric), ("relative_to", rule.relative_to)):
             if metric is not None and metric not in documented_metrics():
                 raise ValueError(f"{where}.{key}={metric!r} is no metric{nearest(metric, sorted(documented_metrics()))}: opd/metrics.py lists them")
+            if metric is not None and metric.startswith(OF_STEP_0):
+                raise ValueError(f"{where}.{key}={metric!r} is measured before the first step alone, which no alarm judges: choose a metric of the steps")
+        unknown = set(LETTER.findall(rule.relative_to or "")) - set(LETTER.findall(rule.metric))
+        if unknown:
+            raise ValueError(f"{where}.relative_to={rule.relative_to!r} has a letter that {rule.metric} has not ({min(unknown)}), so it names no one metric")
         if rule.window < 1 or (rule.condition in HALVES and rule.window < 4):
             raise ValueError(f"{where}.window must be at least {4 if rule.condition in HALVES else 1}, not {rule.window}")
         if rule.threshold is None and rule.metric != "domain/D/mismatch_kl":

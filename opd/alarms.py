@@ -1,23 +1,26 @@
 """Alarms: what a run's metrics look like when it goes wrong, written down, so that nobody has to watch the curves.
 
 An alarm is a rule of opd/alarm_config.py (conf/alarms/standard.yaml has those that ship). It judges the mean of a metric over the last `window` steps that
-have it: `D` in its name stands for any domain, each of which is judged for itself. A mean that meets the condition begins an episode, and its action is done
-once; the episode is over when the condition has not been met for CALM_STEPS judgements in a row, so that a figure that hovers at its threshold does not fill
-the log. `alarms/active` counts the episodes, over all alarms and domains.
+have it: `D` in its name stands for any domain, each of which is judged for itself (so do the other letters of opd/metrics.py). A mean that meets the condition
+begins an episode, and its action is done once; the episode is over when the condition has not been met for CALM_STEPS judgements in a row, so that a figure
+that hovers at its threshold does not fill the log. `alarms/active` counts the episodes, over all alarms and domains.
+
+Conditions that hold the later half of a window against the earlier want more than the threshold: the means have to be CLEAR_ERRORS standard errors apart, since
+two means of ten noisy steps differ by half often enough. Steps count as independent there; a figure that wanders may still meet it.
 
 What is judged is the record, metrics.jsonl, and nothing else: a run that is taken up reads its own lines again (`replay`), begins where it stopped,
-and repeats no line: one that an alarm has stopped goes on when it is started again, and is stopped by the next episode. Where steps are done again, their
-discarded lines show which episodes began in them, and these tell nobody a second time. Only the main rank judges.
+and repeats no line: one that an alarm has stopped goes on when it is started again, and is stopped by the next episode. Only the main rank judges; whom
+an episode tells, and that it tells nobody twice, is opd/alarm_actions.py's.
 """
 
-import copy
 import logging
+import math
 import re
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
-from opd.alarm_config import HALVES, AlarmAction, AlarmCondition, AlarmRule
+from opd.alarm_config import HALVES, LETTER, AlarmAction, AlarmCondition, AlarmRule
 from opd.config import DistillConfig, RunConfig, rollout_settings
 from rollout.config import Dtype
 from teachers.config import SignalKind
@@ -27,6 +30,9 @@ START_STEPS = 5
 
 CALM_STEPS = 5
 """Judgements without the condition that end an episode."""
+
+CLEAR_ERRORS = 3.0
+"""Standard errors by which the halves of a window differ clearly."""
 
 LOG = logging.getLogger(__name__)
 
@@ -46,17 +52,13 @@ FLAT = 0.01
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Episode:
-    """What began: the name of the alarm, the metric and its mean, what is to be done, and the line for people.
-
-    is_told: whether it was told before the run was taken up at an earlier step.
-    """
+    """What began: the name of the alarm, the metric and its mean, what is to be done, and the line for people. Of halves it is the later one's mean."""
 
     alarm: str
     metric: str
     value: float
     action: AlarmAction
     line: str
-    is_told: bool = False
 
 
 def rules_of(cfg: RunConfig) -> dict[str, AlarmRule]:
@@ -91,44 +93,42 @@ class Alarms:
 
     def __init__(self, rules: dict[str, AlarmRule]):
         self.rules = rules
-        self.patterns = {name: re.compile(re.escape(rule.metric).replace("/D/", "/([^/]+)/")) for name, rule in rules.items()}
+        self.patterns = {name: _pattern(rule.metric) for name, rule in rules.items()}
         self.series: dict[tuple[str, str], Series] = {}
         self.begun: list[Episode] = []
-        self.told: set[tuple[int, str, str]] = set()
 
     def observe(self, step: int, metrics: dict[str, float]) -> dict[str, float]:
         """Judge a step's metrics and log what begins, which then stands in `begun`; returns {"alarms/active": episodes}."""
-        self.begun = [replace(episode, is_told=(step, episode.alarm, episode.metric) in self.told) for episode in self._judge(metrics)]
+        self.begun = self._judge(metrics)
         for episode in self.begun:
             LOG.warning("alarm at step %d: %s", step, episode.line)
         return {"alarms/active": sum(series.is_active for series in self.series.values())}
 
-    def replay(self, records: Iterable[dict[str, float]], discarded: Iterable[dict[str, float]] = ()) -> None:
-        """Take up where these records end; what began in them has been logged, and done. discarded: those after them, whose steps will be done again."""
+    def replay(self, records: Iterable[dict[str, float]]) -> None:
+        """Take up where these records end; what began in them has been logged, and done."""
         self.series = {}
         for record in records:
             if record["step"]:
                 self._judge(record)
-        ahead = Alarms(self.rules)
-        ahead.series = copy.deepcopy(self.series)
-        self.told = {(record["step"], episode.alarm, episode.metric) for record in discarded if record["step"] for episode in ahead._judge(record)}
 
     def _judge(self, metrics: dict[str, float]) -> list[Episode]:
         """The episodes that these metrics begin."""
         begun = []
         for alarm, rule in self.rules.items():
-            names = [name for name in metrics if self.patterns[alarm].fullmatch(name)]
-            units = {name: self._add(alarm, name, metrics) for name in names}  # of all domains, before one is held against the others
-            for name in names:
+            matches = {name: self.patterns[alarm].fullmatch(name) for name in metrics}
+            units = {  # of all domains, before one is held against the others
+                name: self._add(alarm, name, metrics, match.groupdict()) for name, match in matches.items() if match is not None
+            }
+            for name in units:
                 found = _next(rule, name, units[name], self.series[alarm, name], self._others(alarm, name))
                 begun += [Episode(alarm=alarm, metric=name, value=found[0], action=rule.action, line=found[1])] if found is not None else []
         return begun
 
-    def _add(self, alarm: str, name: str, metrics: dict[str, float]) -> str | None:
-        """Add one step to a series; the name of what it is held against, None where there is nothing to judge."""
+    def _add(self, alarm: str, name: str, metrics: dict[str, float], letters: dict[str, str]) -> str | None:
+        """Add one step to a series; the name of what it is held against, None where there is nothing to judge. letters: what they stand for in the name."""
         rule = self.rules[alarm]
         series = self.series.setdefault((alarm, name), Series(deque(maxlen=rule.window)))
-        unit, unit_name = _unit(rule, name, metrics, series)
+        unit, unit_name = _unit(rule, metrics[name], metrics, series, letters)
         if unit is not None:
             series.recent.append((metrics[name], unit))
         return unit_name if unit is not None and len(series.recent) == rule.window else None
@@ -142,12 +142,16 @@ def _next(rule: AlarmRule, name: str, unit_name: str | None, series: Series, oth
     """Judge a series; the mean and the line to log where an episode begins."""
     if unit_name is None:
         return None
-    value, unit = _means(list(series.recent))
-    is_met, against = _holds(rule, series, others) if rule.condition in HALVES else _exceeds(rule, value, unit, unit_name)
+    if rule.condition in HALVES:
+        value, (is_met, against) = _halves(series)[1].mean, _holds(rule, unit_name, series, others)
+    else:
+        value, unit = _means(list(series.recent))
+        is_met, against = _exceeds(rule, value, unit, unit_name)
     begins = is_met and not series.is_active
     series.calm = 0 if is_met else series.calm + 1
     series.is_active = is_met or (series.is_active and series.calm < CALM_STEPS)
-    over = f" over {rule.window} steps" if rule.window > 1 else ""
+    steps = f"{rule.window - rule.window // 2} of {rule.window}" if rule.condition in HALVES else str(rule.window)
+    over = f" over {steps} steps" if rule.window > 1 else ""
     return (value, f"{name} is {value:.3g}{over}, {against}: {rule.message}") if begins else None
 
 
@@ -161,25 +165,42 @@ def _exceeds(rule: AlarmRule, value: float, unit: float, unit_name: str) -> tupl
     return is_large and (value < limit if is_below else value > limit), f"{'below' if is_below else 'above'} {against}"
 
 
-def _holds(rule: AlarmRule, series: Series, others: list[Series]) -> tuple[bool, str]:
+@dataclass(frozen=True, slots=True)
+class Half:
+    """Of half a window: the metric's mean with its standard error, and the mean of what it is held against."""
+
+    mean: float
+    error: float
+    held: float
+
+
+def _holds(rule: AlarmRule, unit_name: str, series: Series, others: list[Series]) -> tuple[bool, str]:
     """Whether the later half of a window differs from the earlier as the condition says, and that in words."""
-    (before, held_before), (after, held_after) = _halves(series)
-    if rule.condition is AlarmCondition.falling_while_flat:
-        is_flat = held_after < NEAR_ONE and held_after - held_before < FLAT
-        falls = before >= rule.least and after < rule.threshold * before
-        return is_flat and falls, f"down from {before:.3g} while {rule.relative_to} stays at {held_after:.3g}"
+    before, after = _halves(series)
+    is_clear = abs(after.mean - before.mean) > CLEAR_ERRORS * math.hypot(before.error, after.error)
+    if rule.condition is AlarmCondition.rising_alone:
+        full = [_halves(other) for other in others if len(other.recent) == rule.window]
+        others_fall = bool(full) and sum(second.mean for _, second in full) < sum(first.mean for first, _ in full)
+        rises = is_clear and after.mean >= rule.least and after.mean > rule.threshold * before.mean
+        return others_fall and rises, f"up from {before.mean:.3g} while the other domains fall"
+    falls = is_clear and before.mean >= rule.least and after.mean < rule.threshold * before.mean
     if rule.condition is AlarmCondition.falling:
-        return before >= rule.least and after < rule.threshold * before, f"down from {before:.3g}"
-    full = [_halves(other) for other in others if len(other.recent) == rule.window]
-    falls = bool(full) and sum(second[0] for _, second in full) < sum(first[0] for first, _ in full)
-    return falls and after >= rule.least and after > rule.threshold * before, f"up from {before:.3g} while the other domains fall"
+        return falls, f"down from {before.mean:.3g}"
+    is_flat = after.held < NEAR_ONE and after.held - before.held < FLAT
+    return falls and is_flat, f"down from {before.mean:.3g} while {unit_name} stays at {after.held:.3g}"
 
 
-def _halves(series: Series) -> tuple[tuple[float, float], tuple[float, float]]:
-    """The means of the earlier and of the later half."""
+def _halves(series: Series) -> tuple[Half, Half]:
+    """The earlier and the later half."""
     values = list(series.recent)
     middle = len(values) // 2
-    return _means(values[:middle]), _means(values[middle:])
+    return _half(values[:middle]), _half(values[middle:])
+
+
+def _half(values: list[tuple[float, float]]) -> Half:
+    mean, held = _means(values)
+    variance = sum((value - mean) ** 2 for value, _ in values) / (len(values) - 1)
+    return Half(mean, math.sqrt(variance / len(values)), held)
 
 
 def _means(values: list[tuple[float, float]]) -> tuple[float, float]:
@@ -187,14 +208,19 @@ def _means(values: list[tuple[float, float]]) -> tuple[float, float]:
     return first, second
 
 
-def _unit(rule: AlarmRule, name: str, metrics: dict[str, float], series: Series) -> tuple[float | None, str]:
+def _pattern(metric: str) -> re.Pattern[str]:
+    """The names that a metric with letters stands for; each letter is a group of that name."""
+    return re.compile(LETTER.sub(r"(?P<\1>[^/]+)", re.escape(metric)))
+
+
+def _unit(rule: AlarmRule, value: float, metrics: dict[str, float], series: Series, letters: dict[str, str]) -> tuple[float | None, str]:
     """(what the threshold is multiplied by, or what is to rise or differ, its name): 1 with an empty name, or None where it is not known at this step."""
     if rule.relative_to is not None:
-        other = rule.relative_to.replace("/D/", f"/{name.split('/')[1]}/")
+        other = LETTER.sub(lambda found: letters[found[0]], rule.relative_to)
         return metrics.get(other), other
     if rule.condition is not AlarmCondition.ratio_to_start:
         return 1.0, ""
     if len(series.first) < START_STEPS:
-        series.first.append(metrics[name])
+        series.first.append(value)
         return None, ""
     return sum(series.first) / START_STEPS, "its mean at the start"

@@ -16,6 +16,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
+from rollout.files import read_lines
 from teachers.config import RUNNING_SETTINGS
 
 SCHEMA = 1
@@ -68,8 +69,7 @@ class Change:
 
 def read_changes(folder: Path) -> list[dict[str, Any]]:
     """What was recorded in a run's changes.jsonl, oldest first; a line that a kill has cut is left out."""
-    file = folder / FILE
-    return [json.loads(line) for line in file.read_text().splitlines() if line.endswith("}")] if file.is_file() else []
+    return read_lines(folder / FILE)
 
 
 def find_changes(old: dict[str, Any], new: dict[str, Any], may_change_domains: bool, path: str = "") -> list[Change]:

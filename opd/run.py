@@ -7,6 +7,7 @@
     RUN/changes.jsonl        opd/config_changes.py
     RUN/lineage.json         opd/branch.py, with branch_from
     RUN/metrics.jsonl        opd/metrics.py
+    RUN/alarms.jsonl         opd/alarm_actions.py: the episodes of which somebody has been told
     RUN/scores.json          opd/scores.py: scores of each held-out prompt at the newest evaluation
     RUN/checkpoints/         opd/checkpoint.py
     RUN/teachers.json        which teachers scored which steps, and the domains' settings then: teachers/manifest.py (of a distillation)
@@ -42,7 +43,6 @@ Nothing is written before every part of the run has been built and checked. A fo
 configuration is refused rather than mixed; opd/config_changes.py says what may differ when it is taken up.
 """
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -62,12 +62,12 @@ from opd.run_folder import MARK, command_of
 from opd.run_lock import LOCK_FILE, is_held, lock
 from opd.run_log import open_log
 from opd.run_state import begin_state
-from rollout.files import replace_text
+from rollout.files import append_lines, replace_text
 from rollout.model import save_model
 
 FILES = (
     "config.yaml", "state.json", "starts.jsonl", "metrics.jsonl", "scores.json", "wandb_id", "evaluation.json", "teachers.json", "warmup.json", "changes.jsonl",
-    "lineage.json",
+    "lineage.json", "alarms.jsonl",
 )  # fmt: skip
 FOLDERS = (
     "logs", "starts", "checkpoints", "rollouts", "log", "service", "weights", "student", "students", "reference", "wandb", "profile", "samples", "evaluations",
@@ -186,8 +186,7 @@ def record_changes(folder: Path, cfg: RunConfig, step: int) -> list[Change]:
     """Make a config that a run was taken up with after `step` updates the run's own, and return how it differs from the one before."""
     found = _changes(folder, cfg)
     if found:
-        with (folder / CHANGES).open("a") as file:
-            file.writelines(json.dumps(change.record(step)) + "\n" for change in found if change.rule is Rule.recorded)
+        append_lines(folder / CHANGES, [change.record(step) for change in found if change.rule is Rule.recorded])
         first_line = (folder / "config.yaml").read_text().partition("\n")[0]
         replace_text(folder / "config.yaml", first_line + "\n" + OmegaConf.to_yaml(OmegaConf.structured(cfg)))
     return found

@@ -33,7 +33,7 @@ import torch
 from opd.config import RunConfig
 from opd.distributed import Group, num_ranks
 from rollout.config import HeldOutConfig, ModelConfig, PromptsConfig, SourceConfig
-from rollout.files import replace_text
+from rollout.files import append_lines, read_lines, replace_text
 from rollout.prompts import DomainPrompts
 from teachers.fingerprint import weights_fingerprint
 
@@ -71,15 +71,13 @@ def _add_line(run_dir: Path, step: int, own: dict[str, Any]) -> dict[str, Any]:
         "versions": {"python": platform.python_version()} | package_versions(),
         "hardware": hardware(),
     } | own
-    with (run_dir / FILE).open("a") as file:
-        file.write(json.dumps(facts) + "\n")
+    append_lines(run_dir / FILE, [facts])
     return facts
 
 
 def read_starts(run_dir: Path) -> list[dict[str, Any]]:
     """What was recorded of a run's starts, oldest first; a line that a kill has cut is left out."""
-    file = run_dir / FILE
-    return [json.loads(line) for line in file.read_text().splitlines() if line.endswith("}")] if file.is_file() else []
+    return read_lines(run_dir / FILE)
 
 
 def command_line(arguments: list[str]) -> str:

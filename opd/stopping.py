@@ -99,8 +99,12 @@ class StopRequest:
     def _cut(self) -> None:
         """In the timer's thread."""
         words = f"ended {self.cfg.grace_seconds:g} seconds after {self.reason} (launch.grace_seconds) without a new checkpoint"
-        LOG.warning("opd: %s: the same command goes on from the last one", words)
-        said = threading.Thread(target=end_state, args=(PREEMPTED, words), daemon=True)  # the disk may be what hangs
+
+        def say() -> None:  # the disk may be what hangs, under the log too
+            LOG.warning("opd: %s: the same command goes on from the last one", words)
+            end_state(PREEMPTED, words)
+
+        said = threading.Thread(target=say, daemon=True)
         said.start()
         said.join(SAYING_SECONDS)
         os._exit(PREEMPTED)

@@ -14,8 +14,9 @@ from typing import Any
 
 from torch.profiler import record_function
 
-from opd.alarm_actions import act
+from opd.alarm_actions import act, read_told, title_of
 from opd.alarms import Alarms, rules_of
+from opd.checkpoint_files import saved_tags, step_of
 from opd.config import RunConfig
 from opd.console import ProgressDisplay, headline
 from opd.distributed import is_main
@@ -30,7 +31,7 @@ from opd.scores import forget_scores
 from opd.teacher_answers import length_ratios
 from opd.throughput import memory_metrics, phase_metrics, present_device
 from opd.wandb_log import WandbLog
-from rollout.files import read_json, replace_text
+from rollout.files import read_json, read_lines, replace_text
 from rollout.model import torch_dtype
 
 
@@ -67,12 +68,11 @@ class Tracker:
         if is_main():
             forget_after(self.file.parent, step)
             forget_scores(self.file.parent, step)
-        if is_main() and self.file.exists():
-            whole = [line for line in self.file.read_text().splitlines() if line.endswith("}")]  # a kill may have cut the last one
-            records = [json.loads(line) for line in whole]
-            kept = [line for line, record in zip(whole, records, strict=True) if step and record["step"] <= step]
-            replace_text(self.file, "".join(line + "\n" for line in kept))
-            self._take_up(records[: len(kept)], records[len(kept) :])
+        if is_main():
+            records = [record for record in read_lines(self.file) if step and record["step"] <= step]
+            if self.file.exists():
+                replace_text(self.file, "".join(json.dumps(record) + "\n" for record in records))
+            self._take_up(step, records)
         if step:
             self.display.say(f"{self.task}: continues after step {step}")
             self.profiler.step_done(step)
@@ -94,10 +94,11 @@ class Tracker:
         self.wandb.configure({"start": {name: facts[name] for name in ("step", "code", "git", "versions", "hardware", "ranks")}})
         if facts["student"] is not None:
             self.wandb.uses("student", "model", facts["student"]["model"], facts["student"])
-        for domain, sources in facts["data"].items():
-            for source, data in sources.items():
-                is_synthetic = (data["path"] or "").startswith("synthetic:")
-                self.wandb.uses(f"data-{domain}-{source}", "dataset", None if is_synthetic else data["path"], data)
+        rows = {f"data-{domain}-{source}": data for domain, sources in facts["data"].items() for source, data in sources.items()}
+        rows |= {f"held-out-{domain}": data for domain, data in facts["held_out"].items()}
+        for name, data in rows.items():
+            is_synthetic = (data["path"] or "").startswith("synthetic:")
+            self.wandb.uses(name, "dataset", None if is_synthetic else data["path"], data)
 
     @contextmanager
     def timer(self, phase: str) -> Iterator[None]:
@@ -139,15 +140,18 @@ class Tracker:
             return  # there is none yet, or a resume has to say what is wrong with it
         if newest["step"] != self.checkpoint:
             self.checkpoint = newest["step"]
-            self.wandb.made("checkpoint", "checkpoint", str(pointer.parent / newest["tag"]), f"step-{self.checkpoint}")
+            self.wandb.made_checkpoint(pointer.parent / newest["tag"])
 
-    def _take_up(self, records: list[dict[str, Any]], discarded: list[dict[str, Any]]) -> None:
-        """Remember what later steps are held against, and of the discarded ones what has been told."""
+    def _take_up(self, step: int, records: list[dict[str, Any]]) -> None:
+        """Remember what later steps are held against; records: those of the steps that count."""
+        run_dir = self.file.parent
         if self.wandb is not None:
-            self.wandb.take_up(records)
+            alerts = [(title_of(run_dir, told["step"], told["alarm"]), told["line"]) for told in read_told(run_dir) if told["step"] <= step]
+            tags = [tag for tag in saved_tags(run_dir / "checkpoints") if step_of(tag) < step]  # the one that it goes on from follows with the next record
+            self.wandb.take_up(records, alerts, [run_dir / "checkpoints" / tag for tag in tags])
         self.first = next((record for record in records if record["step"] == 0), {})
         if self.alarms is not None:
-            self.alarms.replay(records, discarded)
+            self.alarms.replay(records)
 
     def _judged(self, step: int, metrics: dict[str, float]) -> dict[str, float]:
         """A step's metrics with those that need the steps before."""

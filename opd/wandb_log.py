@@ -6,9 +6,11 @@ refuses, since that is the user's to mend.
 
 A run is one W&B run, whose id stands in RUN/wandb_id (an agent of a sweep gives it). Each step is one row of it, at that step, so that
 
-- online, rows that W&B has already are not sent again when a killed run does steps again (they are the same numbers), and those that it had not got are;
-- offline, where each start of the process is a folder of its own, a resume writes all rows that count anew, and removes the folders before it that have not
-  been uploaded: what is left is one folder with every step once. `wandb sync RUN/wandb/offline-run-*` uploads it.
+- online, rows that W&B has already are not sent again when a killed run does steps again, and those that it had not got are: W&B cannot replace a row. They are
+  the same numbers but for clocks and rates, unless the steps are done again with other settings, whose figures metrics.jsonl and the report have, W&B not;
+- offline, where each start of the process is a folder of its own, a resume writes all rows that count anew, with the alerts and the checkpoints that are still
+  there, and removes the folders before it that have not been uploaded: what is left is one folder with every step once.
+  `wandb sync RUN/wandb/offline-run-*` uploads it.
 
 Models, data and checkpoints are artifacts by reference: a name, a place and a hash, which W&B also gets as a file, since it tells the versions of an artifact
 apart by its files: other weights in the same place are another version. No bytes of them are read. Online the run uses its models and data, which gives the
@@ -29,6 +31,7 @@ from typing import Any
 
 import wandb
 
+from opd.checkpoint_files import digest_of, step_of
 from opd.job_config import LoggerConfig, LoggerKind
 from rollout.errors import first_sentence
 
@@ -52,11 +55,17 @@ class WandbLog:
         self.thread = threading.Thread(target=self._work, daemon=True)
         self.thread.start()
 
-    def take_up(self, records: list[dict[str, Any]]) -> None:
-        """Have the rows of a run that is taken up, those of steps 0 to the one that it goes on from, each once."""
+    def take_up(self, records: list[dict[str, Any]], alerts: list[tuple[str, str]], checkpoints: list[Path]) -> None:
+        """Have what counts of a run that is taken up, each once: the records of steps 0 to the one that it goes on from, the alerts (title, text) and the
+        checkpoints until then.
+        """
         for record in records:
             self.log(record["step"], {name: value for name, value in record.items() if name not in ("schema", "step")})
         if self.is_offline:
+            for title, text in alerts:
+                self.alert(title, text)
+            for checkpoint in checkpoints:
+                self.made_checkpoint(checkpoint)
             self._call(self._forget_offline)
 
     def log(self, step: int, metrics: dict[str, Any]) -> None:
@@ -83,9 +92,16 @@ class WandbLog:
 
         self._call(call)
 
-    def made(self, name: str, kind: str, place: str, alias: str) -> None:
-        """Say that the run has made something, as a checkpoint, by reference."""
-        self._call(lambda: self.run.log_artifact(_artifact(f"{name}-{self.run.id}", kind, place, {}), aliases=[alias]))
+    def made_checkpoint(self, folder: Path) -> None:
+        """Say that the run has made a checkpoint, by reference, with its step and the hash of its manifest: one of a step that was done again is another."""
+
+        def call() -> None:
+            step = step_of(folder.name)
+            if folder.is_dir():  # an older one may have gone by now
+                artifact = _artifact(f"checkpoint-{self.run.id}", "checkpoint", str(folder), {"step": step, "manifest": digest_of(folder)})
+                self.run.log_artifact(artifact, aliases=[f"step-{step}"])
+
+        self._call(call)
 
     def finish(self, exit_code: int, is_preempted: bool) -> None:
         """Send what is left, for FINISH_SECONDS at most."""

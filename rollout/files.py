@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,24 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"{path} is damaged (it holds no JSON object): restore it, or begin anew with fresh=true")
     return value
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a file that has one in each line, none where there is no file; a line that a kill has cut is left out."""
+    found = []
+    for line in path.read_text().splitlines() if path.is_file() else ():
+        try:
+            found.append(json.loads(line))
+        except ValueError:
+            continue
+    return found
+
+
+def append_lines(path: Path, records: Iterable[dict[str, Any]]) -> None:
+    """Add objects to such a file, below a line that a kill has cut."""
+    with path.open("ab+") as file:
+        is_cut = file.tell() > 0 and file.seek(-1, os.SEEK_END) >= 0 and file.read(1) != b"\n"
+        file.write(b"\n" * is_cut + b"".join(json.dumps(record).encode() + b"\n" for record in records))
 
 
 def replace_text(path: Path, text: str) -> None:

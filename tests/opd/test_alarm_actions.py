@@ -10,7 +10,7 @@ import pytest
 
 from opd import wandb_log
 from opd.__main__ import load_config
-from opd.alarm_actions import act
+from opd.alarm_actions import act, read_told
 from opd.alarm_config import AlarmAction, AlarmRule
 from opd.alarms import Alarms, Episode
 from opd.config import DistillConfig
@@ -51,7 +51,7 @@ class FakeRun:
     """A run of W&B's that keeps its alerts."""
 
     def __init__(self):
-        self.settings, self.step, self.alerts = SimpleNamespace(mode="online"), 0, []
+        self.settings, self.id, self.step, self.alerts = SimpleNamespace(mode="online", sync_dir="own"), "one", 0, []
 
     def alert(self, title: str, text: str) -> None:
         self.alerts.append((title, text))
@@ -67,7 +67,8 @@ def make_tracker(tmp_path, monkeypatch):
     monkeypatch.setattr(wandb_log, "_start", lambda *_: run)
     command = shlex.join([sys.executable, "-c", SCRIPT, str(tmp_path / "told")])
 
-    def make(action: str) -> tuple[Tracker, FakeRun]:
+    def make(action: str, mode: str = "online") -> tuple[Tracker, FakeRun]:
+        run.settings.mode = mode
         cfg = distill_config("num_steps=9", f"alarms.rules.looped.action={action}")
         cfg.logger, cfg.alarms.command = LoggerConfig(kind=LoggerKind.wandb), command
         return Tracker(tmp_path, "test", cfg), run
@@ -99,8 +100,12 @@ def test_a_log_calls_no_w_and_b(make_tracker, tmp_path):
 
 
 @pytest.mark.parametrize("taken_up", [0, 2, 4, 5])
-def test_a_step_that_is_done_again_tells_nobody_a_second_time(taken_up, make_tracker, tmp_path):
+@pytest.mark.parametrize("killed_at_once", [0, 1, 2])
+def test_a_step_that_is_done_again_tells_nobody_a_second_time(killed_at_once, taken_up, make_tracker, tmp_path):
+    """killed_at_once: starts that are killed before they have done a step."""
     log_loops(make_tracker("alert")[0], 0, 6)
+    for _ in range(killed_at_once):
+        make_tracker("alert")[0].resume(taken_up)
     resumed, run = make_tracker("alert")
     resumed.resume(taken_up)
     log_loops(resumed, taken_up + (taken_up > 0), 8)
@@ -108,17 +113,43 @@ def test_a_step_that_is_done_again_tells_nobody_a_second_time(taken_up, make_tra
     assert len((tmp_path / "told").read_text().splitlines()) == 1
 
 
+def test_offline_w_and_b_is_told_again_of_a_step_that_is_done_again(make_tracker, tmp_path):
+    """Its earlier folder, in which the alert stood, is replaced."""
+    log_loops(make_tracker("alert")[0], 0, 6)
+    resumed, run = make_tracker("alert", "offline")
+    resumed.resume(2)
+    log_loops(resumed, 3, 8)
+    assert [title for title, _ in run.alerts] == [f"{tmp_path.name}: looped at step 5"] * 2
+    assert len((tmp_path / "told").read_text().splitlines()) == 1
+
+
+def test_what_has_been_told_is_on_record(make_tracker, tmp_path):
+    log_loops(make_tracker("alert")[0], 0, 8)
+    [told] = read_told(tmp_path)
+    assert {name: told[name] for name in ("schema", "step", "alarm", "metric", "action")} == {
+        "schema": 1, "step": 5, "alarm": "looped", "metric": "domain/law/looped", "action": "alert",
+    }  # fmt: skip
+    assert told["value"] == pytest.approx(0.12)
+
+
+def test_a_record_that_a_kill_has_cut_costs_no_other(make_tracker, tmp_path):
+    (tmp_path / "alarms.jsonl").write_text('{"schema": 1, "step": 1, "ala')
+    log_loops(make_tracker("alert")[0], 0, 8)
+    assert [told["step"] for told in read_told(tmp_path)] == [5]
+
+
 def test_an_episode_that_was_told_stops_the_run_all_the_same(tmp_path, device):
+    act(tmp_path, 2, [episode(AlarmAction.stop)], None, None)
     with StopRequest(distill_config("num_steps=9")) as stop:
-        act(tmp_path, 2, [replace(episode(AlarmAction.stop), is_told=True)], None, None)
+        act(tmp_path, 2, [episode(AlarmAction.stop)], None, None)
         assert stop.is_due(2)
         with pytest.raises(Preempted):
             stop.leave(2)
 
 
 def test_a_command_that_fails_is_a_line_and_no_more(tmp_path, caplog):
-    for command in (shlex.join([sys.executable, "-c", "import sys; sys.exit('no network')"]), "./nowhere"):
-        act(tmp_path, 1, [episode(AlarmAction.alert)], command, None)
+    for step, command in enumerate((shlex.join([sys.executable, "-c", "import sys; sys.exit('no network')"]), "./nowhere"), start=1):
+        act(tmp_path, step, [episode(AlarmAction.alert)], command, None)
     wait_for_threads()
     assert sorted(message.partition(":")[0] for message in caplog.messages) == ["alarms.command has ended with exit code 1", "alarms.command has failed"]
 

@@ -1,6 +1,7 @@
 """Alarms: each fires on what it is for and is silent beside it, once an episode, for each domain by itself, and a run that is taken up goes on as it was."""
 
 import math
+import random
 import re
 
 import pytest
@@ -176,6 +177,60 @@ def test_a_figure_that_is_not_a_number_fires_nothing(caplog):
     assert lines(caplog, watch(), constant(looped=math.nan, mismatch_kl=math.nan, student_entropy=math.nan)) == []
 
 
+def spread(steps: int, seed: int) -> list[dict[str, float]]:
+    """Steps of a sound run: one domain's divergence is spread as an exponential distribution is, the other's falls a little."""
+    generator = random.Random(seed)
+    return [{"domain/law/kl_per_sequence": generator.expovariate(3.0), "domain/code/kl_per_sequence": 1 - step / 1e4} for step in range(steps)]
+
+
+def test_halves_that_differ_by_chance_fire_a_tenth_as_often_as_their_means_pass_the_threshold_or_less(caplog):
+    fired, passed = 0, 0
+    for seed in range(5):
+        steps = spread(500, seed)
+        values = [step["domain/law/kl_per_sequence"] for step in steps]
+        halves = [(sum(values[end - 20 : end - 10]), sum(values[end - 10 : end])) for end in range(20, 501)]
+        is_past = [after > 1.5 * before for before, after in halves]
+        passed += sum(now and not any(is_past[max(0, index - CALM_STEPS) : index]) for index, now in enumerate(is_past))
+        fired += len([line for line in lines(caplog, watch("left_behind"), steps) if "/law/" in line])
+    assert passed > 50
+    assert fired <= passed / 10
+
+
+def test_a_domain_that_becomes_worse_by_more_than_its_noise_is_told(caplog):
+    generator = random.Random(0)
+    values = [(0.3 if step < 30 else 0.9) * generator.gauss(1.0, 0.2) for step in range(60)]
+    steps = [{"domain/law/kl_per_sequence": value, "domain/code/kl_per_sequence": 1 - step / 1e4} for step, value in enumerate(values)]
+    [line] = lines(caplog, watch("left_behind"), steps)
+    assert 30 < int(line.split()[3][:-1]) <= 40
+
+
+def test_the_line_of_halves_has_the_later_mean_and_the_domains_own_other_metric(caplog):
+    [line] = lines(caplog, watch("style_only"), moving(law_kl_per_token=(0.2, 0.1), law_accuracy=(0.5, 0.505)))
+    words = r"step (\d+): domain/law/kl_per_token is ([\d.]+) over 10 of 20 steps, down from 0.2 while domain/law/accuracy stays at 0.50"
+    step, value = re.search(words, line).groups()
+    new = int(step) - 10  # of the later ten
+    assert float(value) == pytest.approx((0.1 * new + 0.2 * (10 - new)) / 10, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("metric", "written", "other"),
+    [
+        ("teacher/T/gradient_share", "teacher/law+code/gradient_share", "teacher/law+code/entropy"),
+        ("conflict/T/U/gradient_cosine", "conflict/law/code/gradient_cosine", "conflict/law/gradient_cosine"),
+        ("router/layer_LL/dead_experts", "router/layer_03/dead_experts", "router/layer_03/load_entropy"),
+    ],
+)
+def test_each_letter_stands_for_whatever_is_in_its_place(metric, written, other, caplog):
+    alarms = Alarms({"high": AlarmRule(metric=metric, threshold=0.5, window=1, message="high")})
+    assert [line.split()[4] for line in lines(caplog, alarms, [{written: 1.0, other: 1.0}])] == [written]
+
+
+def test_a_letter_is_the_same_in_what_a_metric_is_held_against(caplog):
+    rule = AlarmRule(metric="teacher/T/entropy", relative_to="teacher/T/kl_per_token", threshold=1.0, window=1, message="high")
+    metrics = {"teacher/law/entropy": 1.0, "teacher/law/kl_per_token": 2.0, "teacher/code/entropy": 1.0, "teacher/code/kl_per_token": 0.5}
+    assert [line.split()[4] for line in lines(caplog, Alarms({"high": rule}), [metrics])] == ["teacher/code/entropy"]
+
+
 @pytest.mark.parametrize("cut", [1, 3, 7, 9, 12, 20])
 def test_a_run_that_is_taken_up_logs_and_counts_as_one_that_was_not(cut, caplog):
     steps = rising("truncated", 0.1, 0.5) + constant(truncated=0.0, looped=0.2)
@@ -222,6 +277,8 @@ def test_a_rule_is_changed_dropped_and_added_on_the_command_line():
         ("alarms.rules.left_behind.window=2", "alarms.rules.left_behind.window must be at least 4, not 2"),
         ("alarms.rules.looped.threshold=null", "alarms.rules.looped has no threshold"),
         ("alarms.rules.looped.action=explode", "alarms.rules.looped.action"),
+        ("alarms.rules.looped.metric=check/D/accuracy", "is measured before the first step alone"),
+        ("alarms.rules.style_only.relative_to=teacher/T/entropy", r"has a letter that domain/D/kl_per_token has not \(T\)"),
         ("alarms.rules.style_only.relative_to=null", "needs relative_to, the metric that ought to rise"),
         ("alarms.rules.teacher_noise.relative_to=null", "needs relative_to, the metric that ought to differ"),
         ("alarms.command=\"'say\"", "is no command"),

@@ -4,9 +4,12 @@ import os
 import signal
 import subprocess
 import sys
+import threading
+from types import SimpleNamespace
 
 import pytest
 
+from opd import stopping
 from opd.config import RunConfig
 from opd.errors import PREEMPTED, Preempted
 from opd.job_config import LaunchConfig
@@ -69,6 +72,17 @@ def test_a_step_that_outlasts_the_grace_is_cut_with_the_same_exit_code(tmp_path)
     words = "ended 0.2 seconds after SIGTERM (launch.grace_seconds) without a new checkpoint"
     assert words in ended.stderr
     assert (read_state(tmp_path).state, read_state(tmp_path).why) == (State.preempted, words)
+
+
+def test_a_log_that_hangs_does_not_keep_the_job_beyond_its_grace(monkeypatch):
+    codes, never = [], threading.Event()
+    monkeypatch.setattr(stopping, "SAYING_SECONDS", 0.1)
+    monkeypatch.setattr(stopping, "LOG", SimpleNamespace(warning=lambda *_: never.wait()))
+    monkeypatch.setattr(stopping, "end_state", lambda *_: None)
+    monkeypatch.setattr(stopping, "os", SimpleNamespace(_exit=codes.append))
+    StopRequest(config())._cut()
+    never.set()
+    assert codes == [PREEMPTED]
 
 
 TWO_RANKS = """

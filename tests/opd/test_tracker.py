@@ -1,5 +1,6 @@
 """The run's records: one line per step, redone steps dropped, W&B offline without an account, and nothing of the text."""
 
+import hashlib
 import json
 import os
 import subprocess
@@ -14,6 +15,7 @@ import pytest
 
 from opd import wandb_log
 from opd.__main__ import load_config
+from opd.alarm_config import AlarmAction
 from opd.config import DistillConfig
 from opd.errors import Preempted
 from opd.job_config import LoggerConfig, LoggerKind
@@ -207,13 +209,45 @@ def test_checkpoints_models_and_data_are_artifacts_by_reference(no_account, shor
     requests = [record.request.log_artifact.artifact for record in wandb_records(log) if record.WhichOneof("record_type") == "request"]
     found = {artifact.name: artifact for artifact in [*requests, *(record.artifact for record in wandb_records(log))] if artifact.name}
     identity = (short_run / "wandb_id").read_text()
-    assert set(found) >= {"teacher-arithmetic", "teacher-tools", "student", "data-arithmetic-prompts", "data-tools-prompts", f"checkpoint-{identity}"}
+    assert set(found) >= {"teacher-arithmetic", "teacher-tools", "student", "data-arithmetic-prompts", "held-out-tools", f"checkpoint-{identity}"}
     [span] = json.loads((short_run / "teachers.json").read_text())["spans"]
     described = json.loads(found["teacher-tools"].metadata)
     assert (described["hash"], described["role"]) == (span["domains"]["tools"]["teacher"]["hash"], "input")
+    checkpoint = json.loads(found[f"checkpoint-{identity}"].metadata)
+    manifest = short_run / "checkpoints" / f"step-{checkpoint['step']:06d}" / "manifest.json"
+    assert checkpoint["manifest"] == hashlib.sha256(manifest.read_bytes()).hexdigest()
     entries = found["student"].manifest.contents
     assert {entry.path for entry in entries if not entry.ref} <= {"facts.json"}, "no weights leave the machine"
     assert all(entry.ref.startswith("file://") for entry in entries if entry.ref)
+
+
+def test_an_offline_run_that_is_taken_up_has_the_alerts_and_the_checkpoints_from_before(no_account, tmp_path, wandb_records):
+    cfg = config(LoggerKind.offline)
+    cfg.alarms.rules["looped"].action = AlarmAction.alert
+    for first, last in ((0, 6), (6, 7)):
+        tracker = Tracker(tmp_path, "test", cfg)
+        tracker.resume(first)
+        for step in range(first + 1, last + 1):
+            if step in (3, 6):
+                (tmp_path / f"checkpoints/step-{step:06d}").mkdir(parents=True)
+                (tmp_path / "checkpoints/latest.json").write_text(json.dumps({"step": step, "tag": f"step-{step:06d}"}))
+            tracker.log(step, {"domain/law/looped": 0.2})
+        tracker.__exit__(None, None, None)
+    [log] = (tmp_path / "wandb").glob("offline-run-*/run-*.wandb")
+    found = list(wandb_records(log))
+    artifacts = [record.artifact if record.WhichOneof("record_type") == "artifact" else record.request.log_artifact.artifact for record in found]
+    assert {json.loads(artifact.metadata)["step"] for artifact in artifacts if artifact.name.startswith("checkpoint-")} == {3, 6}
+    assert [record.alert.title for record in found if record.WhichOneof("record_type") == "alert"] == [f"{tmp_path.name}: looped at step 5"]
+
+
+def test_rows_of_a_run_that_was_killed_before_its_first_record_are_not_kept_offline(no_account, tmp_path, wandb_rows):
+    for _ in range(2):
+        tracker = Tracker(tmp_path, "test", config(LoggerKind.offline))
+        tracker.resume(0)
+        tracker.wandb.log(0, {"x": 1.0})  # and is killed before metrics.jsonl has it
+        tracker.wandb.calls.join()
+        tracker.wandb.run.finish()
+    assert len(list((tmp_path / "wandb").glob("offline-run-*"))) == 1
 
 
 @pytest.mark.parametrize("place", ["org/law", "here"])
@@ -231,15 +265,17 @@ def test_what_is_on_the_hub_is_linked_there(kind, expected):
     assert [entry.ref for entry in found if entry.ref] == [expected]
 
 
-def test_online_a_run_uses_its_models_and_data_and_has_made_its_checkpoints():
+def test_online_a_run_uses_its_models_and_data_and_has_made_its_checkpoints(tmp_path):
     said = []
+    (tmp_path / "step-000005").mkdir()
     run = SimpleNamespace(id="one", use_artifact=lambda artifact: said.append(("uses", artifact.name)))
     run.log_artifact = lambda artifact, aliases: said.append(("made", artifact.name, aliases))
     log = wandb_log.WandbLog.__new__(wandb_log.WandbLog)
     log.run, log.is_offline = run, False
     log._call = lambda call: call()
     log.uses("teacher-law", "model", "org/law", {"hash": "1"})
-    log.made("checkpoint", "checkpoint", "org/x", "step-5")
+    log.made_checkpoint(tmp_path / "step-000005")
+    log.made_checkpoint(tmp_path / "step-000003")  # which has gone by now
     assert said == [("uses", "teacher-law"), ("made", "checkpoint-one", ["step-5"])]
 
 
