@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from rollout.model import save_model
 SETTINGS = [
     "domain=[arithmetic]", "domains.arithmetic.prompts.rows=50", "num_steps=30", "rollout.prompts_per_step=8", "rollout.max_new_tokens=6",
     "rollout.decode_width=8", "checkpoint.every=2", "optim.lr=1e-3", "logger=none", "threads=1", "quant=mxfp4_experts",
-    "check.signal=off",
+    "check.signal=off", "samples.every=2",
 ]  # fmt: skip
 
 
@@ -35,6 +36,13 @@ def start(run_dir, models) -> subprocess.Popen:
         return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
     finally:
         signal.signal(signal.SIGINT, heeded)
+
+
+def look(*words: str) -> str:
+    """What a command that only looks prints."""
+    done = subprocess.run([sys.executable, "-m", "opd", *words], capture_output=True, text=True, timeout=60, env=os.environ | {"COLUMNS": "180"}, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 def finish(process: subprocess.Popen) -> str:
@@ -75,6 +83,8 @@ def test_a_run_that_is_interrupted_killed_and_ended_early_continues_bit_for_bit(
     run_dir = tmp_path / "run"
     process = start(run_dir, models)
     wait_for(process, run_dir, 4)
+    assert "arithmetic at step 2 of" in look("inspect", f"{run_dir}@2", "domain=arithmetic")
+    assert process.poll() is None, "it was looked at while it ran"
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=300)
     assert process.returncode == 130
@@ -85,6 +95,8 @@ def test_a_run_that_is_interrupted_killed_and_ended_early_continues_bit_for_bit(
     wait_for(process, run_dir, 9)
     seen = describe(run_dir)
     assert (seen.state, seen.steps, seen.left > 0, seen.step >= 8, seen.checkpoint % 2) == ("running", 30, True, True, 0)
+    assert re.search(r"\brun\b.*\brunning\b.*\b30\b", look("runs", str(tmp_path)))
+    assert process.poll() is None, "it was looked at while it ran"
     process.send_signal(signal.SIGKILL)
     process.communicate()
     assert describe(run_dir).state == "killed"
