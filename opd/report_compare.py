@@ -5,7 +5,8 @@ Of a pipeline its last stage that distils (else trains) is compared (opd/report_
 Only what differs is listed: settings (dotted paths of config.yaml), code, versions, hardware, initial student, teachers, data, as they were last; what
 changed in the midst of a run stands below, with the first step that it held for.
 
-Curves of the figures that at least two of the runs have stand over steps, over the student's tokens and over seconds, both added up over the steps that count.
+Curves of the figures that at least two of the runs have stand over steps, over the student's tokens and over seconds, both added up over the steps that count;
+a run that records no tokens, as a supervised one, has no curves over them, and the page says so.
 The table pairs each run with the first, prompt by prompt: an interval of the mean of differences, which is much smaller than the difference of two intervals.
 The scores are those that `opd evaluate RUN` found of the chosen checkpoints (else the newest) where it was asked of all these runs, otherwise those of the
 newest evaluations while they trained (opd/scores.py). The table is blank, and says why, where two runs have answered other prompts.
@@ -52,6 +53,7 @@ CURVES = {
     r"domain/(.+)/completion_length": ("Length of completions", "tokens"),
 }
 AXES = {"steps": STEPS, "tokens": "completion tokens of the student, added up", "seconds": "seconds of steps, added up"}
+ADDED_UP = {"tokens": "step/completion_tokens", "seconds": "seconds/step"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -233,15 +235,16 @@ def _settings(folder: Path, named: Path) -> dict[str, str]:
 
 
 def _section(axis: str, records: dict[str, list[dict[str, Any]]]) -> Section:
-    """All curves over one axis."""
-    places = {name: positions(found, axis) for name, found in records.items()}
+    """All curves over one axis, of the runs that have a place on it."""
+    places = {name: found for name, own in records.items() if (found := positions(own, axis)) is not None}
     figures = []
     for pattern, (title, unit) in CURVES.items():
-        metrics = sorted({key for found in records.values() for record in found for key in record if re.fullmatch(pattern, key)})
+        metrics = sorted({key for name in places for record in records[name] for key in record if re.fullmatch(pattern, key)})
         for metric in metrics:
             lines = []
             for number, (name, found) in enumerate(records.items()):
-                points = [(places[name][index], record[metric]) for index, record in enumerate(found) if metric in record]
+                placed = zip(places[name], found, strict=True) if name in places else ()
+                points = [(place, record[metric]) for place, record in placed if metric in record]
                 lines += [Line(name=name, points=points, style=number)] if points else []
             if len(lines) > 1:
                 domain = re.fullmatch(pattern, metric).groups()
@@ -249,16 +252,20 @@ def _section(axis: str, records: dict[str, list[dict[str, Any]]]) -> Section:
                 picture = line_chart(full, lines, unit, may_be_log=unit.startswith("nats"), x_axis=AXES[axis])
                 legend = [(line.name, style_class(line.style)) for line in lines]
                 figures.append(Figure(title=full, picture=picture, caption=metric, legend=legend))
-    absent = [] if figures else ["No figure is in the metrics of two of these runs."]
+    absent = [f"{name} is left out: its records have no {ADDED_UP[axis]} to add up." for name in records if name not in places]
+    if not figures:
+        absent.append("No figure is in the metrics of two of these runs." if len(places) == len(records) else "No figure is in the metrics of two others.")
     return Section(title=f"Over {axis}", figures=figures, absent=absent)
 
 
-def positions(records: list[dict[str, Any]], axis: str) -> list[float]:
-    """Where each record stands on an axis: its step, or the tokens or seconds of all steps up to it."""
+def positions(records: list[dict[str, Any]], axis: str) -> list[float] | None:
+    """Where each record stands on an axis: its step, or the tokens or seconds of all steps up to it; None where no step says how many those were."""
     if axis == "steps":
         return [float(record["step"]) for record in records]
-    key = "step/completion_tokens" if axis == "tokens" else "seconds/step"
-    total, found = 0.0, []
+    total, found, key = 0.0, [], ADDED_UP[axis]
+    steps = [record for record in records if record["step"]]
+    if steps and not any(key in record for record in steps):
+        return None
     for record in records:
         total += record.get(key, 0.0) if record["step"] else 0.0
         found.append(total)

@@ -167,6 +167,21 @@ def test_tokens_and_seconds_are_added_up_over_the_steps():
     assert positions(records, "seconds") == [0.0, 2.0, 5.0]
 
 
+def test_a_run_without_tokens_and_seconds_is_left_out_of_their_axes_and_the_page_says_so(make_run):
+    runs = [make_run(name) for name in ("a", "b", "supervised")]
+    for folder in runs:
+        counted = {} if folder.name == "supervised" else {"step/completion_tokens": 10, "seconds/step": 2.0}
+        records = [{"schema": 1, "step": step, "step/loss": 1.0} | (counted if step else {}) for step in range(150)]
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    for folders, drawn in ((runs, {"steps": 3, "tokens": 2, "seconds": 2}), (runs[1:], {"steps": 2, "tokens": 0, "seconds": 0})):
+        page = render_comparison(folders)
+        for axis, metric in (("steps", None), ("tokens", "step/completion_tokens"), ("seconds", "seconds/step")):
+            section = page.partition(f">Over {axis}</h2>")[2].partition("</section>")[0]
+            assert section.count("data-points=") == drawn[axis]
+            assert ("supervised is left out: " in section) == (metric is not None)
+            assert metric is None or f"no {metric} to add up" in section
+
+
 def test_the_page_has_every_run_and_axis_and_needs_no_network(make_run):
     page = render_comparison([make_run("a", [1, 0]), make_run("b", [1, 1], lr=0.1)])
     assert [title for title in ("Over steps", "Over tokens", "Over seconds") if f">{title}</h2>" in page] == ["Over steps", "Over tokens", "Over seconds"]
