@@ -30,7 +30,7 @@ from markupsafe import Markup
 from opd.checkpoint_record import shown_record
 from opd.comparison import paired_difference
 from opd.composition import leaves
-from opd.config_changes import read_changes
+from opd.config_changes import lasting_changes, read_changes
 from opd.intervals import Interval
 from opd.report_charts import STEPS, Line, line_chart, style_class
 from opd.report_figures import Figure, Section
@@ -181,20 +181,28 @@ def _described(folder: Path, named: Path) -> dict[str, str]:
 
 def changed_midway(folder: Path, with_text: bool = True) -> list[Midway]:
     """What changed in a run when it was taken up, in order of steps: settings (opd/config_changes.py), what a start was made with, the teachers. What held
-    from the first step on is left out. with_text: whether system prompts may stand in it.
+    from the first step on is left out, and what held for no step that counts. with_text: whether system prompts may stand in it.
     """
-    found = []
-    for change in read_changes(folder):
+    found, starts, spans = [], read_starts(folder), _spans(folder)
+    for change in lasting_changes(read_changes(folder), [start["step"] for start in starts]):
         before, after = (_setting_text(change["setting"], change[when], with_text) for when in ("before", "after"))
         found.append(Midway(change["step"] + 1, change["setting"], before, after))
-    starts, spans = read_starts(folder), _spans(folder)
-    for before, after in pairwise(starts):
+    for before, after in pairwise(_lasting_starts(starts)):
         found += _differing(after["step"] + 1, start_facts(before), start_facts(after))
     for before, after in pairwise(spans):
         found += _differing(after["from_step"], _teachers(before), _teachers(after))
     for span in spans:
         found += [Midway(drop["step"], f"teacher of {name}", "in use", f"dropped: {drop['reason']}") for name, drop in span["dropped"].items()]
     return sorted((row for row in dict.fromkeys(found) if row.step > 1), key=lambda row: row.step)  # a later span tells of the same drop
+
+
+def _lasting_starts(starts: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Those without which no step that counts would have been done: after the others a later start did all steps again."""
+    found = []
+    for start in reversed(starts):
+        if not found or start["step"] < found[-1]["step"]:
+            found.append(start)
+    return found[::-1]
 
 
 def _setting_text(name: str, value: Any, with_text: bool) -> str:

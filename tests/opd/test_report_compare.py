@@ -85,6 +85,49 @@ def test_other_code_and_another_teacher_from_a_step_on_are_changes_midway(short_
     ]
 
 
+@pytest.mark.parametrize(
+    ("starts", "expected"),
+    [
+        ([(0, "a"), (10, "b"), (10, "a")], []),
+        ([(0, "a"), (10, "b"), (10, "c")], [(11, "a", "c")]),
+        ([(0, "a"), (20, "b"), (10, "c"), (30, "a")], [(11, "a", "c"), (31, "c", "a")]),
+        ([(0, "a"), (20, "b"), (10, "b")], [(11, "a", "b")]),
+        ([(0, "a"), (10, "b"), (0, "a"), (10, "a")], []),
+        ([(0, "a"), (10, "b"), (20, "b"), (20, "c")], [(11, "a", "b"), (21, "b", "c")]),
+    ],
+)
+def test_starts_whose_steps_were_all_done_again_changed_nothing(starts, expected, short_run, tmp_path):
+    facts = json.loads((short_run / "starts.jsonl").read_text().splitlines()[-1])
+    (tmp_path / "starts.jsonl").write_text("".join(json.dumps(facts | {"step": step, "code": code}) + "\n" for step, code in starts))
+    assert [(row.step, row.before, row.after) for row in changed_midway(tmp_path)] == expected
+    code_of = {}  # the oracle: who did each step last, each start going on as far as the next one says, or further
+    for step, code in starts:
+        code_of = {done: own for done, own in code_of.items() if done <= step} | dict.fromkeys(range(step + 1, 41), code)
+    changes = [(step, code_of[step - 1], code_of[step]) for step in range(2, 41) if code_of[step] != code_of[step - 1]]
+    assert changes == expected
+
+
+@pytest.mark.parametrize(
+    ("starts", "changes", "expected"),
+    [
+        ([0, 10, 10], [(10, "x", 1, 2), (10, "x", 2, 1)], []),
+        ([0, 10, 10], [(10, "x", 1, 2), (10, "y", 5, 6), (10, "x", 2, 3)], [(11, "x", "1", "3"), (11, "y", "5", "6")]),
+        ([0, 20, 10], [(20, "x", 1, 2)], [(11, "x", "1", "2")]),
+        ([0, 20, 10], [(20, "x", 1, 2), (10, "x", 2, 1)], []),
+        ([0, 20, 10, 30], [(20, "x", 1, 2), (10, "x", 2, 3), (30, "x", 3, 1)], [(11, "x", "1", "3"), (31, "x", "3", "1")]),
+        ([0, 10, 20, 0], [(10, "x", 1, 2), (20, "x", 2, 1)], []),
+        ([0, 10, 20, 15], [(10, "x", 1, 2), (20, "x", 2, 1)], [(11, "x", "1", "2"), (16, "x", "2", "1")]),
+        ([], [(10, "x", 1, 2), (20, "y", 1, 2), (15, "y", 2, 1)], [(11, "x", "1", "2")]),
+    ],
+)
+def test_settings_that_held_for_no_step_that_counts_are_no_changes(starts, changes, expected, short_run, tmp_path):
+    facts = json.loads((short_run / "starts.jsonl").read_text().splitlines()[-1])
+    (tmp_path / "starts.jsonl").write_text("".join(json.dumps(facts | {"step": step}) + "\n" for step in starts))
+    lines = [dict(zip(("schema", "step", "setting", "before", "after"), (1, *change), strict=True)) for change in changes]
+    (tmp_path / "changes.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert [(row.step, row.what, row.before, row.after) for row in changed_midway(tmp_path)] == expected
+
+
 def test_other_held_out_prompts_under_the_same_path_are_a_difference(short_run, tmp_path):
     shutil.copytree(short_run, tmp_path / "other")
     start = json.loads((short_run / "starts.jsonl").read_text().splitlines()[-1])
