@@ -9,7 +9,8 @@ Curves of the figures that at least two of the runs have stand over steps, over 
 a run that records no tokens, as a supervised one, has no curves over them, and the page says so.
 The table pairs each run with the first, prompt by prompt: an interval of the mean of differences, which is much smaller than the difference of two intervals.
 The scores are those that `opd evaluate RUN` found of the chosen checkpoints (else the newest) where it was asked of all these runs, otherwise those of the
-newest evaluations while they trained (opd/scores.py). The table is blank, and says why, where two runs have answered other prompts.
+newest evaluations while they trained (opd/scores.py). The table is blank, and says why, where two runs have answered other prompts; where they were asked
+the same prompts otherwise, it says in what.
 """
 
 import base64
@@ -38,7 +39,7 @@ from opd.report_reader import train_folder_of, without_text
 from opd.run_facts import read_starts
 from opd.run_folder import read_records
 from opd.runs import RunRow, describe
-from opd.scores import read_scores
+from opd.scores import asked_otherwise, read_scores
 from rollout.files import read_json
 
 UNCOUNTED = ("run_dir", "fresh", "logger", "launch")
@@ -52,6 +53,7 @@ CURVES = {
     r"domain/(.+)/student_entropy": ("Entropy of the student", "nats per token"),
     r"domain/(.+)/completion_length": ("Length of completions", "tokens"),
 }
+OTHERWISE = "asked otherwise"
 AXES = {"steps": STEPS, "tokens": "completion tokens of the student, added up", "seconds": "seconds of steps, added up"}
 ADDED_UP = {"tokens": "step/completion_tokens", "seconds": "seconds/step"}
 
@@ -139,16 +141,25 @@ def paired_table(folders: dict[str, Path]) -> list[dict[str, Any]]:
             row["note"] = "it answered other prompts"
         else:
             pairs[name][domain] = ours["scores"], theirs["scores"]
-            note = "" if seeds[name] == seeds[first] else "another seed, so other random numbers: the interval is still of the same prompts"
+            note = _note(ours | {"seed": seeds[first]}, theirs | {"seed": seeds[name]})
             row |= {"difference": _shown(paired_difference(theirs["scores"], ours["scores"])), "note": note}
         rows.append(row | {"prompts": len((ours or theirs)["scores"])})
-    return rows + [_all_row(name, own, domains) for name, own in pairs.items() if own and len(domains) > 1]
+    otherwise = {row["run"] for row in rows if row["note"].startswith(OTHERWISE)}
+    return rows + [_all_row(name, own, domains, name in otherwise) for name, own in pairs.items() if own and len(domains) > 1]
 
 
-def _all_row(run: str, pairs: dict[str, tuple[list[float], list[float]]], domains: list[str]) -> dict[str, Any]:
-    """pairs: domain -> the first run's scores and this run's."""
+def _note(ours: dict[str, Any], theirs: dict[str, Any]) -> str:
+    """What was not the same beside the prompts. seed: of the run, where the record does not say with which it was asked."""
+    one, other = (record.get("asked", record)["seed"] for record in (ours, theirs))
+    seed = "" if one == other else "another seed, so other random numbers: the interval is still of the same prompts"
+    asked = asked_otherwise(ours, theirs)
+    return "; ".join(part for part in (asked and f"{OTHERWISE}: {asked}", seed) if part)
+
+
+def _all_row(run: str, pairs: dict[str, tuple[list[float], list[float]]], domains: list[str], is_otherwise: bool) -> dict[str, Any]:
+    """pairs: domain -> the first run's scores and this run's. is_otherwise: whether one of them was asked otherwise."""
     ours, theirs = ([score for scores in column for score in scores] for column in zip(*pairs.values(), strict=True))
-    note = "" if len(pairs) == len(domains) else f"of {', '.join(pairs)}"
+    note = "; ".join(([] if len(pairs) == len(domains) else [f"of {', '.join(pairs)}"]) + [OTHERWISE] * is_otherwise)
     row = {"domain": "all", "run": run, "first": _mean({"scores": ours}), "other": _mean({"scores": theirs}), "prompts": len(ours)}
     return row | {"difference": _shown(paired_difference(theirs, ours)), "note": note}
 

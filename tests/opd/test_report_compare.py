@@ -202,6 +202,34 @@ def test_runs_that_answered_other_prompts_are_not_paired(make_run):
     assert "another seed" in found["d"][1]
 
 
+ASKED = {"samples_per_prompt": 1, "max_new_tokens": 32, "decode_width": 64, "dtype": "float32", "seed": 0, "grader": "exact"}
+OTHER_SEED = "another seed, so other random numbers: the interval is still of the same prompts"
+
+
+@pytest.mark.parametrize(
+    ("asked", "note"),
+    [
+        (ASKED, ""),
+        (None, ""),
+        (ASKED | {"samples_per_prompt": 4, "max_new_tokens": 64}, "asked otherwise: samples_per_prompt 1 and 4, max_new_tokens 32 and 64"),
+        (ASKED | {"grader": {"kind": "regex", "pattern": "(.*)"}}, "asked otherwise: another grader"),
+        (ASKED | {"seed": 1}, OTHER_SEED),
+        (ASKED | {"dtype": "bfloat16", "seed": 1}, f"asked otherwise: dtype float32 and bfloat16; {OTHER_SEED}"),
+    ],
+)
+def test_prompts_that_were_asked_otherwise_are_paired_with_a_note(asked, note, make_run):
+    folders = {"a": make_run("a"), "b": make_run("b")}
+    scores = {"a": ([1, 0, 1], ASKED), "b": ([1, 1, 1], asked)}
+    for name, (own, how) in scores.items():
+        domains = {domain: {"prompts": domain, "scores": own} for domain in ("law", "math")}
+        domains["law"] |= {} if how is None else {"asked": how}
+        (folders[name] / "scores.json").write_text(json.dumps({"schema": 1, "step": 3, "domains": domains}))
+    law, math, both = paired_table(folders)
+    assert (law["note"], math["note"]) == (note, "")
+    assert both["note"] == ("asked otherwise" if note.startswith("asked") else "")
+    assert law["difference"] == math["difference"] != ""
+
+
 def test_tokens_and_seconds_are_added_up_over_the_steps():
     steps = [(0, 9.0, 4), (1, 2.0, 5), (2, 3.0, 7)]
     records = [{"step": step, "seconds/step": seconds, "step/completion_tokens": tokens} for step, seconds, tokens in steps]
@@ -302,6 +330,11 @@ def test_a_run_keeps_the_scores_of_its_newest_evaluation(short_run):
     assert (record["step"], set(record["domains"])) == (2, {"arithmetic"})
     scores = record["domains"]["arithmetic"]["scores"]
     assert sum(scores) / len(scores) == pytest.approx(last["evaluation/arithmetic/accuracy"])
+    cfg = yaml.safe_load((short_run / "config.yaml").read_text())
+    asked = record["domains"]["arithmetic"]["asked"]
+    evaluation = {name: cfg["evaluation"][name] or cfg["rollout"][name] for name in ("max_new_tokens", "decode_width")}
+    own = {"samples_per_prompt": cfg["evaluation"]["samples"], "dtype": cfg["student"]["dtype"], "seed": cfg["seed"]}
+    assert asked == evaluation | own | {"grader": cfg["domains"]["arithmetic"]["grader"]}
 
 
 def test_the_command_writes_the_page_and_touches_no_run(short_run, tmp_path):
