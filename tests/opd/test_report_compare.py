@@ -319,9 +319,20 @@ def test_what_cannot_be_compared_is_refused(names, sentence, make_run, tmp_path)
 def test_several_runs_behind_the_command_are_a_comparison(make_run):
     one, two = make_run("a"), make_run("b")
     assert split_command(["report", str(one), str(two), "out=x.html"]) == ("report", [f"run_dir='{one}'", f"others=['{two}']", "out=x.html"])
+    assert split_command(["report", "out=x.html", str(one), str(two)]) == split_command(["report", str(one), str(two), "out=x.html"])
     assert split_command(["report", str(one)]) == ("report", [f"run_dir='{one}'"])
     with pytest.raises(ValueError, match="belongs to no W&B run"):
         report(ReportConfig(run_dir=str(one), others=[str(two)], upload=True))
+
+
+def test_a_step_of_a_run_is_refused_among_several_runs_as_it_is_alone(make_run):
+    one, two = make_run("a"), make_run("b")
+    sentences = []
+    for runs in ([f"{one}@3"], [f"{one}@3", str(two)], [str(two), f"{one}@3"]):
+        with pytest.raises(ValueError, match="opd report is of a whole run") as refused:
+            split_command(["report", *runs])
+        sentences.append(str(refused.value))
+    assert len(set(sentences)) == 1
 
 
 def test_a_run_keeps_the_scores_of_its_newest_evaluation(short_run):
