@@ -139,8 +139,10 @@ def split_command(arguments: list[str]) -> tuple[str, list[str]]:
         raise ValueError(f"there is no command {arguments[0]!r}{nearest(arguments[0], list(COMMANDS))}; the commands are {', '.join(COMMANDS)}")
     if arguments[0] == "bench":
         return _bench_command(arguments[1:])
-    if arguments[0] == "report" and len(arguments) > 2 and _is_run(arguments[1]) and _is_run(arguments[2]):
-        runs = [argument for argument in arguments[1:] if _is_run(argument)]
+    runs = [argument for argument in arguments[1:] if _is_run(argument)] if arguments[0] == "report" else []
+    if len(runs) > 1:
+        for name in runs:
+            _of_run("report", name)  # refuses a step
         return "report", [f"run_dir={quoted(runs[0])}", f"others=[{','.join(map(quoted, runs[1:]))}]", *(item for item in arguments[1:] if item not in runs)]
     named = next((argument for argument in arguments[1:] if "=" not in argument and _is_run(argument)), None)
     if named is not None and not _is_run(arguments[1]):  # after settings, as people write it

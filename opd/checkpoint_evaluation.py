@@ -106,7 +106,7 @@ class CheckpointEvaluation:
                 self.base = results_of(cfg, self.evaluator, load_model(cfg.base, "base", self.device), names)
             self.teacher = teacher_results(cfg, self.evaluator)
         found = results_of(cfg, self.evaluator, student, list(self.evaluator.prompts))
-        scores = scores_by_domain(self.evaluator.prompts, found)
+        scores = scores_by_domain(self.evaluator.prompts, found, self.evaluator.asked())
         record = comparison(self.base, self.teacher, found, self.evaluator.dropped, cfg.pass_k)
         return record | {"base": on_main(lambda: model_facts(cfg.base))}, scores
 

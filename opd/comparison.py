@@ -2,7 +2,8 @@
 
 Recovery is the student's accuracy over its teacher's, with the interval of a ratio of two samples. The difference of student and base is paired: both
 answer the same prompts with the same random numbers, so its interval comes from the variance of the differences prompt by prompt, which is smaller than
-the sum of two variances wherever the two find the same prompts hard. Over all domains every prompt counts once; it is no mean of the domains' means.
+the sum of two variances wherever the two find the same prompts hard; where all differences are alike, from their number (opd/intervals.py). Over all
+domains every prompt counts once; it is no mean of the domains' means.
 
     evaluation.json (schema version 1)
     {"schema": 1, "domains": {NAME: {
@@ -34,7 +35,7 @@ from dataclasses import asdict, dataclass
 
 from opd.certificate import certify
 from opd.console import print_table
-from opd.intervals import Interval, mean, pass_at, ratio, ratio_of_sums
+from opd.intervals import Interval, mean_of_differences, pass_at, ratio, ratio_of_sums
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,9 +111,8 @@ def comparison(
 
 
 def paired_difference(ours: list[float], theirs: list[float]) -> Interval:
-    """Mean of ours less theirs, prompt by prompt, with the interval of that mean."""
-    differences = [one - other for one, other in zip(ours, theirs, strict=True)]
-    return mean(sum(differences), sum(difference**2 for difference in differences), len(differences))
+    """Mean of ours less theirs, prompt by prompt, with the interval of that mean, which is never of no width."""
+    return mean_of_differences([one - other for one, other in zip(ours, theirs, strict=True)])
 
 
 def _difference_record(base: dict[str, DomainResult], student: dict[str, DomainResult]) -> dict | None:
@@ -136,7 +136,9 @@ def require_certificates(record: dict) -> None:
 
 
 def _gap_record(base: DomainResult | None, teacher: DomainResult | None, student: DomainResult) -> dict | None:
-    """(student - base) / (teacher - base), prompt by prompt; None where the teacher may not be better than the base: there is no gap then."""
+    """(student - base) / (teacher - base), prompt by prompt; None where the teacher may not be better than the base: there is no gap then. Five prompts of
+    which the teacher answers all and the base none do not suffice.
+    """
     if base is None or teacher is None or student.scores is None:
         return None
     if paired_difference(teacher.scores, base.scores).low <= 0:

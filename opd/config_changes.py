@@ -11,6 +11,7 @@ setting that was not there is null.
 """
 
 import json
+import math
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -70,6 +71,24 @@ class Change:
 def read_changes(folder: Path) -> list[dict[str, Any]]:
     """What was recorded in a run's changes.jsonl, oldest first; a line that a kill has cut is left out."""
     return read_lines(folder / FILE)
+
+
+def lasting_changes(changes: list[dict[str, Any]], starts: list[int]) -> list[dict[str, Any]]:
+    """The changes that held for steps that count, in order of these. changes: as `read_changes` gives them; starts: the steps that the run's starts began at.
+
+    A run that is taken up at an earlier step does those after it again, with the settings that it has by then: a change of a later step holds from there on.
+    Changes of one setting at one step are one, and none where it came back to what it was.
+    """
+    joined, least, place = {}, math.inf, len(starts)
+    for change in reversed(changes):
+        step, setting = change["step"], change["setting"]
+        own = max((index for index, start in enumerate(starts[: place + 1]) if start == step), default=None)  # the start that made it
+        if own is not None:
+            least, place = min([least, *starts[own:place]]), own
+        least = min(least, step)
+        after = joined.pop((setting, least), change)["after"]
+        joined[setting, least] = change | {"step": least, "after": after}
+    return [change for change in reversed(joined.values()) if change["before"] != change["after"]]
 
 
 def find_changes(old: dict[str, Any], new: dict[str, Any], may_change_domains: bool, path: str = "") -> list[Change]:

@@ -22,10 +22,10 @@ from opd.estimators import distillation_loss, signal_of, student_states
 from opd.intervals import Interval, clustered_proportion, mean, proportion, ratio_of_sums
 from opd.loss_config import Backend, LossConfig
 from opd.rollouts import FirstRequest
-from opd.scores import write_scores
+from opd.scores import scores_by_domain, write_scores
 from opd.tiles import Targets
 from rollout.config import SamplingConfig
-from rollout.grading import grade_rollout, require_gradable
+from rollout.grading import grade_rollout, grader_identity, require_gradable
 from rollout.model import context_length, end_tokens, logit_transform
 from rollout.perturbation import Perturbation, build_perturbation
 from rollout.prompts import DomainPrompts, load_held_out
@@ -42,6 +42,7 @@ class Evaluator:
         """Reads the held-out prompts, unless evaluation.every=0. `teachers` are needed for divergences only."""
         self.domains, self.cfg, self.tokenizer, self.teachers = cfg.domains, cfg.evaluation, tokenizer, teachers
         self.sampling, self.run_dir = sampling_of(cfg), Path(cfg.run_dir) if isinstance(cfg, RunConfig) else None
+        self.seed, self.dtype = cfg.seed, cfg.student.dtype.value
         self.loss = LossConfig(backend=cfg.loss.backend if isinstance(cfg, DistillConfig) else Backend.auto)  # always exact reverse KL
         context = context_length(student.config, "student")
         longest = context - self.sampling.max_new_tokens
@@ -66,8 +67,14 @@ class Evaluator:
             sampler.refresh(source)
         results = {name: self.evaluate_domain(name, sampler) for name in self.prompts}
         if source is not None and self.run_dir is not None and is_main():
-            write_scores(self.run_dir, source.policy_step, self.prompts, results)
+            write_scores(self.run_dir, source.policy_step, scores_by_domain(self.prompts, results, self.asked()))
         return results
+
+    def asked(self) -> dict[str, dict[str, Any]]:
+        """Per domain what decides the scores, beside the model and the prompts, as JSON values."""
+        shared = {"samples_per_prompt": self.cfg.samples, "max_new_tokens": self.sampling.max_new_tokens, "decode_width": self.sampling.decode_width}
+        shared |= {"dtype": self.dtype, "seed": self.seed}
+        return {name: shared | {"grader": grader_identity(self.domains[name].grader)} for name in self.prompts}
 
     def evaluate_domain(self, name: str, sampler: LocalSampler, with_kl: bool = True) -> DomainResult:
         """The sampler's model on one domain, its divergence from the domain's teacher included if asked; every rank calls it."""

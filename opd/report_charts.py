@@ -157,13 +157,13 @@ def most_points(num_lines: int) -> int:
 
 
 def reduced(points: list[tuple[float, float]], most: int) -> list[tuple[float, float]]:
-    """At most so many points: means over equal stretches of steps."""
+    """At most so many points: means over equal stretches of steps; one where all are at the same place."""
     if len(points) <= most:
         return points
     first, width = points[0][0], (points[-1][0] - points[0][0]) / most
     groups: dict[int, list[tuple[float, float]]] = {}
     for step, value in points:
-        groups.setdefault(min(most - 1, int((step - first) / width)), []).append((step, value))
+        groups.setdefault(min(most - 1, int((step - first) / width) if width else 0), []).append((step, value))
     return [(round(sum(step for step, _ in group) / len(group), 1), sum(value for _, value in group) / len(group)) for group in groups.values()]
 
 

@@ -5,10 +5,12 @@ Of a pipeline its last stage that distils (else trains) is compared (opd/report_
 Only what differs is listed: settings (dotted paths of config.yaml), code, versions, hardware, initial student, teachers, data, as they were last; what
 changed in the midst of a run stands below, with the first step that it held for.
 
-Curves of the figures that at least two of the runs have stand over steps, over the student's tokens and over seconds, both added up over the steps that count.
+Curves of the figures that at least two of the runs have stand over steps, over the student's tokens and over seconds, both added up over the steps that count;
+a run that records no tokens, as a supervised one, has no curves over them, and the page says so.
 The table pairs each run with the first, prompt by prompt: an interval of the mean of differences, which is much smaller than the difference of two intervals.
 The scores are those that `opd evaluate RUN` found of the chosen checkpoints (else the newest) where it was asked of all these runs, otherwise those of the
-newest evaluations while they trained (opd/scores.py). The table is blank, and says why, where two runs have answered other prompts.
+newest evaluations while they trained (opd/scores.py). The table is blank, and says why, where two runs have answered other prompts; where they were asked
+the same prompts otherwise, it says in what.
 """
 
 import base64
@@ -29,7 +31,7 @@ from markupsafe import Markup
 from opd.checkpoint_record import shown_record
 from opd.comparison import paired_difference
 from opd.composition import leaves
-from opd.config_changes import read_changes
+from opd.config_changes import lasting_changes, read_changes
 from opd.intervals import Interval
 from opd.report_charts import STEPS, Line, line_chart, style_class
 from opd.report_figures import Figure, Section
@@ -37,7 +39,7 @@ from opd.report_reader import train_folder_of, without_text
 from opd.run_facts import read_starts
 from opd.run_folder import read_records
 from opd.runs import RunRow, describe
-from opd.scores import read_scores
+from opd.scores import asked_otherwise, read_scores
 from rollout.files import read_json
 
 UNCOUNTED = ("run_dir", "fresh", "logger", "launch")
@@ -51,7 +53,9 @@ CURVES = {
     r"domain/(.+)/student_entropy": ("Entropy of the student", "nats per token"),
     r"domain/(.+)/completion_length": ("Length of completions", "tokens"),
 }
+OTHERWISE = "asked otherwise"
 AXES = {"steps": STEPS, "tokens": "completion tokens of the student, added up", "seconds": "seconds of steps, added up"}
+ADDED_UP = {"tokens": "step/completion_tokens", "seconds": "seconds/step"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,16 +141,25 @@ def paired_table(folders: dict[str, Path]) -> list[dict[str, Any]]:
             row["note"] = "it answered other prompts"
         else:
             pairs[name][domain] = ours["scores"], theirs["scores"]
-            note = "" if seeds[name] == seeds[first] else "another seed, so other random numbers: the interval is still of the same prompts"
+            note = _note(ours | {"seed": seeds[first]}, theirs | {"seed": seeds[name]})
             row |= {"difference": _shown(paired_difference(theirs["scores"], ours["scores"])), "note": note}
         rows.append(row | {"prompts": len((ours or theirs)["scores"])})
-    return rows + [_all_row(name, own, domains) for name, own in pairs.items() if own and len(domains) > 1]
+    otherwise = {row["run"] for row in rows if row["note"].startswith(OTHERWISE)}
+    return rows + [_all_row(name, own, domains, name in otherwise) for name, own in pairs.items() if own and len(domains) > 1]
 
 
-def _all_row(run: str, pairs: dict[str, tuple[list[float], list[float]]], domains: list[str]) -> dict[str, Any]:
-    """pairs: domain -> the first run's scores and this run's."""
+def _note(ours: dict[str, Any], theirs: dict[str, Any]) -> str:
+    """What was not the same beside the prompts. seed: of the run, where the record does not say with which it was asked."""
+    one, other = (record.get("asked", record)["seed"] for record in (ours, theirs))
+    seed = "" if one == other else "another seed, so other random numbers: the interval is still of the same prompts"
+    asked = asked_otherwise(ours, theirs)
+    return "; ".join(part for part in (asked and f"{OTHERWISE}: {asked}", seed) if part)
+
+
+def _all_row(run: str, pairs: dict[str, tuple[list[float], list[float]]], domains: list[str], is_otherwise: bool) -> dict[str, Any]:
+    """pairs: domain -> the first run's scores and this run's. is_otherwise: whether one of them was asked otherwise."""
     ours, theirs = ([score for scores in column for score in scores] for column in zip(*pairs.values(), strict=True))
-    note = "" if len(pairs) == len(domains) else f"of {', '.join(pairs)}"
+    note = "; ".join(([] if len(pairs) == len(domains) else [f"of {', '.join(pairs)}"]) + [OTHERWISE] * is_otherwise)
     row = {"domain": "all", "run": run, "first": _mean({"scores": ours}), "other": _mean({"scores": theirs}), "prompts": len(ours)}
     return row | {"difference": _shown(paired_difference(theirs, ours)), "note": note}
 
@@ -179,20 +192,28 @@ def _described(folder: Path, named: Path) -> dict[str, str]:
 
 def changed_midway(folder: Path, with_text: bool = True) -> list[Midway]:
     """What changed in a run when it was taken up, in order of steps: settings (opd/config_changes.py), what a start was made with, the teachers. What held
-    from the first step on is left out. with_text: whether system prompts may stand in it.
+    from the first step on is left out, and what held for no step that counts. with_text: whether system prompts may stand in it.
     """
-    found = []
-    for change in read_changes(folder):
+    found, starts, spans = [], read_starts(folder), _spans(folder)
+    for change in lasting_changes(read_changes(folder), [start["step"] for start in starts]):
         before, after = (_setting_text(change["setting"], change[when], with_text) for when in ("before", "after"))
         found.append(Midway(change["step"] + 1, change["setting"], before, after))
-    starts, spans = read_starts(folder), _spans(folder)
-    for before, after in pairwise(starts):
+    for before, after in pairwise(_lasting_starts(starts)):
         found += _differing(after["step"] + 1, start_facts(before), start_facts(after))
     for before, after in pairwise(spans):
         found += _differing(after["from_step"], _teachers(before), _teachers(after))
     for span in spans:
         found += [Midway(drop["step"], f"teacher of {name}", "in use", f"dropped: {drop['reason']}") for name, drop in span["dropped"].items()]
     return sorted((row for row in dict.fromkeys(found) if row.step > 1), key=lambda row: row.step)  # a later span tells of the same drop
+
+
+def _lasting_starts(starts: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Those without which no step that counts would have been done: after the others a later start did all steps again."""
+    found = []
+    for start in reversed(starts):
+        if not found or start["step"] < found[-1]["step"]:
+            found.append(start)
+    return found[::-1]
 
 
 def _setting_text(name: str, value: Any, with_text: bool) -> str:
@@ -233,15 +254,16 @@ def _settings(folder: Path, named: Path) -> dict[str, str]:
 
 
 def _section(axis: str, records: dict[str, list[dict[str, Any]]]) -> Section:
-    """All curves over one axis."""
-    places = {name: positions(found, axis) for name, found in records.items()}
+    """All curves over one axis, of the runs that have a place on it."""
+    places = {name: found for name, own in records.items() if (found := positions(own, axis)) is not None}
     figures = []
     for pattern, (title, unit) in CURVES.items():
-        metrics = sorted({key for found in records.values() for record in found for key in record if re.fullmatch(pattern, key)})
+        metrics = sorted({key for name in places for record in records[name] for key in record if re.fullmatch(pattern, key)})
         for metric in metrics:
             lines = []
             for number, (name, found) in enumerate(records.items()):
-                points = [(places[name][index], record[metric]) for index, record in enumerate(found) if metric in record]
+                placed = zip(places[name], found, strict=True) if name in places else ()
+                points = [(place, record[metric]) for place, record in placed if metric in record]
                 lines += [Line(name=name, points=points, style=number)] if points else []
             if len(lines) > 1:
                 domain = re.fullmatch(pattern, metric).groups()
@@ -249,16 +271,20 @@ def _section(axis: str, records: dict[str, list[dict[str, Any]]]) -> Section:
                 picture = line_chart(full, lines, unit, may_be_log=unit.startswith("nats"), x_axis=AXES[axis])
                 legend = [(line.name, style_class(line.style)) for line in lines]
                 figures.append(Figure(title=full, picture=picture, caption=metric, legend=legend))
-    absent = [] if figures else ["No figure is in the metrics of two of these runs."]
+    absent = [f"{name} is left out: its records have no {ADDED_UP[axis]} to add up." for name in records if name not in places]
+    if not figures:
+        absent.append("No figure is in the metrics of two of these runs." if len(places) == len(records) else "No figure is in the metrics of two others.")
     return Section(title=f"Over {axis}", figures=figures, absent=absent)
 
 
-def positions(records: list[dict[str, Any]], axis: str) -> list[float]:
-    """Where each record stands on an axis: its step, or the tokens or seconds of all steps up to it."""
+def positions(records: list[dict[str, Any]], axis: str) -> list[float] | None:
+    """Where each record stands on an axis: its step, or the tokens or seconds of all steps up to it; None where no step says how many those were."""
     if axis == "steps":
         return [float(record["step"]) for record in records]
-    key = "step/completion_tokens" if axis == "tokens" else "seconds/step"
-    total, found = 0.0, []
+    total, found, key = 0.0, [], ADDED_UP[axis]
+    steps = [record for record in records if record["step"]]
+    if steps and not any(key in record for record in steps):
+        return None
     for record in records:
         total += record.get(key, 0.0) if record["step"] else 0.0
         found.append(total)

@@ -1,8 +1,11 @@
 """The scores of each held-out prompt at the newest evaluation of a run that trains: RUN/scores.json, schema version 1, from which runs are compared.
 
-    {"schema": 1, "step": updates done, "domains": {D: {"prompts": sha256 of the prompts' tokens and answers, "scores": [number of each prompt, in order]}}}
+    {"schema": 1, "step": updates done, "domains": {D: {"prompts": sha256 of the prompts' tokens and answers, "scores": [number of each prompt, in order],
+                                                        "asked": {SETTING: value}}}}
 
-Two runs have answered the same prompts, with the same random numbers, where the hashes and the seed are equal. Of a domain without a grader there is nothing.
+asked: what decides the scores beside the student and the prompts (Evaluator.asked); an addition to schema 1, which earlier records lack. Two runs have
+answered the same prompts where the hashes are equal, and in the same way, with the same random numbers, where `asked` is. How a student is quantised
+is no part of it: its checkpoints are quantised as it is while it trains. Of a domain without a grader there is nothing.
 `opd evaluate RUN` keeps the same of each checkpoint (opd/checkpoint_record.py).
 """
 
@@ -19,15 +22,25 @@ SCHEMA = 1
 FILE = "scores.json"
 
 
-def scores_by_domain(prompts: dict[str, list[Prompt]], results: dict[str, DomainResult]) -> dict[str, dict[str, Any]]:
+def scores_by_domain(
+    prompts: dict[str, list[Prompt]], results: dict[str, DomainResult], asked: dict[str, dict[str, Any]]
+) -> dict[str, dict[str, Any]]:
     """`domains` of the record: the graded ones."""
     graded = {name: result.scores for name, result in results.items() if result.scores is not None}
-    return {name: {"prompts": _digest(prompts[name]), "scores": list(scores)} for name, scores in graded.items()}
+    return {name: {"prompts": _digest(prompts[name]), "scores": list(scores), "asked": asked[name]} for name, scores in graded.items()}
 
 
-def write_scores(run_dir: Path, step: int, prompts: dict[str, list[Prompt]], results: dict[str, DomainResult]) -> None:
-    """Write RUN/scores.json, where the run has a folder; the main rank calls it."""
-    domains = scores_by_domain(prompts, results)
+def asked_otherwise(ours: dict[str, Any], theirs: dict[str, Any]) -> str:
+    """In what two records of a domain were asked otherwise, as `samples_per_prompt 1 and 4`; empty where in nothing, or where one does not say. The seed is
+    left out: other random numbers are no other question.
+    """
+    one, other = ours.get("asked"), theirs.get("asked")
+    names = [] if one is None or other is None else [name for name in one if name in other and name != "seed" and one[name] != other[name]]
+    return ", ".join("another grader" if name == "grader" else f"{name} {one[name]} and {other[name]}" for name in names)
+
+
+def write_scores(run_dir: Path, step: int, domains: dict[str, dict[str, Any]]) -> None:
+    """Write RUN/scores.json, where the run has a folder; the main rank calls it. domains: as `scores_by_domain` gives them."""
     if run_dir.is_dir() and domains:
         replace_text(run_dir / FILE, json.dumps({"schema": SCHEMA, "step": step, "domains": domains}) + "\n")
 

@@ -3,13 +3,14 @@
 import json
 import os
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 
 from opd import checkpoint_files as files
 from opd.checkpoint_record import chosen_step
 from opd.choice import EVALUATIONS, ask_to_end, choose, claim, judge, release, rule_of, take_end_request, write_choice
+from opd.comparison import paired_difference
 from opd.evaluate_config import AcceptConfig, Prefer
 from opd.run_state import begin_state, end_state, read_state
 
@@ -48,6 +49,14 @@ def record(**domains) -> dict:
 def test_bounds_hold_at_the_worse_end_or_for_the_figure_itself(rule, expected):
     found = record(law=domain(0.96), code=domain(0.99), old=domain(None, difference=-0.01) | {"recovery": "no teacher"})
     assert judge(rule, 10, found, ["old"], is_there=True).against == expected
+
+
+@pytest.mark.parametrize(("prompts", "is_accepted"), [(16, False), (59, False), (73, True), (256, True)])
+def test_what_is_retained_on_every_one_of_few_prompts_may_still_have_dropped(prompts, is_accepted):
+    found = record(old=domain(None) | {"recovery": "no teacher", "difference": asdict(paired_difference([1.0] * prompts, [1.0] * prompts))})
+    rule = AcceptConfig(maximum_retention_drop=0.05, prefer=Prefer.newest)
+    assert (not judge(rule, 1, found, ["old"], is_there=True).against) == is_accepted
+    assert not judge(replace(rule, confident=False), 1, found, ["old"], is_there=True).against
 
 
 def test_what_cannot_be_judged_is_not_accepted():

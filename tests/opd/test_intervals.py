@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from opd.intervals import clustered_proportion, mean, pass_at, proportion, ratio
+from opd.intervals import clustered_proportion, mean, mean_of_differences, pass_at, proportion, ratio
 
 
 @pytest.mark.parametrize(
@@ -93,6 +93,28 @@ def test_a_mean_from_sums_is_the_textbook_normal_interval():
 def test_a_mean_without_spread_has_an_interval_of_no_width(values):
     interval = mean(sum(values), sum(value**2 for value in values), len(values))
     assert (interval.low, interval.high) == pytest.approx((interval.value, interval.value), abs=1e-6)
+
+
+@pytest.mark.parametrize("count", [1, 2, 5, 256])
+@pytest.mark.parametrize("value", [-1.0, 0.0, 0.25, 1.0])
+def test_differences_that_are_all_alike_leave_room_for_as_many_others_as_may_have_been_missed(value, count):
+    found = mean_of_differences([value] * count)
+    below, above = ((found.value - found.low) / (value + 1) if value > -1 else None), ((found.high - found.value) / (1 - value) if value < 1 else None)
+    shares = [share for share in (below, above) if share is not None]
+    assert [(1 - share) ** count for share in shares] == pytest.approx([0.025] * len(shares)), "of so many others, none is seen by a chance of 2.5 %"
+    assert -1 <= found.low <= found.value == value <= found.high <= 1
+    assert found.low < found.high
+
+
+def test_differences_that_rounding_alone_tells_apart_are_alike():
+    alike, rounded = mean_of_differences([1 / 3] * 4), mean_of_differences([1 / 3, 2 / 3 - 1 / 3, 1 - 2 / 3, 1 / 3])
+    assert len({1 / 3, 1 - 2 / 3}) == 2
+    assert (rounded.low, rounded.high) == pytest.approx((alike.low, alike.high))
+
+
+def test_differences_that_differ_have_the_normal_interval():
+    values = [1.0, 0.0, 0.0, -1.0, 0.5]
+    assert mean_of_differences(values) == mean(sum(values), sum(value**2 for value in values), 5)
 
 
 def test_pass_at_k_is_the_mean_over_all_draws_of_k_completions():

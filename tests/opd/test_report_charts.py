@@ -73,6 +73,10 @@ def test_long_lines_are_means_over_equal_stretches_and_keep_their_mean():
     assert max(len(found.split(";")) for found in re.findall(r'data-points="([^"]*)"', many)) == POINTS_AMONG_MANY < POINTS
 
 
+def test_many_points_at_one_place_are_drawn_as_their_mean():
+    assert reduced([(0.0, float(number % 2)) for number in range(200)], 100) == [(0.0, 0.5)]
+
+
 @pytest.mark.parametrize(("low", "high"), [(0.0, 1.0), (0.0, 37.0), (-3.0, 4.5), (1e-6, 3e-6)])
 def test_ticks_are_round_and_inside(low, high):
     scale = linear_scale(low, high, 0, 100, 5)

@@ -85,6 +85,49 @@ def test_other_code_and_another_teacher_from_a_step_on_are_changes_midway(short_
     ]
 
 
+@pytest.mark.parametrize(
+    ("starts", "expected"),
+    [
+        ([(0, "a"), (10, "b"), (10, "a")], []),
+        ([(0, "a"), (10, "b"), (10, "c")], [(11, "a", "c")]),
+        ([(0, "a"), (20, "b"), (10, "c"), (30, "a")], [(11, "a", "c"), (31, "c", "a")]),
+        ([(0, "a"), (20, "b"), (10, "b")], [(11, "a", "b")]),
+        ([(0, "a"), (10, "b"), (0, "a"), (10, "a")], []),
+        ([(0, "a"), (10, "b"), (20, "b"), (20, "c")], [(11, "a", "b"), (21, "b", "c")]),
+    ],
+)
+def test_starts_whose_steps_were_all_done_again_changed_nothing(starts, expected, short_run, tmp_path):
+    facts = json.loads((short_run / "starts.jsonl").read_text().splitlines()[-1])
+    (tmp_path / "starts.jsonl").write_text("".join(json.dumps(facts | {"step": step, "code": code}) + "\n" for step, code in starts))
+    assert [(row.step, row.before, row.after) for row in changed_midway(tmp_path)] == expected
+    code_of = {}  # the oracle: who did each step last, each start going on as far as the next one says, or further
+    for step, code in starts:
+        code_of = {done: own for done, own in code_of.items() if done <= step} | dict.fromkeys(range(step + 1, 41), code)
+    changes = [(step, code_of[step - 1], code_of[step]) for step in range(2, 41) if code_of[step] != code_of[step - 1]]
+    assert changes == expected
+
+
+@pytest.mark.parametrize(
+    ("starts", "changes", "expected"),
+    [
+        ([0, 10, 10], [(10, "x", 1, 2), (10, "x", 2, 1)], []),
+        ([0, 10, 10], [(10, "x", 1, 2), (10, "y", 5, 6), (10, "x", 2, 3)], [(11, "x", "1", "3"), (11, "y", "5", "6")]),
+        ([0, 20, 10], [(20, "x", 1, 2)], [(11, "x", "1", "2")]),
+        ([0, 20, 10], [(20, "x", 1, 2), (10, "x", 2, 1)], []),
+        ([0, 20, 10, 30], [(20, "x", 1, 2), (10, "x", 2, 3), (30, "x", 3, 1)], [(11, "x", "1", "3"), (31, "x", "3", "1")]),
+        ([0, 10, 20, 0], [(10, "x", 1, 2), (20, "x", 2, 1)], []),
+        ([0, 10, 20, 15], [(10, "x", 1, 2), (20, "x", 2, 1)], [(11, "x", "1", "2"), (16, "x", "2", "1")]),
+        ([], [(10, "x", 1, 2), (20, "y", 1, 2), (15, "y", 2, 1)], [(11, "x", "1", "2")]),
+    ],
+)
+def test_settings_that_held_for_no_step_that_counts_are_no_changes(starts, changes, expected, short_run, tmp_path):
+    facts = json.loads((short_run / "starts.jsonl").read_text().splitlines()[-1])
+    (tmp_path / "starts.jsonl").write_text("".join(json.dumps(facts | {"step": step}) + "\n" for step in starts))
+    lines = [dict(zip(("schema", "step", "setting", "before", "after"), (1, *change), strict=True)) for change in changes]
+    (tmp_path / "changes.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert [(row.step, row.what, row.before, row.after) for row in changed_midway(tmp_path)] == expected
+
+
 def test_other_held_out_prompts_under_the_same_path_are_a_difference(short_run, tmp_path):
     shutil.copytree(short_run, tmp_path / "other")
     start = json.loads((short_run / "starts.jsonl").read_text().splitlines()[-1])
@@ -159,12 +202,55 @@ def test_runs_that_answered_other_prompts_are_not_paired(make_run):
     assert "another seed" in found["d"][1]
 
 
+ASKED = {"samples_per_prompt": 1, "max_new_tokens": 32, "decode_width": 64, "dtype": "float32", "seed": 0, "grader": "exact"}
+OTHER_SEED = "another seed, so other random numbers: the interval is still of the same prompts"
+
+
+@pytest.mark.parametrize(
+    ("asked", "note"),
+    [
+        (ASKED, ""),
+        (None, ""),
+        (ASKED | {"samples_per_prompt": 4, "max_new_tokens": 64}, "asked otherwise: samples_per_prompt 1 and 4, max_new_tokens 32 and 64"),
+        (ASKED | {"grader": {"kind": "regex", "pattern": "(.*)"}}, "asked otherwise: another grader"),
+        (ASKED | {"seed": 1}, OTHER_SEED),
+        (ASKED | {"dtype": "bfloat16", "seed": 1}, f"asked otherwise: dtype float32 and bfloat16; {OTHER_SEED}"),
+    ],
+)
+def test_prompts_that_were_asked_otherwise_are_paired_with_a_note(asked, note, make_run):
+    folders = {"a": make_run("a"), "b": make_run("b")}
+    scores = {"a": ([1, 0, 1], ASKED), "b": ([1, 1, 1], asked)}
+    for name, (own, how) in scores.items():
+        domains = {domain: {"prompts": domain, "scores": own} for domain in ("law", "math")}
+        domains["law"] |= {} if how is None else {"asked": how}
+        (folders[name] / "scores.json").write_text(json.dumps({"schema": 1, "step": 3, "domains": domains}))
+    law, math, both = paired_table(folders)
+    assert (law["note"], math["note"]) == (note, "")
+    assert both["note"] == ("asked otherwise" if note.startswith("asked") else "")
+    assert law["difference"] == math["difference"] != ""
+
+
 def test_tokens_and_seconds_are_added_up_over_the_steps():
     steps = [(0, 9.0, 4), (1, 2.0, 5), (2, 3.0, 7)]
     records = [{"step": step, "seconds/step": seconds, "step/completion_tokens": tokens} for step, seconds, tokens in steps]
     assert positions(records, "steps") == [0.0, 1.0, 2.0]
     assert positions(records, "tokens") == [0.0, 5.0, 12.0]
     assert positions(records, "seconds") == [0.0, 2.0, 5.0]
+
+
+def test_a_run_without_tokens_and_seconds_is_left_out_of_their_axes_and_the_page_says_so(make_run):
+    runs = [make_run(name) for name in ("a", "b", "supervised")]
+    for folder in runs:
+        counted = {} if folder.name == "supervised" else {"step/completion_tokens": 10, "seconds/step": 2.0}
+        records = [{"schema": 1, "step": step, "step/loss": 1.0} | (counted if step else {}) for step in range(150)]
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    for folders, drawn in ((runs, {"steps": 3, "tokens": 2, "seconds": 2}), (runs[1:], {"steps": 2, "tokens": 0, "seconds": 0})):
+        page = render_comparison(folders)
+        for axis, metric in (("steps", None), ("tokens", "step/completion_tokens"), ("seconds", "seconds/step")):
+            section = page.partition(f">Over {axis}</h2>")[2].partition("</section>")[0]
+            assert section.count("data-points=") == drawn[axis]
+            assert ("supervised is left out: " in section) == (metric is not None)
+            assert metric is None or f"no {metric} to add up" in section
 
 
 def test_the_page_has_every_run_and_axis_and_needs_no_network(make_run):
@@ -233,9 +319,20 @@ def test_what_cannot_be_compared_is_refused(names, sentence, make_run, tmp_path)
 def test_several_runs_behind_the_command_are_a_comparison(make_run):
     one, two = make_run("a"), make_run("b")
     assert split_command(["report", str(one), str(two), "out=x.html"]) == ("report", [f"run_dir='{one}'", f"others=['{two}']", "out=x.html"])
+    assert split_command(["report", "out=x.html", str(one), str(two)]) == split_command(["report", str(one), str(two), "out=x.html"])
     assert split_command(["report", str(one)]) == ("report", [f"run_dir='{one}'"])
     with pytest.raises(ValueError, match="belongs to no W&B run"):
         report(ReportConfig(run_dir=str(one), others=[str(two)], upload=True))
+
+
+def test_a_step_of_a_run_is_refused_among_several_runs_as_it_is_alone(make_run):
+    one, two = make_run("a"), make_run("b")
+    sentences = []
+    for runs in ([f"{one}@3"], [f"{one}@3", str(two)], [str(two), f"{one}@3"]):
+        with pytest.raises(ValueError, match="opd report is of a whole run") as refused:
+            split_command(["report", *runs])
+        sentences.append(str(refused.value))
+    assert len(set(sentences)) == 1
 
 
 def test_a_run_keeps_the_scores_of_its_newest_evaluation(short_run):
@@ -244,6 +341,11 @@ def test_a_run_keeps_the_scores_of_its_newest_evaluation(short_run):
     assert (record["step"], set(record["domains"])) == (2, {"arithmetic"})
     scores = record["domains"]["arithmetic"]["scores"]
     assert sum(scores) / len(scores) == pytest.approx(last["evaluation/arithmetic/accuracy"])
+    cfg = yaml.safe_load((short_run / "config.yaml").read_text())
+    asked = record["domains"]["arithmetic"]["asked"]
+    evaluation = {name: cfg["evaluation"][name] or cfg["rollout"][name] for name in ("max_new_tokens", "decode_width")}
+    own = {"samples_per_prompt": cfg["evaluation"]["samples"], "dtype": cfg["student"]["dtype"], "seed": cfg["seed"]}
+    assert asked == evaluation | own | {"grader": cfg["domains"]["arithmetic"]["grader"]}
 
 
 def test_the_command_writes_the_page_and_touches_no_run(short_run, tmp_path):
