@@ -2,7 +2,7 @@
 
 Recovery is the student's accuracy over its teacher's, with the interval of a ratio of two samples. The difference of student and base is paired: both
 answer the same prompts with the same random numbers, so its interval comes from the variance of the differences prompt by prompt, which is smaller than
-the sum of two variances wherever the two find the same prompts hard; where all differences are alike, from their number (opd/intervals.py). Over all
+the sum of two variances wherever the two find the same prompts hard; where nearly all differences are alike, from their number (opd/intervals.py). Over all
 domains every prompt counts once; it is no mean of the domains' means.
 
     evaluation.json (schema version 1)
@@ -35,7 +35,7 @@ from dataclasses import asdict, dataclass
 
 from opd.certificate import certify
 from opd.console import print_table
-from opd.intervals import Interval, mean_of_differences, pass_at, ratio, ratio_of_sums
+from opd.intervals import Interval, mean_of_differences, pass_at, ratio, ratio_of_sums, unseen
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -137,7 +137,7 @@ def require_certificates(record: dict) -> None:
 
 def _gap_record(base: DomainResult | None, teacher: DomainResult | None, student: DomainResult) -> dict | None:
     """(student - base) / (teacher - base), prompt by prompt; None where the teacher may not be better than the base: there is no gap then. Five prompts of
-    which the teacher answers all and the base none do not suffice.
+    which the teacher answers all and the base none do not suffice. The interval is no narrower than what prompts unseen may change (opd/intervals.py).
     """
     if base is None or teacher is None or student.scores is None:
         return None
@@ -146,7 +146,8 @@ def _gap_record(base: DomainResult | None, teacher: DomainResult | None, student
     gains = [(one - zero, best - zero) for one, best, zero in zip(student.scores, teacher.scores, base.scores, strict=True)]
     below, above = sum(lead for _, lead in gains), sum(gain for gain, _ in gains)
     squares = sum(lead**2 for _, lead in gains), sum(gain**2 for gain, _ in gains), sum(gain * lead for gain, lead in gains)
-    return asdict(ratio_of_sums(len(gains), below, above, *squares))
+    found, least = ratio_of_sums(len(gains), below, above, *squares), unseen(len(gains)) * len(gains) / below
+    return asdict(Interval(found.value, min(found.low, found.value - least), max(found.high, found.value + least)))
 
 
 def _certificate_record(student: DomainResult, teacher: DomainResult | None) -> dict | None:

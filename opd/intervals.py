@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 Z = 1.959963984540054
 """Two-sided 95 % point of the normal distribution."""
-ALIKE = 0.025
+ONE_END = 0.025
 """Chance that is left at one end of an interval."""
 
 
@@ -50,15 +50,17 @@ def mean(total: float, total_of_squares: float, count: int) -> Interval:
 
 
 def mean_of_differences(differences: Sequence[float]) -> Interval:
-    """A mean of differences in [-1, 1], with its normal interval. Where all of n are alike, which tells of no spread, that of what the others may be: the
-    largest share of prompts that would give n alike by a chance of 2.5 % is 1 - 0.025^(1/n) (Clopper and Pearson 1934), and those may differ by -1, or by 1.
+    """A mean of differences in [-1, 1] with its normal interval, or that of n differences that are all alike where this is wider: few that differ among many
+    say little of the spread. Of all prompts, a share of `unseen` may differ from those seen, by -1 or by 1.
     """
-    count, low, high = len(differences), min(differences), max(differences)
-    if high - low > 1e-9:  # less is rounding: means over samples are no whole numbers
-        return mean(sum(differences), sum(difference**2 for difference in differences), count)
-    value = min(1.0, max(-1.0, sum(differences) / count))
-    share = 1 - ALIKE ** (1 / count)
-    return Interval(value, value - share * (value + 1), value + share * (1 - value))
+    found, share = mean(sum(differences), sum(difference**2 for difference in differences), len(differences)), unseen(len(differences))
+    value = min(1.0, max(-1.0, found.value))
+    return Interval(value, min(found.low, value - share * (value + 1)), max(found.high, value + share * (1 - value)))
+
+
+def unseen(count: int) -> float:
+    """The largest share of cases of which `count` draws show none by a chance of 2.5 % (Clopper and Pearson 1934)."""
+    return 1 - ONE_END ** (1 / count)
 
 
 def ratio_of_sums(count: float, below: float, above: float, below_squared: float, above_squared: float, product: float) -> Interval:

@@ -381,6 +381,8 @@ def test_the_gap_closed_is_the_paired_ratio_and_null_where_the_teacher_may_not_l
     found = comparison({"law": graded(base)}, {"law": graded(teacher)}, {"law": graded(student)}, {"law": 0})["domains"]["law"]["gap_closed"]
     assert found["value"] == pytest.approx(0.5)
     assert found["low"] < 0.5 < found["high"]
+    closed = comparison({"law": graded(base)}, {"law": graded(teacher)}, {"law": graded(teacher)}, {"law": 0})["domains"]["law"]["gap_closed"]
+    assert (closed["value"], closed["low"]) == (1.0, pytest.approx(1 - (1 - 0.025 ** (1 / 40)) / (30 / 40))), "as far as forty prompts can tell"
     level = comparison({"law": graded(base)}, {"law": graded(base)}, {"law": graded(student)}, {"law": 0})["domains"]["law"]
     assert level["gap_closed"] is None
     for prompts, is_known in ((5, False), (6, True)):

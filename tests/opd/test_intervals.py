@@ -3,6 +3,7 @@
 import itertools
 import math
 import random
+from itertools import pairwise
 
 import pytest
 
@@ -115,6 +116,12 @@ def test_differences_that_rounding_alone_tells_apart_are_alike():
 def test_differences_that_differ_have_the_normal_interval():
     values = [1.0, 0.0, 0.0, -1.0, 0.5]
     assert mean_of_differences(values) == mean(sum(values), sum(value**2 for value in values), 5)
+
+
+@pytest.mark.parametrize("count", [16, 256, 1024])
+def test_each_prompt_that_is_lost_lowers_the_mean_and_its_lower_end(count):
+    found = [mean_of_differences([-1.0] * lost + [0.0] * (count - lost)) for lost in range(5)]
+    assert all(after.low < before.low and after.value < before.value for before, after in pairwise(found))
 
 
 def test_pass_at_k_is_the_mean_over_all_draws_of_k_completions():

@@ -141,14 +141,19 @@ def test_other_held_out_prompts_under_the_same_path_are_a_difference(short_run, 
     assert dict(differences({"a": short_run, "b": tmp_path / "other"}))["held-out data of tools"][1] == "not recorded"
 
 
+def interval_of_eight(differences: list[float]) -> list[float]:
+    """Their mean, and the wider of the normal interval and that of eight that are alike."""
+    mean, unseen = sum(differences) / 8, 1 - 0.025 ** (1 / 8)
+    half = 1.96 * (sum((value - mean) ** 2 for value in differences) / 7 / 8) ** 0.5
+    return [mean, min(mean - half, mean - unseen * (mean + 1)), max(mean + half, mean + unseen * (1 - mean))]
+
+
 def test_differences_are_paired_prompt_by_prompt(make_run):
     ours, theirs = [1, 0, 1, 1, 0, 1, 1, 0], [1, 1, 1, 1, 0, 1, 1, 1]
     [row] = paired_table({"a": make_run("a", ours), "b": make_run("b", theirs)})
     each = [their - our for our, their in zip(ours, theirs, strict=True)]
-    mean = sum(each) / 8
-    half = 1.96 * (sum((value - mean) ** 2 for value in each) / 7 / 8) ** 0.5
     shown = [float(number) for number in re.findall(r"[+-]\d\.\d+", row["difference"])]
-    assert shown == pytest.approx([mean, mean - half, mean + half], abs=0.02)
+    assert shown == pytest.approx(interval_of_eight(each), abs=0.001)
     assert (row["first"], row["other"], row["prompts"], row["note"]) == ("0.625", "0.875", 8, "")
 
 
@@ -168,10 +173,8 @@ def test_domains_of_all_runs_are_listed_and_a_row_is_of_all_prompts_that_both_an
     assert notes["tools", "b"].startswith("no scores of a:")
     assert notes["law", "c"].startswith("no scores of c:")
     each = [0, 1, 1, 1, 0, 0, 1, 0]
-    mean = sum(each) / 8
-    half = 1.96 * (sum((value - mean) ** 2 for value in each) / 7 / 8) ** 0.5
     row = rows[-1]
-    assert [float(number) for number in re.findall(r"[+-]\d\.\d+", row["difference"])] == pytest.approx([mean, mean - half, mean + half], abs=0.001)
+    assert [float(number) for number in re.findall(r"[+-]\d\.\d+", row["difference"])] == pytest.approx(interval_of_eight(each), abs=0.001)
     assert (row["first"], row["other"], row["prompts"], row["note"]) == ("0.375", "0.875", 8, "of law, math")
 
 
