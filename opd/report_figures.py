@@ -91,6 +91,18 @@ LEARNING = (
         "teacher does not know.",
     ),
     Curves(
+        title="Likeliest tokens in common", pattern=r"domain/(.+)/overlap", axis="share of the 16 likeliest", bounds=SHARE,
+        given_by="opd distill, where teachers give 16 likeliest tokens or more",
+        seen="Of the student's 16 likeliest tokens, those that are among the teacher's. It should rise and stay; a fall means that the two drift apart, "
+        "whatever the divergence of the sampled tokens says.",
+    ),
+    Curves(
+        title="Sampler and trainer apart", pattern=r"domain/(.+)/mismatch_kl", axis="nats per token", may_be_log=True,
+        given_by="opd distill, or GRPO, with rollouts that the run samples",
+        seen="KL(sampler || trainer) of what ought to be one student. Rounding in float32 leaves less than 1e-6, bfloat16 less than 1e-2; more, or growth, "
+        "means that something else is sampled than is trained.",
+    ),
+    Curves(
         title="Length of completions", pattern=r"domain/(.+)/completion_length", axis="tokens per completion", given_by="opd distill, or GRPO",
         seen="It should settle at the teacher's length. A steady climb towards rollout.max_new_tokens is runaway length; a collapse is answers cut short.",
     ),
