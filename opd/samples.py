@@ -4,7 +4,7 @@
      "prompt_tokens": [ids], "prompt": text, "tokens": [ids], "pieces": [text of each token], "kl": [nats per token | null], "grade": number | null,
      "finished": true | false, "at_worst": [{"position": of the token, "student": [TOKEN, ...], "teacher": [TOKEN, ...]}, ...]}, ...]},
      "figures": {D: {"deciles": [[nats, tokens], ...ten of them], "classes": {CLASS: [nats, tokens]},
-     "prompts": [{"row", "request", "kl", "text": the end of the prompt}, ...]}}}
+     "prompts": [{"row", "request", "kl", "text": the end of the prompt, without special tokens}, ...]}}}
 
 TOKEN: {"token": id, "text", "logprob"}, the likeliest first, at the tokens with the highest divergence, the highest first (opd/likeliest.py).
 figures: over all rollouts of the domain in the step, on all ranks, and their tokens in the loss: sums by tenth of the completion (position t of T belongs to
@@ -158,7 +158,8 @@ class Samples:
         return {name: _joined([part[name] for part in parts if name in part]) for name in self.cfg.domains if any(name in part for part in parts)}
 
     def _end_of(self, tokens: Sequence[int]) -> str:
-        return self.tokenizer.decode(list(tokens[-PROMPT_LETTERS:]))[-PROMPT_LETTERS:]  # a token has a letter at least, nearly always
+        """Without the template's special tokens: what opens the answer is the same for all prompts."""
+        return self.tokenizer.decode(list(tokens[-PROMPT_LETTERS:]), skip_special_tokens=True)[-PROMPT_LETTERS:]  # a token has a letter, nearly always
 
     def _class_of(self, token: int) -> str:
         if token not in self.classes:

@@ -46,6 +46,14 @@ def test_a_file_is_as_the_golden_one(make_samples, make_rollout, tokenizer, tmp_
     assert (tmp_path / "samples/000012.json").read_text() == (golden_dir / "samples.json").read_text()
 
 
+def test_the_end_of_a_prompt_is_shown_without_what_the_template_puts_behind_every_prompt(make_samples, make_rollout, tokenizer, tmp_path):
+    samples = make_samples("law")
+    prompt = [*tokenizer("2+2=")["input_ids"], tokenizer.eos_token_id]
+    with_losses(samples, [make_rollout("law", prompt, [7, 8], request=0)], {0: 0.5})
+    samples.write(2)
+    assert [found["text"] for found in written(tmp_path, 2)["figures"]["law"]["prompts"]] == ["2+2="]
+
+
 @pytest.mark.parametrize(
     ("losses", "places"),
     [
