@@ -1,5 +1,6 @@
 """Alarms: each fires on what it is for and is silent beside it, once an episode, for each domain by itself, and a run that is taken up goes on as it was."""
 
+import functools
 import math
 import random
 import re
@@ -17,7 +18,9 @@ LOOPED = AlarmRule(metric="domain/D/looped", threshold=0.05, window=1, message="
 SHIPPED = load_config("distill", []).alarms.rules
 
 
+@functools.cache
 def distill_config(*overrides: str) -> DistillConfig:
+    """Shared by the tests, which do not change it."""
     return load_config("distill", list(overrides))
 
 

