@@ -41,7 +41,7 @@ def act(run_dir: Path, step: int, episodes: Iterable[Episode], command: str | No
         if episode.action is AlarmAction.log:
             continue
         is_told = (step, episode.alarm, episode.metric) in {(told["step"], told["alarm"], told["metric"]) for told in read_told(run_dir)}
-        if not is_told:
+        if not is_told and (command is not None or wandb is not None):
             _record(run_dir, step, episode)
         if wandb is not None and (wandb.is_offline or not is_told):
             wandb.alert(title_of(run_dir, step, episode.alarm), episode.line)

@@ -40,6 +40,10 @@ class AlarmAction(Enum):
 
 LETTER = re.compile(r"(?<=[/_])(D|T|U|LL|PHASE)(?=/|$)")
 """What stands for any domain, teacher, second teacher, layer or phase in the name of a metric."""
+PHASES = "data|rollout|score|update"
+"""What PHASE stands for: other names may stand in its place (seconds/step)."""
+LEAST_HALVES = 10
+"""Steps in the shortest window whose halves can differ clearly (opd/alarms.py)."""
 OF_STEP_0 = ("data/", "check/", "warmup/")
 """Metrics of the record of step 0 alone, which is not judged."""
 HALVES = (AlarmCondition.rising_alone, AlarmCondition.falling, AlarmCondition.falling_while_flat)
@@ -56,7 +60,7 @@ class AlarmRule:
     relative_to: the metric by which the threshold is multiplied, or which is to rise, or to differ; D is the same domain. Only steps that have both
         count.
     least: of the mean and what it is a multiple of, the larger has to reach this: ratios of next to nothing say nothing.
-    window: steps whose mean is judged; fewer are not.
+    window: steps whose mean is judged; fewer are not. Conditions of halves want 10 or more, of which the halves can differ by more than noise.
     action: what is done when an episode begins.
     message: what it is a sign of, and what helps.
     """
@@ -101,8 +105,9 @@ def check_alarms(cfg: AlarmsConfig) -> None:
         unknown = set(LETTER.findall(rule.relative_to or "")) - set(LETTER.findall(rule.metric))
         if unknown:
             raise ValueError(f"{where}.relative_to={rule.relative_to!r} has a letter that {rule.metric} has not ({min(unknown)}), so it names no one metric")
-        if rule.window < 1 or (rule.condition in HALVES and rule.window < 4):
-            raise ValueError(f"{where}.window must be at least {4 if rule.condition in HALVES else 1}, not {rule.window}")
+        least = LEAST_HALVES if rule.condition in HALVES else 1
+        if rule.window < least:
+            raise ValueError(f"{where}.window must be at least {least}, not {rule.window}")
         if rule.threshold is None and rule.metric != "domain/D/mismatch_kl":
             raise ValueError(f"{where} has no threshold: set {where}.threshold")
         if rule.condition is AlarmCondition.rising_alone and "/D/" not in rule.metric:

@@ -5,8 +5,9 @@ have it: `D` in its name stands for any domain, each of which is judged for itse
 begins an episode, and its action is done once; the episode is over when the condition has not been met for CALM_STEPS judgements in a row, so that a figure
 that hovers at its threshold does not fill the log. `alarms/active` counts the episodes, over all alarms and domains.
 
-Conditions that hold the later half of a window against the earlier want more than the threshold: the means have to be CLEAR_ERRORS standard errors apart, since
-two means of ten noisy steps differ by half often enough. Steps count as independent there; a figure that wanders may still meet it.
+Conditions that hold the later half of a window against the earlier want more than the threshold, since two means of ten noisy steps often differ by half: the
+halves have to differ clearly in rank (Mann and Whitney 1947, "On a test of whether one of two random variables is stochastically larger than the other"), which
+those of a figure that grows ever faster do as well as those of one that leaps. Steps count as independent there; a figure that wanders may still meet it.
 
 What is judged is the record, metrics.jsonl, and nothing else: a run that is taken up reads its own lines again (`replay`), begins where it stopped,
 and repeats no line: one that an alarm has stopped goes on when it is started again, and is stopped by the next episode. Only the main rank judges; whom
@@ -20,7 +21,7 @@ from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
-from opd.alarm_config import HALVES, LETTER, AlarmAction, AlarmCondition, AlarmRule
+from opd.alarm_config import HALVES, LETTER, PHASES, AlarmAction, AlarmCondition, AlarmRule
 from opd.config import DistillConfig, RunConfig, rollout_settings
 from rollout.config import Dtype
 from teachers.config import SignalKind
@@ -31,11 +32,10 @@ START_STEPS = 5
 CALM_STEPS = 5
 """Judgements without the condition that end an episode."""
 
-CLEAR_ERRORS = 3.0
-"""Standard errors by which the halves of a window differ clearly."""
+CLEAR = 2.6
+"""Standard deviations of Mann and Whitney's U by which the halves of a window differ clearly; two halves of five can just do so."""
 
 LOG = logging.getLogger(__name__)
-
 
 MISMATCH = 1e-3
 """Nats per token between a sampler and a trainer that compute the same in float32, where rounding leaves 1e-9."""
@@ -96,6 +96,7 @@ class Alarms:
         self.patterns = {name: _pattern(rule.metric) for name, rule in rules.items()}
         self.series: dict[tuple[str, str], Series] = {}
         self.begun: list[Episode] = []
+        self.replayed: set[tuple[int, str, str]] = set()
 
     def observe(self, step: int, metrics: dict[str, float]) -> dict[str, float]:
         """Judge a step's metrics and log what begins, which then stands in `begun`; returns {"alarms/active": episodes}."""
@@ -105,11 +106,11 @@ class Alarms:
         return {"alarms/active": sum(series.is_active for series in self.series.values())}
 
     def replay(self, records: Iterable[dict[str, float]]) -> None:
-        """Take up where these records end; what began in them has been logged, and done."""
-        self.series = {}
+        """Take up where these records end; what began in them has been logged, and done, and stands in `replayed` as (step, alarm, metric)."""
+        self.series, self.replayed = {}, set()
         for record in records:
             if record["step"]:
-                self._judge(record)
+                self.replayed |= {(record["step"], episode.alarm, episode.metric) for episode in self._judge(record)}
 
     def _judge(self, metrics: dict[str, float]) -> list[Episode]:
         """The episodes that these metrics begin."""
@@ -167,23 +168,23 @@ def _exceeds(rule: AlarmRule, value: float, unit: float, unit_name: str) -> tupl
 
 @dataclass(frozen=True, slots=True)
 class Half:
-    """Of half a window: the metric's mean with its standard error, and the mean of what it is held against."""
+    """Of half a window: the values of the metric, their mean, and the mean of what it is held against."""
 
+    values: list[float]
     mean: float
-    error: float
     held: float
 
 
 def _holds(rule: AlarmRule, unit_name: str, series: Series, others: list[Series]) -> tuple[bool, str]:
     """Whether the later half of a window differs from the earlier as the condition says, and that in words."""
     before, after = _halves(series)
-    is_clear = abs(after.mean - before.mean) > CLEAR_ERRORS * math.hypot(before.error, after.error)
+    rise = _rank_difference(before.values, after.values)
     if rule.condition is AlarmCondition.rising_alone:
         full = [_halves(other) for other in others if len(other.recent) == rule.window]
         others_fall = bool(full) and sum(second.mean for _, second in full) < sum(first.mean for first, _ in full)
-        rises = is_clear and after.mean >= rule.least and after.mean > rule.threshold * before.mean
+        rises = rise > CLEAR and after.mean >= rule.least and after.mean > rule.threshold * before.mean
         return others_fall and rises, f"up from {before.mean:.3g} while the other domains fall"
-    falls = is_clear and before.mean >= rule.least and after.mean < rule.threshold * before.mean
+    falls = rise < -CLEAR and before.mean >= rule.least and after.mean < rule.threshold * before.mean
     if rule.condition is AlarmCondition.falling:
         return falls, f"down from {before.mean:.3g}"
     is_flat = after.held < NEAR_ONE and after.held - before.held < FLAT
@@ -198,9 +199,14 @@ def _halves(series: Series) -> tuple[Half, Half]:
 
 
 def _half(values: list[tuple[float, float]]) -> Half:
-    mean, held = _means(values)
-    variance = sum((value - mean) ** 2 for value, _ in values) / (len(values) - 1)
-    return Half(mean, math.sqrt(variance / len(values)), held)
+    return Half([value for value, _ in values], *_means(values))
+
+
+def _rank_difference(before: list[float], after: list[float]) -> float:
+    """How much higher the later values rank: Mann and Whitney's U less its mean, in its standard deviations without ties; a pair that is equal counts half."""
+    higher = sum((later > earlier) + 0.5 * (later == earlier) for earlier in before for later in after)
+    pairs = len(before) * len(after)
+    return (higher - pairs / 2) / math.sqrt(pairs * (len(before) + len(after) + 1) / 12)
 
 
 def _means(values: list[tuple[float, float]]) -> tuple[float, float]:
@@ -210,7 +216,7 @@ def _means(values: list[tuple[float, float]]) -> tuple[float, float]:
 
 def _pattern(metric: str) -> re.Pattern[str]:
     """The names that a metric with letters stands for; each letter is a group of that name."""
-    return re.compile(LETTER.sub(r"(?P<\1>[^/]+)", re.escape(metric)))
+    return re.compile(LETTER.sub(lambda found: f"(?P<{found[0]}>{PHASES if found[0] == 'PHASE' else '[^/]+'})", re.escape(metric)))
 
 
 def _unit(rule: AlarmRule, value: float, metrics: dict[str, float], series: Series, letters: dict[str, str]) -> tuple[float | None, str]:

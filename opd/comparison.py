@@ -137,7 +137,8 @@ def require_certificates(record: dict) -> None:
 
 def _gap_record(base: DomainResult | None, teacher: DomainResult | None, student: DomainResult) -> dict | None:
     """(student - base) / (teacher - base), prompt by prompt; None where the teacher may not be better than the base: there is no gap then. Five prompts of
-    which the teacher answers all and the base none do not suffice. The interval is no narrower than what prompts unseen may change (opd/intervals.py).
+    which the teacher answers all and the base none do not suffice. The interval is no narrower than what gains of prompts unseen may change
+    (opd/intervals.py); the lead that they are held against stays as it was found.
     """
     if base is None or teacher is None or student.scores is None:
         return None

@@ -6,8 +6,8 @@
                 teachers.allow_change=true (teachers/manifest.py keeps their history)
 
 Every difference is printed when the run has been taken up; RUN/config.yaml then holds the present settings, and what was recorded stands in
-RUN/changes.jsonl (schema version 1), a line each: {"schema": 1, "step": updates done, "setting": NAME, "before": VALUE, "after": VALUE}; a
-setting that was not there is null.
+RUN/changes.jsonl (schema version 1), a line each: {"schema": 1, "step": updates done, "start": which line of starts.jsonl (opd/run_facts.py) made it,
+from 0, "setting": NAME, "before": VALUE, "after": VALUE}; a setting that was not there is null, and `start` is not there in a file of an earlier version.
 """
 
 import json
@@ -17,7 +17,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from rollout.files import read_lines
+from rollout.files import read_lines, replace_text
 from teachers.config import RUNNING_SETTINGS
 
 SCHEMA = 1
@@ -62,10 +62,10 @@ class Change:
             return f"domains were {', '.join(self.before)} and are {', '.join(self.after)}, in this order"
         return f"{self.setting} was {_text(self.before)} and is {_text(self.after)}"
 
-    def record(self, step: int) -> dict[str, Any]:
+    def record(self, step: int, start: int) -> dict[str, Any]:
         """Its line in RUN/changes.jsonl."""
         before, after = (None if value is NOTHING else value for value in (self.before, self.after))
-        return {"schema": SCHEMA, "step": step, "setting": self.setting, "before": before, "after": after}
+        return {"schema": SCHEMA, "step": step, "start": start, "setting": self.setting, "before": before, "after": after}
 
 
 def read_changes(folder: Path) -> list[dict[str, Any]]:
@@ -82,13 +82,34 @@ def lasting_changes(changes: list[dict[str, Any]], starts: list[int]) -> list[di
     joined, least, place = {}, math.inf, len(starts)
     for change in reversed(changes):
         step, setting = change["step"], change["setting"]
-        own = max((index for index, start in enumerate(starts[: place + 1]) if start == step), default=None)  # the start that made it
+        earlier = (index for index, start in enumerate(starts[: place + 1]) if start == step)
+        own = change["start"] if "start" in change else max(earlier, default=None)  # the start that made it
         if own is not None:
             least, place = min([least, *starts[own:place]]), own
         least = min(least, step)
         after = joined.pop((setting, least), change)["after"]
         joined[setting, least] = change | {"step": least, "after": after}
     return [change for change in reversed(joined.values()) if change["before"] != change["after"]]
+
+
+def forget_unmade(folder: Path, config: dict[str, Any], start: int) -> None:
+    """Take out of changes.jsonl what a start that was killed has recorded before config.yaml, which has `config`, said so. start: the next one's number."""
+    changes, seen, made = read_changes(folder), set(), []
+    for change in reversed(changes):
+        setting = change["setting"]
+        is_unmade = change.get("start") == start and setting not in seen and _value_of(config, setting) != change["after"]
+        seen.add(setting)
+        made += [] if is_unmade else [change]
+    if len(made) < len(changes):
+        replace_text(folder / FILE, "".join(json.dumps(change) + "\n" for change in reversed(made)))
+
+
+def _value_of(config: dict[str, Any], setting: str) -> Any:
+    """What a recorded change of a setting has: of all domains their names."""
+    value: Any = config
+    for key in setting.split("."):
+        value = value.get(key) if isinstance(value, dict) else None
+    return list(value) if setting == "domains" else value
 
 
 def find_changes(old: dict[str, Any], new: dict[str, Any], may_change_domains: bool, path: str = "") -> list[Change]:

@@ -273,7 +273,8 @@ def _section(axis: str, records: dict[str, list[dict[str, Any]]]) -> Section:
                 figures.append(Figure(title=full, picture=picture, caption=metric, legend=legend))
     absent = [f"{name} is left out: its records have no {ADDED_UP[axis]} to add up." for name in records if name not in places]
     if not figures:
-        absent.append("No figure is in the metrics of two of these runs." if len(places) == len(records) else "No figure is in the metrics of two others.")
+        runs = "these runs" if len(places) == len(records) else "those that are left"
+        absent.append(f"No figure is in the metrics of two of {runs}.")
     return Section(title=f"Over {axis}", figures=figures, absent=absent)
 
 

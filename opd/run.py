@@ -54,10 +54,10 @@ from opd.branch import begin_branch
 from opd.checkpoint_writer import settle
 from opd.config import DistillConfig, RunConfig, rollout_settings
 from opd.config_changes import FILE as CHANGES
-from opd.config_changes import Change, Rule, find_changes
+from opd.config_changes import Change, Rule, find_changes, forget_unmade
 from opd.distributed import Group, barrier, broadcast_object, is_main, rank
 from opd.engine import Engine
-from opd.run_facts import record_command
+from opd.run_facts import read_starts, record_command
 from opd.run_folder import MARK, command_of
 from opd.run_lock import LOCK_FILE, is_held, lock
 from opd.run_log import open_log
@@ -177,16 +177,20 @@ def _compare(folder: Path, cfg: RunConfig) -> str | None:
 
 def _changes(folder: Path, cfg: RunConfig) -> list[Change]:
     """How a config differs from the one in a run folder."""
-    old = OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))
     new = OmegaConf.to_container(OmegaConf.create(OmegaConf.to_yaml(OmegaConf.structured(cfg))))
-    return find_changes(old, new, isinstance(cfg, DistillConfig) and cfg.teachers.allow_change)
+    return find_changes(_settings(folder), new, isinstance(cfg, DistillConfig) and cfg.teachers.allow_change)
+
+
+def _settings(folder: Path) -> dict[str, Any]:
+    return OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))
 
 
 def record_changes(folder: Path, cfg: RunConfig, step: int) -> list[Change]:
     """Make a config that a run was taken up with after `step` updates the run's own, and return how it differs from the one before."""
-    found = _changes(folder, cfg)
+    found, start = _changes(folder, cfg), len(read_starts(folder))
+    forget_unmade(folder, _settings(folder), start)
     if found:
-        append_lines(folder / CHANGES, [change.record(step) for change in found if change.rule is Rule.recorded])
+        append_lines(folder / CHANGES, [change.record(step, start) for change in found if change.rule is Rule.recorded])
         first_line = (folder / "config.yaml").read_text().partition("\n")[0]
         replace_text(folder / "config.yaml", first_line + "\n" + OmegaConf.to_yaml(OmegaConf.structured(cfg)))
     return found

@@ -16,7 +16,7 @@ from torch.profiler import record_function
 
 from opd.alarm_actions import act, read_told, title_of
 from opd.alarms import Alarms, rules_of
-from opd.checkpoint_files import saved_tags, step_of
+from opd.checkpoint_files import TAG, saved_tags, step_of
 from opd.config import RunConfig
 from opd.console import ProgressDisplay, headline
 from opd.distributed import is_main
@@ -44,7 +44,7 @@ class Tracker:
         self.seconds: dict[str, float] = {}
         self.step_begun = time.monotonic()
         self.wandb = WandbLog(run_dir, cfg.logger, config_dict(cfg)) if is_main() and cfg.logger.kind is not LoggerKind.none else None
-        self.checkpoint: int | None = None  # the newest that W&B knows of
+        self.pointer: tuple[str, int] | None = None  # to the newest checkpoint that W&B has been told of, or is not to be: its tag, and when it was written
         self.display = ProgressDisplay(visible=is_main())
         self.dtype, self.profiler = torch_dtype(cfg.student.dtype), StepProfiler(run_dir, cfg.profile)
         self.alarms = Alarms(rules_of(cfg)) if cfg.alarms.enabled else None
@@ -133,25 +133,39 @@ class Tracker:
 
     def _tell_checkpoint(self) -> None:
         """Tell W&B of the checkpoint in force, where it is a new one: by its pointer, which follows when it is whole, whoever writes it."""
+        newest = self._read_pointer()
+        if newest not in (None, self.pointer):
+            self.pointer = newest
+            self.wandb.made_checkpoint(self.file.parent / "checkpoints" / newest[0])
+
+    def _read_pointer(self) -> tuple[str, int] | None:
+        """The pointer's tag, and when it was written; None where there is none yet, or a resume has to say what is wrong with it."""
         pointer = self.file.parent / "checkpoints" / "latest.json"
         try:
-            newest = read_json(pointer)
-        except ValueError:
-            return  # there is none yet, or a resume has to say what is wrong with it
-        if newest["step"] != self.checkpoint:
-            self.checkpoint = newest["step"]
-            self.wandb.made_checkpoint(pointer.parent / newest["tag"])
+            tag, written = read_json(pointer).get("tag"), pointer.stat().st_mtime_ns
+        except (OSError, ValueError):
+            return None
+        return (tag, written) if isinstance(tag, str) and TAG.fullmatch(tag) else None
 
     def _take_up(self, step: int, records: list[dict[str, Any]]) -> None:
         """Remember what later steps are held against; records: those of the steps that count."""
-        run_dir = self.file.parent
-        if self.wandb is not None:
-            alerts = [(title_of(run_dir, told["step"], told["alarm"]), told["line"]) for told in read_told(run_dir) if told["step"] <= step]
-            tags = [tag for tag in saved_tags(run_dir / "checkpoints") if step_of(tag) < step]  # the one that it goes on from follows with the next record
-            self.wandb.take_up(records, alerts, [run_dir / "checkpoints" / tag for tag in tags])
         self.first = next((record for record in records if record["step"] == 0), {})
         if self.alarms is not None:
             self.alarms.replay(records)
+        if self.wandb is None:
+            return
+        run_dir, newest = self.file.parent, self._read_pointer()
+        tags = [tag for tag in saved_tags(run_dir / "checkpoints") if step_of(tag) <= step]
+        self.wandb.take_up(records, self._alerts(step), [run_dir / "checkpoints" / tag for tag in tags])
+        if self.wandb.is_offline or (newest is not None and step_of(newest[0]) > step):  # online it may not have been told of the one that it goes on from
+            self.pointer = newest
+
+    def _alerts(self, step: int) -> list[tuple[str, str]]:
+        """(title, text) of the alerts until a step; not those of steps that have been done again since, in which the alarm saw nothing."""
+        rules, begun = ({}, set()) if self.alarms is None else (self.alarms.rules, self.alarms.replayed)
+        told = [one for one in read_told(self.file.parent) if one["step"] <= step]
+        told = [one for one in told if one["alarm"] not in rules or (one["step"], one["alarm"], one["metric"]) in begun]
+        return [(title_of(self.file.parent, one["step"], one["alarm"]), one["line"]) for one in told]
 
     def _judged(self, step: int, metrics: dict[str, float]) -> dict[str, float]:
         """A step's metrics with those that need the steps before."""

@@ -79,7 +79,7 @@ class WandbLog:
 
     def alert(self, title: str, text: str) -> None:
         """Send W&B's alert, which its users get by mail or chat as they have set it up."""
-        self._call(lambda: self.run.alert(title=title, text=text))
+        self._call(lambda: self.run.alert(title=title, text=text, wait_duration=0.001))  # of two domains at one step too; 0 would be its minute
 
     def uses(self, name: str, kind: str, place: str | None, metadata: dict[str, Any]) -> None:
         """Say that the run is made from something: a model or a dataset, by reference."""
@@ -96,9 +96,13 @@ class WandbLog:
         """Say that the run has made a checkpoint, by reference, with its step and the hash of its manifest: one of a step that was done again is another."""
 
         def call() -> None:
-            step = step_of(folder.name)
-            if folder.is_dir():  # an older one may have gone by now
-                artifact = _artifact(f"checkpoint-{self.run.id}", "checkpoint", str(folder), {"step": step, "manifest": digest_of(folder)})
+            try:
+                digest = digest_of(folder)
+            except FileNotFoundError:
+                digest = None
+            if digest is not None:  # an older one may have gone by now
+                step = step_of(folder.name)
+                artifact = _artifact(f"checkpoint-{self.run.id}", "checkpoint", folder.resolve().as_uri(), {"step": step, "manifest": digest})
                 self.run.log_artifact(artifact, aliases=[f"step-{step}"])
 
         self._call(call)
@@ -176,11 +180,12 @@ def _start(run_dir: Path, cfg: LoggerConfig, config: dict[str, Any] | None):
 
 
 def _artifact(name: str, kind: str, place: str | None, metadata: dict[str, Any]):
-    """place: a folder or file, a hub id, or None where there is none, as of a synthetic data set."""
+    """place: a folder or file or its URI, a hub id, or None where there is none, as of a synthetic data set."""
     artifact = wandb.Artifact(re.sub(r"[^A-Za-z0-9_.-]", "-", name), type=kind, metadata=metadata)
     if place is not None:
         on_hub = f"{HUB}datasets/{place}" if kind == "dataset" else HUB + place
-        artifact.add_reference(Path(place).resolve().as_uri() if Path(place).exists() else on_hub, checksum=False)
+        local = place if place.startswith("file://") else Path(place).resolve().as_uri() if Path(place).exists() else None
+        artifact.add_reference(local or on_hub, checksum=False)
     with artifact.new_file("facts.json") as file:
         json.dump(metadata, file, sort_keys=True)
     return artifact

@@ -53,7 +53,8 @@ class FakeRun:
     def __init__(self):
         self.settings, self.id, self.step, self.alerts = SimpleNamespace(mode="online", sync_dir="own"), "one", 0, []
 
-    def alert(self, title: str, text: str) -> None:
+    def alert(self, title: str, text: str, wait_duration: float) -> None:
+        assert wait_duration, "W&B takes 0 for a minute, and keeps back what has the same title until then"
         self.alerts.append((title, text))
 
     def log(self, row: dict, step: int) -> None:
@@ -130,6 +131,11 @@ def test_what_has_been_told_is_on_record(make_tracker, tmp_path):
         "schema": 1, "step": 5, "alarm": "looped", "metric": "domain/law/looped", "action": "alert",
     }  # fmt: skip
     assert told["value"] == pytest.approx(0.12)
+
+
+def test_what_nobody_has_been_told_of_is_not_on_record(tmp_path):
+    act(tmp_path, 2, [episode(AlarmAction.alert)], None, None)
+    assert read_told(tmp_path) == []
 
 
 def test_a_record_that_a_kill_has_cut_costs_no_other(make_tracker, tmp_path):

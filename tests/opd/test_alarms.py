@@ -8,7 +8,7 @@ import re
 import pytest
 
 from opd.__main__ import load_config
-from opd.alarm_config import AlarmAction, AlarmRule, check_alarms, documented_metrics
+from opd.alarm_config import LEAST_HALVES, AlarmAction, AlarmCondition, AlarmRule, check_alarms, documented_metrics
 from opd.alarms import CALM_STEPS, START_STEPS, Alarms, rules_of
 from opd.config import DistillConfig
 from opd.signal_check import refusals
@@ -199,12 +199,28 @@ def test_halves_that_differ_by_chance_fire_a_tenth_as_often_as_their_means_pass_
     assert fired <= passed / 10
 
 
-def test_a_domain_that_becomes_worse_by_more_than_its_noise_is_told(caplog):
+@pytest.mark.parametrize(
+    "worse",
+    [
+        pytest.param(lambda step: 3.0 if step else 1.0, id="leaps"),
+        pytest.param(lambda step: 1 + 0.1 * step, id="evenly"),
+        pytest.param(lambda step: 1.1**step, id="slowly_ever_faster"),
+        pytest.param(lambda step: 3.0**step, id="ever_faster"),
+        pytest.param(lambda step: 1e40**step if step < 8 else math.inf, id="beyond_numbers"),
+    ],
+)
+def test_a_domain_that_becomes_worse_by_more_than_its_noise_is_told(worse, caplog):
     generator = random.Random(0)
-    values = [(0.3 if step < 30 else 0.9) * generator.gauss(1.0, 0.2) for step in range(60)]
+    values = [0.3 * worse(max(0, step - 30)) * generator.gauss(1.0, 0.2) for step in range(70)]
     steps = [{"domain/law/kl_per_sequence": value, "domain/code/kl_per_sequence": 1 - step / 1e4} for step, value in enumerate(values)]
     [line] = lines(caplog, watch("left_behind"), steps)
-    assert 30 < int(line.split()[3][:-1]) <= 40
+    assert 30 < int(line.split()[3][:-1]) <= 42
+
+
+def test_the_shortest_window_of_halves_is_long_enough_for_a_steady_rise(caplog):
+    rule = AlarmRule(metric="domain/D/overlap", condition=AlarmCondition.falling, threshold=0.9, window=LEAST_HALVES, message="falls")
+    steps = [{"domain/law/overlap": 1 - 0.05 * step} for step in range(LEAST_HALVES)]
+    assert len(lines(caplog, Alarms({"falls": rule}), steps)) == 1
 
 
 def test_the_line_of_halves_has_the_later_mean_and_the_domains_own_other_metric(caplog):
@@ -221,6 +237,8 @@ def test_the_line_of_halves_has_the_later_mean_and_the_domains_own_other_metric(
         ("teacher/T/gradient_share", "teacher/law+code/gradient_share", "teacher/law+code/entropy"),
         ("conflict/T/U/gradient_cosine", "conflict/law/code/gradient_cosine", "conflict/law/gradient_cosine"),
         ("router/layer_LL/dead_experts", "router/layer_03/dead_experts", "router/layer_03/load_entropy"),
+        ("seconds/PHASE", "seconds/score", "seconds/step"),
+        ("balance/PHASE", "balance/update", "balance/update_positions"),
     ],
 )
 def test_each_letter_stands_for_whatever_is_in_its_place(metric, written, other, caplog):
@@ -277,7 +295,7 @@ def test_a_rule_is_changed_dropped_and_added_on_the_command_line():
     [
         ("alarms.rules.looped.metric=domain/D/loped", r"alarms.rules.looped.metric='domain/D/loped' is no metric \(did you mean 'domain/D/looped'\?\)"),
         ("alarms.rules.looped.window=0", "alarms.rules.looped.window must be at least 1, not 0"),
-        ("alarms.rules.left_behind.window=2", "alarms.rules.left_behind.window must be at least 4, not 2"),
+        ("alarms.rules.left_behind.window=9", "alarms.rules.left_behind.window must be at least 10, not 9"),
         ("alarms.rules.looped.threshold=null", "alarms.rules.looped has no threshold"),
         ("alarms.rules.looped.action=explode", "alarms.rules.looped.action"),
         ("alarms.rules.looped.metric=check/D/accuracy", "is measured before the first step alone"),

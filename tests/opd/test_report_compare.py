@@ -118,12 +118,15 @@ def test_starts_whose_steps_were_all_done_again_changed_nothing(starts, expected
         ([0, 10, 20, 0], [(10, "x", 1, 2), (20, "x", 2, 1)], []),
         ([0, 10, 20, 15], [(10, "x", 1, 2), (20, "x", 2, 1)], [(11, "x", "1", "2"), (16, "x", "2", "1")]),
         ([], [(10, "x", 1, 2), (20, "y", 1, 2), (15, "y", 2, 1)], [(11, "x", "1", "2")]),
+        ([0, 20, 10, 20], [(20, "x", 1, 2, 1)], [(11, "x", "1", "2")]),
+        ([0, 20, 10, 20], [(20, "x", 1, 2, 3)], [(21, "x", "1", "2")]),
+        ([0, 20], [(20, "x", 1, 2, 2)], [(21, "x", "1", "2")]),
     ],
 )
 def test_settings_that_held_for_no_step_that_counts_are_no_changes(starts, changes, expected, short_run, tmp_path):
     facts = json.loads((short_run / "starts.jsonl").read_text().splitlines()[-1])
     (tmp_path / "starts.jsonl").write_text("".join(json.dumps(facts | {"step": step}) + "\n" for step in starts))
-    lines = [dict(zip(("schema", "step", "setting", "before", "after"), (1, *change), strict=True)) for change in changes]
+    lines = [dict(zip(("step", "setting", "before", "after", "start"), change, strict=False)) for change in changes]  # an earlier version wrote no start
     (tmp_path / "changes.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert [(row.step, row.what, row.before, row.after) for row in changed_midway(tmp_path)] == expected
 

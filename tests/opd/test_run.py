@@ -8,12 +8,14 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 from omegaconf import OmegaConf
 
+from opd import run
 from opd.__main__ import load_config
-from opd.config_changes import FREE, RECORDED
+from opd.config_changes import FREE, RECORDED, read_changes
 from opd.run import lock, open_run, record_changes, write_config
 
 
@@ -122,10 +124,36 @@ def test_what_is_recorded_stands_in_the_folder_and_what_is_free_is_said(tmp_path
     found = record_changes(folder, config(folder, "num_steps=20", "checkpoint.every=5", "evaluation.prompts=null"), 4)
     assert [str(change) for change in found] == ["checkpoint.every was 3 and is 5", "evaluation.prompts was 256 and is null", "num_steps was 9 and is 20"]
     assert [json.loads(line) for line in (folder / "changes.jsonl").read_text().splitlines()] == [
-        {"schema": 1, "step": 4, "setting": "evaluation.prompts", "before": 256, "after": None},
-        {"schema": 1, "step": 4, "setting": "num_steps", "before": 9, "after": 20},
+        {"schema": 1, "step": 4, "start": 0, "setting": "evaluation.prompts", "before": 256, "after": None},
+        {"schema": 1, "step": 4, "start": 0, "setting": "num_steps", "before": 9, "after": 20},
     ]
     assert record_changes(folder, config(folder, "num_steps=20", "checkpoint.every=5", "evaluation.prompts=null"), 6) == []
+
+
+@pytest.mark.parametrize("later", ["num_steps=9", "num_steps=30"])
+def test_a_change_that_a_kill_kept_from_holding_is_no_change(later, tmp_path, monkeypatch):
+    folder = open_run(config(tmp_path / "run", "num_steps=9"), "distill")
+    record_changes(folder, config(folder, "num_steps=10"), 2)
+    (folder / "starts.jsonl").write_text("{}\n")
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "replace_text", Mock(side_effect=InterruptedError))
+        with pytest.raises(InterruptedError):
+            record_changes(folder, config(folder, "num_steps=20"), 4)
+    record_changes(folder, config(folder, later), 4)
+    record_changes(folder, config(folder, later), 4)
+    expected = [(2, 0, 9, 10), (4, 1, 10, int(later.partition("=")[2]))]
+    assert [(change["step"], change["start"], change["before"], change["after"]) for change in read_changes(folder)] == expected
+
+
+@pytest.mark.parametrize("domains", ["[tools,arithmetic]", "[tools]", "[arithmetic,tools,sorting]"])
+def test_a_change_of_domains_that_held_is_not_forgotten(domains, tmp_path):
+    folder = open_run(config(tmp_path / "run", "domain=[arithmetic,tools]"), "distill")
+    other = config(folder, f"domain={domains}", "teachers.allow_change=true")
+    record_changes(folder, other, 4)
+    recorded = read_changes(folder)
+    assert recorded
+    record_changes(folder, other, 4)  # of the start after one that was killed before its own record
+    assert read_changes(folder) == recorded
 
 
 @pytest.mark.parametrize("name", [*FREE, *RECORDED])

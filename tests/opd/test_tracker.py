@@ -221,23 +221,63 @@ def test_checkpoints_models_and_data_are_artifacts_by_reference(no_account, shor
     assert all(entry.ref.startswith("file://") for entry in entries if entry.ref)
 
 
-def test_an_offline_run_that_is_taken_up_has_the_alerts_and_the_checkpoints_from_before(no_account, tmp_path, wandb_records):
-    cfg = config(LoggerKind.offline)
-    cfg.alarms.rules["looped"].action = AlarmAction.alert
-    for first, last in ((0, 6), (6, 7)):
-        tracker = Tracker(tmp_path, "test", cfg)
-        tracker.resume(first)
-        for step in range(first + 1, last + 1):
-            if step in (3, 6):
-                (tmp_path / f"checkpoints/step-{step:06d}").mkdir(parents=True)
-                (tmp_path / "checkpoints/latest.json").write_text(json.dumps({"step": step, "tag": f"step-{step:06d}"}))
-            tracker.log(step, {"domain/law/looped": 0.2})
-        tracker.__exit__(None, None, None)
-    [log] = (tmp_path / "wandb").glob("offline-run-*/run-*.wandb")
+def save(run_dir: Path, step: int, content: str = "") -> None:
+    """What a checkpoint leaves for the tracker to see."""
+    folder = run_dir / f"checkpoints/step-{step:06d}"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "manifest.json").write_text(content)
+    (run_dir / "checkpoints/latest.json").write_text(json.dumps({"step": step, "tag": f"step-{step:06d}"}))
+
+
+def told_offline(run_dir: Path, wandb_records: Callable) -> tuple[list[tuple[int, str]], list[str]]:
+    """(step, sha256 of the manifest) of the checkpoints and the titles of the alerts that stand in the one offline folder."""
+    [log] = (run_dir / "wandb").glob("offline-run-*/run-*.wandb")
     found = list(wandb_records(log))
     artifacts = [record.artifact if record.WhichOneof("record_type") == "artifact" else record.request.log_artifact.artifact for record in found]
-    assert {json.loads(artifact.metadata)["step"] for artifact in artifacts if artifact.name.startswith("checkpoint-")} == {3, 6}
-    assert [record.alert.title for record in found if record.WhichOneof("record_type") == "alert"] == [f"{tmp_path.name}: looped at step 5"]
+    checkpoints = [json.loads(artifact.metadata) for artifact in artifacts if artifact.name.startswith("checkpoint-")]
+    alerts = [record.alert.title for record in found if record.WhichOneof("record_type") == "alert"]
+    return [(checkpoint["step"], checkpoint["manifest"]) for checkpoint in checkpoints], alerts
+
+
+def loops(first: int, last: int) -> Callable[[int], float]:
+    return lambda step: 0.2 * (first <= step <= last)
+
+
+ALWAYS = loops(0, 9)
+
+
+def go_on(run_dir: Path, first: int, last: int, content: str = "", looped: Callable[[int], float] = ALWAYS) -> None:
+    """A start of an offline run that goes on from a step and saves at steps 3, 6 and 9; its alarm for loops alerts."""
+    cfg = config(LoggerKind.offline)
+    cfg.alarms.rules["looped"].action = AlarmAction.alert
+    with Tracker(run_dir, "test", cfg) as tracker:
+        tracker.resume(first)
+        for step in range(first + 1, last + 1):
+            tracker.log(step, {"domain/law/looped": looped(step)})
+            if step % 3 == 0:
+                save(run_dir, step, content)
+
+
+def test_an_offline_run_that_is_taken_up_has_the_alerts_and_the_checkpoints_from_before(no_account, tmp_path, wandb_records):
+    for first, last in ((0, 6), (6, 7)):
+        go_on(tmp_path, first, last)
+    checkpoints, alerts = told_offline(tmp_path, wandb_records)
+    assert [step for step, _ in checkpoints] == [3, 6]
+    assert alerts == [f"{tmp_path.name}: looped at step 5"]
+
+
+def test_a_checkpoint_that_a_run_does_not_go_on_from_is_told_of_when_it_has_been_made_again(no_account, tmp_path, wandb_records):
+    """The newest is damaged, so the run goes on from the one before."""
+    for first, last, content in ((0, 6, ""), (3, 4, "again"), (3, 6, "again")):
+        go_on(tmp_path, first, last, content)
+    checkpoints, _ = told_offline(tmp_path, wandb_records)
+    assert checkpoints == [(3, hashlib.sha256(b"").hexdigest()), (6, hashlib.sha256(b"again").hexdigest())]
+
+
+def test_alerts_of_steps_that_were_done_again_without_are_not_told_again(no_account, tmp_path, wandb_records):
+    for first, last, looped in ((0, 7, loops(3, 5)), (3, 7, loops(9, 9)), (6, 9, loops(7, 9))):
+        go_on(tmp_path, first, last, looped=looped)
+    assert told_offline(tmp_path, wandb_records)[1] == [f"{tmp_path.name}: looped at step 7"]
 
 
 def test_rows_of_a_run_that_was_killed_before_its_first_record_are_not_kept_offline(no_account, tmp_path, wandb_rows):
@@ -268,6 +308,7 @@ def test_what_is_on_the_hub_is_linked_there(kind, expected):
 def test_online_a_run_uses_its_models_and_data_and_has_made_its_checkpoints(tmp_path):
     said = []
     (tmp_path / "step-000005").mkdir()
+    (tmp_path / "step-000005/manifest.json").touch()
     run = SimpleNamespace(id="one", use_artifact=lambda artifact: said.append(("uses", artifact.name)))
     run.log_artifact = lambda artifact, aliases: said.append(("made", artifact.name, aliases))
     log = wandb_log.WandbLog.__new__(wandb_log.WandbLog)
@@ -286,10 +327,12 @@ def test_the_scores_of_a_step_that_is_done_again_are_forgotten(resumed_from, is_
     assert (tmp_path / "scores.json").is_file() == is_there
 
 
-def test_a_damaged_pointer_to_the_checkpoint_does_not_end_the_run(no_account, tmp_path):
+@pytest.mark.parametrize("pointer", ["{", "{}", '{"tag": 3}', '{"tag": "newest"}'])
+def test_a_damaged_pointer_to_the_checkpoint_does_not_end_the_run(pointer, no_account, tmp_path):
     (tmp_path / "checkpoints").mkdir()
-    (tmp_path / "checkpoints" / "latest.json").write_text("{")
+    (tmp_path / "checkpoints" / "latest.json").write_text(pointer)
     with Tracker(tmp_path, "test", config(LoggerKind.offline)) as tracker:
+        tracker.resume(0)
         tracker.log(1, {"step/loss": 1.0})
     assert len(records(tmp_path)) == 1
 
