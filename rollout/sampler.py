@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
+from importlib.metadata import version
 from typing import Protocol
 
 import torch
@@ -92,7 +93,10 @@ class LocalSampler:
         Raises ValueError for a model that cannot continue from a cache: it would see one token at a time.
         """
         if "past_key_values" not in inspect.signature(model.forward).parameters:
-            raise ValueError(f"{model.config.model_type} takes no past_key_values, so it cannot be sampled from token by token: this family is not supported")
+            raise ValueError(
+                f"{model.config.model_type} of transformers {version('transformers')} takes no past_key_values, so it cannot be sampled from token by token: "
+                "this family is not supported, or this version of transformers is none of those in pyproject.toml"
+            )
         self.model = model.eval()
         self.policy = Policy(self.model, seed, tuple(eos_token_ids), vocab_size)
         self.policy_step = 0
